@@ -1,0 +1,144 @@
+package inkitwebhook
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"crypto/subtle"
+	"encoding/hex"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"strconv"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+var benchmarkSizes = []struct {
+	name  string
+	bytes int
+}{{"85B", 85}, {"1KiB", 1 << 10}, {"64KiB", 64 << 10}, {"1MiB", 1 << 20}}
+
+// BenchmarkHMAC is the floor: a hash that is kept, for which the secret was
+// hashed once.
+func BenchmarkHMAC(b *testing.B) {
+	for _, size := range benchmarkSizes {
+		b.Run(size.name, func(b *testing.B) {
+			m := hmac.New(sha256.New, []byte(testSecret))
+			data := make([]byte, size.bytes)
+			var sum [sha256.Size]byte
+			b.SetBytes(int64(size.bytes))
+			b.ReportAllocs()
+			for b.Loop() {
+				m.Reset()
+				m.Write(data)
+				m.Sum(sum[:0])
+			}
+		})
+	}
+}
+
+// BenchmarkServeHTTP measures a request through the handler, by way of an
+// upstream that reads the body. pass-through is the same without the handler, to
+// be subtracted. naive is the textbook middleware, which does the least that
+// works: it has no limit, no placeholders, no logs and no metrics.
+func BenchmarkServeHTTP(b *testing.B) {
+	one := []Secret{{Value: testSecret}}
+	two := []Secret{{Value: "an older secret"}, {Value: testSecret}}
+	passThrough := func(_ http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+		return next.ServeHTTP(nil, r)
+	}
+	guard := func(secrets []Secret) func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+		h := &Handler{Secrets: secrets, MaxSize: 1 << 20}
+		require.NoError(b, load(b, h))
+		h.logger = zap.NewNop()
+		return h.ServeHTTP
+	}
+	for _, bb := range []struct {
+		name    string
+		handler func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error
+		bytes   int
+		status  int
+		sign    func(body []byte) string
+	}{
+		{"pass-through-85B", passThrough, 85, 200, genuine},
+		{"pass-through-1KiB", passThrough, 1 << 10, 200, genuine},
+		{"pass-through-64KiB", passThrough, 64 << 10, 200, genuine},
+		{"pass-through-1MiB", passThrough, 1 << 20, 200, genuine},
+		{"pass-through-unread", passThrough, 0, 200, genuine},
+		{"verified-85B", guard(one), 85, 200, genuine},
+		{"verified-1KiB", guard(one), 1 << 10, 200, genuine},
+		{"verified-64KiB", guard(one), 64 << 10, 200, genuine},
+		{"verified-1MiB", guard(one), 1 << 20, 200, genuine},
+		{"two-secrets-85B", guard(two), 85, 200, genuine},
+		{"forged-85B", guard(one), 85, 401, func([]byte) string { return compactSignature }},
+		{"malformed", guard(one), 85, 401, func([]byte) string { return "sha256=" + compactSignature }},
+		{"naive-85B", naive, 85, 200, genuine},
+		{"naive-1KiB", naive, 1 << 10, 200, genuine},
+		{"naive-64KiB", naive, 64 << 10, 200, genuine},
+		{"naive-1MiB", naive, 1 << 20, 200, genuine},
+	} {
+		b.Run(bb.name, func(b *testing.B) {
+			body := make([]byte, bb.bytes)
+			header := http.Header{
+				"Content-Length":  {strconv.Itoa(len(body))},
+				"Content-Type":    {"application/json"},
+				"Inkit-Signature": {bb.sign(body)},
+			}
+			w := httptest.NewRecorder()
+			received := caddyhttp.PrepareRequest(httptest.NewRequest(http.MethodPost, "/webhook", nil), caddy.NewReplacer(), w, new(caddyhttp.Server))
+			received.Header, received.ContentLength = header, int64(len(body))
+			noPlaceholder := func(string) (any, bool) { return nil, false }
+			sent := bytes.NewReader(body)
+			buf := make([]byte, 32<<10)
+			next := caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
+				for {
+					if _, err := r.Body.Read(buf); err != nil {
+						return nil
+					}
+				}
+			})
+			b.SetBytes(int64(len(body)))
+			b.ReportAllocs()
+			for b.Loop() {
+				sent.Reset(body)
+				received.Body = io.NopCloser(sent)
+				clear(w.Header())
+				delete(header, idempotencyKeyField)
+				repl := caddy.NewReplacer()
+				repl.Map(noPlaceholder) // where Caddy has those of the request
+				request := received.WithContext(context.WithValue(received.Context(), caddy.ReplacerCtxKey, repl))
+				status := http.StatusOK
+				if err := bb.handler(w, request, next); err != nil {
+					status = err.(caddyhttp.HandlerError).StatusCode
+				}
+				if status != bb.status {
+					b.Fatalf("status %d", status)
+				}
+			}
+		})
+	}
+}
+
+func genuine(body []byte) string { return Sign([]byte(testSecret), body) }
+
+func naive(_ http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return caddyhttp.Error(http.StatusBadRequest, err)
+	}
+	m := hmac.New(sha256.New, []byte(testSecret))
+	m.Write(body)
+	signature, err := hex.DecodeString(r.Header.Get("Inkit-Signature"))
+	if err != nil || subtle.ConstantTimeCompare(m.Sum(nil), signature) != 1 {
+		return caddyhttp.Error(http.StatusUnauthorized, err)
+	}
+	r.Body = io.NopCloser(bytes.NewReader(body))
+	return next.ServeHTTP(nil, r)
+}
