@@ -1,0 +1,176 @@
+package e2e
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+)
+
+// record is a request as the backend received it, whole.
+type record struct {
+	Body           []byte
+	SHA256         string
+	ContentLength  int64
+	Chunked        bool
+	IdempotencyKey []string
+	Header         http.Header
+	Query          string
+}
+
+// backend is a process that writes down each request that it read to its end, and
+// then answers 200 with the hash of the body. It is this test binary, which finds
+// out from its environment that it is to be one.
+type backend struct {
+	*process
+	t    *testing.T
+	addr string
+	mode string
+	file string
+}
+
+// The ways in which a backend may behave badly. What it wrote down stays.
+const (
+	modeGood        = "good"
+	modeDropReused  = "drop-reused"  // closes a connection once a second request has arrived on it
+	modeDropHeader  = "drop-header"  // the same, but once its header has
+	modeResetRandom = "reset-random" // resets one connection in three, before or after writing down
+	modeDieReading  = "die-reading"  // ends in the middle of reading the body, one time in two
+	modeDieWriting  = "die-writing"  // ends in the middle of the answer, one time in two
+	modeEarly413    = "early-413"    // answers every request that has ?early before it reads it
+)
+
+func newBackend(t *testing.T, mode string) *backend {
+	t.Helper()
+	b := &backend{t: t, addr: freeAddr(t), mode: mode, file: t.TempDir() + "/records"}
+	b.start()
+	return b
+}
+
+func (b *backend) start() {
+	b.t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), "E2E_BACKEND="+b.mode, "E2E_ADDR="+b.addr, "E2E_RECORDS="+b.file)
+	b.process = start(b.t, cmd)
+	waitFor(b.t, "the backend listens", b.process, listening(b.addr))
+}
+
+func (b *backend) kill() {
+	b.t.Helper()
+	_ = b.cmd.Process.Signal(syscall.SIGKILL)
+	<-b.exited
+}
+
+func (b *backend) records() (records []record) {
+	b.t.Helper()
+	file, err := os.Open(b.file)
+	require.NoError(b.t, err)
+	defer file.Close()
+	decoder := json.NewDecoder(bufio.NewReader(file))
+	for {
+		var r record
+		err := decoder.Decode(&r)
+		if err == io.EOF {
+			return records
+		}
+		require.NoError(b.t, err)
+		records = append(records, r)
+	}
+}
+
+// runBackend is the main function of a backend process.
+func runBackend() {
+	mode := os.Getenv("E2E_BACKEND")
+	file, err := os.OpenFile(os.Getenv("E2E_RECORDS"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		panic(err)
+	}
+	var mu sync.Mutex
+	write := func(r *http.Request, body []byte) string {
+		sum := sha256.Sum256(body)
+		line, err := json.Marshal(record{
+			Body: body, SHA256: hex.EncodeToString(sum[:]), ContentLength: r.ContentLength,
+			Chunked: len(r.TransferEncoding) > 0, IdempotencyKey: r.Header["Idempotency-Key"], Header: r.Header, Query: r.URL.RawQuery,
+		})
+		if err != nil {
+			panic(err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		// one write with O_APPEND, so that a record is there whole or not at all
+		if _, err := file.Write(append(line, '\n')); err != nil {
+			panic(err)
+		}
+		return hex.EncodeToString(sum[:])
+	}
+	hangUp := func(w http.ResponseWriter, reset bool) {
+		conn, _, err := w.(http.Hijacker).Hijack()
+		if err != nil {
+			panic(err)
+		}
+		if reset {
+			_ = conn.(*net.TCPConn).SetLinger(0)
+		}
+		conn.Close()
+	}
+
+	type connKey struct{}
+	server := &http.Server{
+		Addr: os.Getenv("E2E_ADDR"),
+		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
+			return context.WithValue(ctx, connKey{}, new(int))
+		},
+		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			requests := r.Context().Value(connKey{}).(*int)
+			*requests++
+			switch {
+			case mode == modeDropReused && *requests > 1:
+				_, _ = io.Copy(io.Discard, r.Body)
+				hangUp(w, false)
+				return
+			case mode == modeDropHeader && *requests > 1:
+				hangUp(w, false)
+				return
+			case mode == modeResetRandom && rand.IntN(6) == 0:
+				hangUp(w, true)
+				return
+			case mode == modeDieReading && rand.IntN(2) == 0:
+				_, _ = io.ReadFull(r.Body, make([]byte, 10))
+				os.Exit(1)
+			case mode == modeEarly413 && strings.Contains(r.URL.RawQuery, "early"):
+				w.WriteHeader(http.StatusRequestEntityTooLarge)
+				return
+			}
+			body, err := io.ReadAll(r.Body)
+			if err != nil {
+				return
+			}
+			sum := write(r, body)
+			switch {
+			case mode == modeResetRandom && rand.IntN(6) == 0:
+				hangUp(w, true)
+				return
+			case mode == modeDieWriting && rand.IntN(2) == 0:
+				conn, _, _ := w.(http.Hijacker).Hijack()
+				fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Le")
+				os.Exit(1)
+			}
+			fmt.Fprint(w, sum)
+		}),
+	}
+	panic(server.ListenAndServe())
+}

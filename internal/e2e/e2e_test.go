@@ -1,0 +1,313 @@
+// Package e2e runs a real Caddy with this module in front of real backends, each
+// a process of its own, and sends them real requests on the loopback interface.
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+)
+
+const secret = "test_inkit_webhook_secret"
+
+// caddyPath is the binary under test: that of E2E_CADDY if there is one, such as
+// one that xcaddy built with another version of Caddy, or else cmd/caddy.
+var caddyPath string
+
+func TestMain(m *testing.M) {
+	if os.Getenv("E2E_BACKEND") != "" {
+		runBackend()
+		return
+	}
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	caddyPath = os.Getenv("E2E_CADDY")
+	if caddyPath == "" {
+		dir, err := os.MkdirTemp("", "inkit-e2e")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		caddyPath = filepath.Join(dir, "caddy")
+		args := []string{"build", "-o", caddyPath}
+		if raceEnabled {
+			args = append(args, "-race")
+		}
+		build := exec.Command("go", append(args, "../../cmd/caddy")...)
+		build.Stdout, build.Stderr = os.Stdout, os.Stderr
+		if err := build.Run(); err != nil {
+			fmt.Fprintln(os.Stderr, "building cmd/caddy:", err)
+			return 1
+		}
+	}
+	return m.Run()
+}
+
+// process is a program that a test started. It ends with the test.
+type process struct {
+	cmd    *exec.Cmd
+	output *lockedBuffer
+	exited chan struct{}
+}
+
+func start(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{cmd: cmd, output: new(lockedBuffer), exited: make(chan struct{})}
+	cmd.Stdout, cmd.Stderr = p.output, p.output
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	require.NoError(t, cmd.Start())
+	go func() {
+		_ = cmd.Wait()
+		close(p.exited)
+	}()
+	t.Cleanup(func() {
+		p.stop(t, syscall.SIGTERM)
+		require.NotContains(t, p.output.String(), "DATA RACE")
+		require.NotContains(t, p.output.String(), "panic: ")
+		if t.Failed() {
+			output := p.output.String()
+			t.Logf("the end of the output of %s:\n%s", cmd.Path, output[max(0, len(output)-2000):])
+		}
+	})
+	return p
+}
+
+// stop signals the process, and kills it and its children if it does not end.
+func (p *process) stop(t *testing.T, signal syscall.Signal) {
+	t.Helper()
+	_ = p.cmd.Process.Signal(signal)
+	select {
+	case <-p.exited:
+	case <-time.After(10 * time.Second):
+		t.Errorf("%s does not end on signal %v", p.cmd.Path, signal)
+	}
+	_ = syscall.Kill(-p.cmd.Process.Pid, syscall.SIGKILL)
+	<-p.exited
+}
+
+func (p *process) running() bool {
+	select {
+	case <-p.exited:
+		return false
+	default:
+		return true
+	}
+}
+
+type lockedBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *lockedBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *lockedBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// freeAddr returns an address on which nothing listens.
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	require.NoError(t, err)
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func port(addr string) string {
+	_, port, _ := net.SplitHostPort(addr)
+	return port
+}
+
+func waitFor(t *testing.T, what string, p *process, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		if done() {
+			return
+		}
+		if p != nil && !p.running() {
+			break
+		}
+	}
+	output := ""
+	if p != nil {
+		output = p.output.String()
+	}
+	require.FailNow(t, what+" does not happen", output)
+}
+
+func listening(addr string) func() bool {
+	return func() bool {
+		conn, err := net.DialTimeout("tcp", addr, time.Second)
+		if err != nil {
+			return false
+		}
+		conn.Close()
+		return true
+	}
+}
+
+// caddy is a Caddy that runs.
+type caddy struct {
+	*process
+	t     *testing.T
+	addr  string // of the one site
+	admin string
+	dir   string
+	env   []string
+}
+
+// startCaddy runs Caddy with a Caddyfile, in which {{addr}} and {{port}} stand for where
+// the site is, and {{dir}} for a folder of its own. The global options say where the admin API is, and what more
+// options says.
+func startCaddy(t *testing.T, options, sites string, env ...string) *caddy {
+	t.Helper()
+	c := &caddy{t: t, addr: freeAddr(t), admin: freeAddr(t), dir: t.TempDir()}
+	c.env = append(append(os.Environ(),
+		"HOME="+c.dir, "XDG_CONFIG_HOME="+c.dir, "XDG_DATA_HOME="+c.dir,
+		"INKIT_WEBHOOK_SECRET="+secret,
+	), env...)
+	c.configure(options, sites)
+	cmd := exec.Command(caddyPath, "run", "--config", c.path("Caddyfile"), "--adapter", "caddyfile")
+	cmd.Env = c.env
+	cmd.Dir = c.dir
+	c.process = start(t, cmd)
+	waitFor(t, "Caddy answers", c.process, func() bool {
+		return listening(c.admin)() && listening(c.addr)()
+	})
+	return c
+}
+
+func (c *caddy) path(name string) string { return filepath.Join(c.dir, name) }
+
+func (c *caddy) configure(options, sites string) {
+	c.t.Helper()
+	config := fmt.Sprintf("{\n\tadmin %s\n\tskip_install_trust\n\tauto_https disable_redirects\n%s\n}\n%s", c.admin, options, sites)
+	config = strings.ReplaceAll(config, "{{addr}}", c.addr)
+	config = strings.ReplaceAll(config, "{{port}}", port(c.addr))
+	config = strings.ReplaceAll(config, "{{dir}}", c.dir)
+	require.NoError(c.t, os.WriteFile(c.path("Caddyfile"), []byte(config), 0o600))
+}
+
+// reload is what an operator types.
+func (c *caddy) reload() {
+	c.t.Helper()
+	cmd := exec.Command(caddyPath, "reload", "--config", c.path("Caddyfile"), "--adapter", "caddyfile", "--address", c.admin, "--force")
+	cmd.Env = c.env
+	out, err := cmd.CombinedOutput()
+	require.NoError(c.t, err, "%s", out)
+}
+
+func (c *caddy) get(url string) string {
+	c.t.Helper()
+	resp, err := http.Get(url)
+	require.NoError(c.t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	require.NoError(c.t, err)
+	return string(body)
+}
+
+// tlsConfig trusts the internal CA of this Caddy.
+func (c *caddy) tlsConfig() *tls.Config {
+	c.t.Helper()
+	root, err := os.ReadFile(c.path("caddy/pki/authorities/local/root.crt"))
+	require.NoError(c.t, err)
+	pool := x509.NewCertPool()
+	require.True(c.t, pool.AppendCertsFromPEM(root))
+	return &tls.Config{RootCAs: pool, ServerName: "localhost"}
+}
+
+// sign is written out here, so that these tests share no code with the module.
+func sign(key string, body []byte) string {
+	m := hmac.New(sha256.New, []byte(key))
+	m.Write(body)
+	return hex.EncodeToString(m.Sum(nil))
+}
+
+// answer is what a client got.
+type answer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+// send posts a body with a signature. A length of -1 sends it in chunks.
+func send(ctx context.Context, client *http.Client, url string, body []byte, length int64, signatures ...string) (answer, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
+	if err != nil {
+		return answer{}, err
+	}
+	req.ContentLength = length
+	if length < 0 {
+		req.Body = io.NopCloser(struct{ io.Reader }{bytes.NewReader(body)})
+		req.GetBody = nil
+	}
+	req.Header.Set("Content-Type", "application/json")
+	for _, signature := range signatures {
+		req.Header.Add("Inkit-Signature", signature)
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return answer{}, err
+	}
+	defer resp.Body.Close()
+	got, err := io.ReadAll(resp.Body)
+	return answer{resp.StatusCode, resp.Header, string(got)}, err
+}
+
+// post sends a signed body of known length and must get an answer.
+func post(t *testing.T, url string, body []byte, signatures ...string) answer {
+	t.Helper()
+	client := &http.Client{Timeout: 60 * time.Second, Transport: new(http.Transport)}
+	// and not DisableKeepAlives: when the client asks for it, net/http closes the
+	// connection without waiting for what is on its way, and the answer may be lost
+	defer client.CloseIdleConnections()
+	got, err := send(t.Context(), client, url, body, int64(len(body)), signatures...)
+	require.NoError(t, err)
+	return got
+}
+
+func event(id string) []byte {
+	return fmt.Appendf(nil, `{"event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"%s"}`, id)
+}
+
+func writeFile(t *testing.T, path, content string) string {
+	t.Helper()
+	require.NoError(t, os.WriteFile(path, []byte(content), 0o600))
+	return path
+}
+
+func readFile(t *testing.T, path string) string {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	require.NoError(t, err)
+	return string(content)
+}

@@ -1,0 +1,453 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// The sites of this suite, in which UPSTREAMS stands for the backends.
+const (
+	plainSite = `http://:{{port}} {
+	reverse_proxy UPSTREAMS
+}
+`
+	bareSite = `http://:{{port}} {
+	inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+	reverse_proxy UPSTREAMS
+}
+`
+)
+
+// recommendedSite is the one in the README.
+func recommendedSite(t *testing.T, upstreams ...string) string {
+	t.Helper()
+	_, site := recipe(t, "Nothing verified gets lost", "localhost:9000", strings.Join(upstreams, " "))
+	return site
+}
+
+// load sends signed events, each with an id of its own, among forged ones, and
+// keeps what became of each.
+type load struct {
+	t       *testing.T
+	url     string
+	client  *http.Client
+	body    func(id string) []byte
+	mu      sync.Mutex
+	sent    map[string][]byte
+	status  map[string]int   // of events that were answered
+	failed  map[string]error // of the others
+	forged  int
+	letIn   int // forged and answered 2xx
+	nextID  atomic.Int64
+	stopped atomic.Bool
+}
+
+func newLoad(t *testing.T, url string) *load {
+	t.Helper()
+	l := &load{
+		t: t, url: url, body: event,
+		// 16 connections that are kept alive, as a sender would
+		client: &http.Client{Timeout: 60 * time.Second, Transport: &http.Transport{MaxConnsPerHost: 16, MaxIdleConnsPerHost: 16}},
+		sent:   make(map[string][]byte), status: make(map[string]int), failed: make(map[string]error),
+	}
+	t.Cleanup(l.client.CloseIdleConnections)
+	return l
+}
+
+func (l *load) sendOne() {
+	id := fmt.Sprintf("doc_%d", l.nextID.Add(1))
+	body := l.body(id)
+	l.mu.Lock()
+	l.sent[id] = body
+	l.mu.Unlock()
+	got, err := send(context.Background(), l.client, l.url, body, int64(len(body)), sign(secret, body))
+	l.mu.Lock()
+	if err != nil {
+		l.failed[id] = err
+	} else {
+		l.status[id] = got.status
+	}
+	l.mu.Unlock()
+
+	if rand.IntN(10) == 0 {
+		body := event("forged")
+		got, err := send(context.Background(), l.client, l.url, body, int64(len(body)), sign("wrong", body))
+		l.mu.Lock()
+		l.forged++
+		if err == nil && got.status < 300 {
+			l.letIn++
+		}
+		l.mu.Unlock()
+	}
+}
+
+// many sends n events, some at the same time.
+func (l *load) many(n, workers int) {
+	var wg sync.WaitGroup
+	var left atomic.Int64
+	left.Store(int64(n))
+	for range workers {
+		wg.Go(func() {
+			for left.Add(-1) >= 0 && !l.stopped.Load() {
+				l.sendOne()
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// atRate sends events at a steady rate for as long as during runs.
+func (l *load) atRate(perSecond int, during func()) {
+	done := make(chan struct{})
+	go func() {
+		during()
+		close(done)
+	}()
+	var wg sync.WaitGroup
+	ticker := time.NewTicker(time.Second / time.Duration(perSecond))
+	defer ticker.Stop()
+	for {
+		select {
+		case <-done:
+			wg.Wait()
+			return
+		case <-ticker.C:
+			wg.Go(l.sendOne)
+		}
+	}
+}
+
+// tally is what the verdicts of the sender and the records of the backends come to.
+type tally struct {
+	sent       int
+	accepted   int // answered 2xx
+	lost       int // answered otherwise, or not
+	unrecorded int // answered 2xx, and no backend has it
+	twice      int // recorded more than once
+	strangers  int // recorded twice with different keys
+}
+
+func (l *load) tally(backends ...*backend) (sum tally) {
+	l.t.Helper()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	keys := make(map[string][]string)
+	for _, b := range backends {
+		for _, r := range b.records() {
+			_, id, _ := strings.Cut(string(r.Body), `"resource_id":"`)
+			id, _, _ = strings.Cut(id, `"`)
+			require.NotEqual(l.t, "forged", id)
+			require.True(l.t, bytes.Equal(l.sent[id], r.Body), "a body that was not sent: %.100q", r.Body)
+			keys[id] = append(keys[id], strings.Join(r.IdempotencyKey, ","))
+		}
+	}
+	assert.Zero(l.t, l.letIn, "forged events are let in")
+	for id := range l.sent {
+		sum.sent++
+		if l.status[id] != 200 {
+			sum.lost++
+		} else {
+			sum.accepted++
+			if len(keys[id]) == 0 {
+				sum.unrecorded++
+			}
+		}
+		if len(keys[id]) > 1 {
+			sum.twice++
+			for _, key := range keys[id] {
+				if key != keys[id][0] || key == "" {
+					sum.strangers++
+					break
+				}
+			}
+		}
+	}
+	assert.Zero(l.t, sum.unrecorded, "events are answered 2xx that no backend has")
+	assert.Zero(l.t, sum.strangers, "doubles have different keys")
+	l.t.Logf("%d sent, %d answered 2xx, %d lost, %d recorded twice with one key, %d forged refused", sum.sent, sum.accepted, sum.lost, sum.twice, l.forged)
+	return sum
+}
+
+// A backend closes each connection that it kept alive just as the next request
+// arrives on it. If it does so between header and body, net/http's Transport fails
+// to write the body, and does not send such a request again whatever its header
+// says: with bare reverse_proxy, those are lost.
+func TestKeptAliveConnectionsThatClose(t *testing.T) {
+	for _, tt := range []struct {
+		mode string
+		site string
+		lost int // at most; -1 for as many as it comes to
+	}{
+		{modeDropReused, plainSite, -1},
+		{modeDropReused, bareSite, 50},
+		{modeDropReused, recommendedSite(t, "UPSTREAMS"), 0},
+		{modeDropHeader, plainSite, -1},
+		{modeDropHeader, bareSite, -1},
+		{modeDropHeader, recommendedSite(t, "UPSTREAMS"), 0},
+	} {
+		name := map[string]string{plainSite: "plain Caddy", bareSite: "bare reverse_proxy"}[tt.site]
+		if name == "" {
+			name = "the recommended block"
+		}
+		t.Run(tt.mode+"/"+name, func(t *testing.T) {
+			b := newBackend(t, tt.mode)
+			c := startCaddy(t, "", strings.ReplaceAll(tt.site, "UPSTREAMS", b.addr))
+			lost := 0
+			client := new(http.Client)
+			l := newLoad(t, webhookURL(c, "/webhook"))
+			if tt.site == plainSite { // which has no idea what is forged
+				for range 1000 {
+					body := event("doc")
+					got, err := send(t.Context(), client, webhookURL(c, "/webhook"), body, int64(len(body)))
+					require.NoError(t, err)
+					if got.status != 200 {
+						lost++
+					}
+				}
+				t.Logf("1000 sent, %d lost", lost)
+				assert.Greater(t, lost, 100, "or else the race is not made certain")
+				return
+			}
+			l.many(1000, 1)
+			sum := l.tally(b)
+			require.Equal(t, 1000, sum.sent)
+			if tt.lost >= 0 {
+				assert.LessOrEqual(t, sum.lost, tt.lost)
+			}
+		})
+	}
+}
+
+func TestBackendRestarts(t *testing.T) {
+	b := newBackend(t, modeGood)
+	c := startCaddy(t, "", recommendedSite(t, b.addr))
+	l := newLoad(t, webhookURL(c, "/webhook"))
+	l.client.Transport.(*http.Transport).MaxConnsPerHost = 0
+	l.atRate(50, func() {
+		for range 5 {
+			time.Sleep(time.Second)
+			b.kill()
+			time.Sleep(2 * time.Second)
+			b.start()
+		}
+		time.Sleep(time.Second)
+	})
+	sum := l.tally(b)
+	assert.Greater(t, sum.sent, 500)
+	assert.Zero(t, sum.lost)
+}
+
+func TestBackendDies(t *testing.T) {
+	for _, mode := range []string{modeDieReading, modeDieWriting} {
+		t.Run(mode, func(t *testing.T) {
+			b := newBackend(t, mode)
+			c := startCaddy(t, "", recommendedSite(t, b.addr))
+			l := newLoad(t, webhookURL(c, "/webhook"))
+			var deaths atomic.Int64
+			stop, stopped := make(chan struct{}), make(chan struct{})
+			go func() {
+				defer close(stopped)
+				for {
+					select {
+					case <-b.exited:
+						deaths.Add(1)
+						b.start()
+					case <-stop:
+						return
+					}
+				}
+			}()
+			for deaths.Load() < int64(map[bool]int{false: 100, true: 20}[raceEnabled]) {
+				l.sendOne()
+				if t.Failed() {
+					break
+				}
+			}
+			close(stop)
+			<-stopped
+			sum := l.tally(b)
+			t.Logf("%d deaths", deaths.Load())
+			assert.Zero(t, sum.lost)
+			if mode == modeDieWriting {
+				assert.Positive(t, sum.twice, "or else nothing died in the middle of an answer")
+			}
+		})
+	}
+}
+
+// Over HTTP/2, in which a server can say which requests it has taken, a reload
+// costs nothing. Over HTTP/1.1, Caddy resets connections on a reload that are idle,
+// or accepted and not read from yet, with or without this module (plain Caddy is
+// measured beside it). No handler sees those, so what is asserted for HTTP/1.1 is
+// all that one can do: nothing is refused, what is answered is there, and a sender
+// that gets no answer knows that.
+func TestReloadUnderLoad(t *testing.T) {
+	run := func(t *testing.T, one, two, scheme string, client func(c *caddy) *http.Client) (*load, tally) {
+		b := newBackend(t, modeGood)
+		sites := [2]string{strings.ReplaceAll(one, "UPSTREAMS", b.addr), strings.ReplaceAll(two, "UPSTREAMS", b.addr)}
+		c := startCaddy(t, "", sites[0])
+		l := newLoad(t, scheme+"://localhost:"+port(c.addr)+"/webhook")
+		l.client = client(c)
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			l.many(1_000_000, 16)
+		}()
+		for i := range 20 {
+			c.configure("", sites[(i+1)%2])
+			c.reload()
+			time.Sleep(100 * time.Millisecond)
+		}
+		l.stopped.Store(true)
+		<-done
+		assert.Greater(t, len(l.sent), 500)
+		if one == plainSite {
+			t.Logf("plain Caddy: %d sent, %d not answered", len(l.sent), len(l.failed))
+			return l, tally{}
+		}
+		return l, l.tally(b)
+	}
+	one := recommendedSite(t, "UPSTREAMS")
+	two := strings.Replace(one, "inkit_webhook {env.INKIT_WEBHOOK_SECRET}", "inkit_webhook {env.INKIT_WEBHOOK_SECRET} {\n\t\t\tsecret another_secret other\n\t\t}", 1)
+	require.NotEqual(t, one, two)
+
+	t.Run("HTTP/2", func(t *testing.T) {
+		overTLS := strings.NewReplacer("http://:{{port}} {", "https://localhost:{{port}} {\n\ttls internal")
+		_, sum := run(t, overTLS.Replace(one), overTLS.Replace(two), "https", func(c *caddy) *http.Client { return clients(t, c)["HTTP/2.0"] })
+		assert.Zero(t, sum.lost)
+	})
+	http1 := func(*caddy) *http.Client {
+		return &http.Client{Transport: &http.Transport{MaxConnsPerHost: 16, MaxIdleConnsPerHost: 16}}
+	}
+	t.Run("HTTP/1.1", func(t *testing.T) {
+		l, sum := run(t, one, two, "http", http1)
+		assert.Equal(t, len(l.failed), sum.lost, "what is answered is answered 2xx")
+	})
+	t.Run("HTTP/1.1, plain Caddy", func(t *testing.T) { run(t, plainSite, plainSite, "http", http1) })
+}
+
+func TestStopUnderLoad(t *testing.T) {
+	b := newBackend(t, modeGood)
+	c := startCaddy(t, "", recommendedSite(t, b.addr))
+	l := newLoad(t, webhookURL(c, "/webhook"))
+	// a connection for each event, so that being refused is to the point
+	l.client.Transport.(*http.Transport).DisableKeepAlives = true
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		l.many(1_000_000, 16)
+	}()
+	time.Sleep(time.Second)
+	go c.stop(t, syscall.SIGTERM)
+	<-c.exited
+	time.Sleep(200 * time.Millisecond)
+	l.stopped.Store(true)
+	<-done
+
+	sum := l.tally(b)
+	recorded := len(b.records())
+	assert.Equal(t, sum.accepted, recorded, "what the backend has was answered 2xx, and nothing is half delivered")
+	assert.Greater(t, sum.accepted, 100)
+	refused, backlog := 0, 0
+	for id, err := range l.failed {
+		switch {
+		case errors.Is(err, syscall.ECONNREFUSED):
+			refused++
+		case errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || strings.HasSuffix(err.Error(), "EOF"):
+			backlog++ // the kernel had taken the connection, and Caddy had not
+		default:
+			t.Errorf("%s: %v", id, err)
+		}
+	}
+	for id, status := range l.status {
+		assert.Equal(t, 200, status, id)
+	}
+	t.Logf("%d answered, %d refused, %d reset in the backlog of the kernel", sum.accepted, refused, backlog)
+	assert.Positive(t, refused)
+}
+
+func TestTwoUpstreams(t *testing.T) {
+	t.Run("one is dead", func(t *testing.T) {
+		b := newBackend(t, modeGood)
+		c := startCaddy(t, "", recommendedSite(t, freeAddr(t), b.addr))
+		l := newLoad(t, webhookURL(c, "/webhook"))
+		l.many(500, 16)
+		assert.Zero(t, l.tally(b).lost)
+	})
+	t.Run("one resets connections at random", func(t *testing.T) {
+		b, bad := newBackend(t, modeGood), newBackend(t, modeResetRandom)
+		c := startCaddy(t, "", recommendedSite(t, bad.addr, b.addr))
+		l := newLoad(t, webhookURL(c, "/webhook"))
+		l.many(500, 16)
+		sum := l.tally(b, bad)
+		assert.Zero(t, sum.lost)
+		assert.Positive(t, sum.twice, "or else nothing was reset after it was written down")
+	})
+}
+
+// An upstream that answers before it reads leaves the transport reading the body
+// after the handler has returned. No byte of it may show up in another request.
+func TestUpstreamThatAnswersEarly(t *testing.T) {
+	b := newBackend(t, modeEarly413)
+	c := startCaddy(t, "", strings.ReplaceAll(bareSite, "UPSTREAMS", b.addr))
+	const requests = 10_000
+	client := &http.Client{Timeout: 60 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
+	sent := make([][]byte, requests)
+	var next, early, late atomic.Int64
+	var wg sync.WaitGroup
+	for range 32 {
+		wg.Go(func() {
+			for i := next.Add(1) - 1; i < requests; i = next.Add(1) - 1 {
+				// as distinct as can be: every word of it is its number
+				word := fmt.Sprintf("%08d", i)
+				body := []byte(strings.Repeat(word, 1+rand.IntN(8000)))
+				sent[i] = body
+				url := webhookURL(c, "/?late=")
+				want := 200
+				if i%2 == 0 {
+					url, want = webhookURL(c, "/?early="), 413
+				}
+				got, err := send(context.Background(), client, url+word, body, int64(len(body)), sign(secret, body))
+				if err != nil {
+					t.Error(err)
+					continue
+				}
+				// a reused connection to the backend may be closed by its early answer
+				if got.status != want && got.status != http.StatusBadGateway {
+					t.Errorf("status %d", got.status)
+				}
+				if want == 413 && got.status == want {
+					early.Add(1)
+				}
+				if want == 200 && got.status == want {
+					late.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	records := b.records()
+	for _, r := range records {
+		var i int
+		_, err := fmt.Sscanf(r.Query, "late=%d", &i)
+		require.NoError(t, err)
+		require.True(t, bytes.Equal(sent[i], r.Body), "request %d has other bytes", i)
+	}
+	t.Logf("%d requests, %d answered early, %d recorded", requests, early.Load(), len(records))
+	assert.Greater(t, early.Load(), int64(requests/2*9/10))
+	assert.Greater(t, late.Load(), int64(requests/2*9/10))
+	assert.GreaterOrEqual(t, len(records), int(late.Load()))
+}

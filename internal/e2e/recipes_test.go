@@ -1,0 +1,245 @@
+package e2e
+
+import (
+	"context"
+	"net/http"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// recipe returns the Caddyfile under a heading of the README, split into its
+// global options and its site, with replacements made so that it runs here: the
+// site is a port of its own, and so on. Each replacement must be of use.
+func recipe(t *testing.T, heading string, replacements ...string) (options, site string) {
+	t.Helper()
+	_, section, found := strings.Cut(readFile(t, "../../README.md"), "\n### "+heading+"\n")
+	require.True(t, found, "the README has no heading %q", heading)
+	section, _, _ = strings.Cut(section, "\n### ")
+	_, block, found := strings.Cut(section, "```caddyfile\n")
+	require.True(t, found, "no Caddyfile under %q", heading)
+	block, _, _ = strings.Cut(block, "```\n")
+	replacements = append([]string{"example.com {", "http://:{{port}} {"}, replacements...)
+	for i := 0; i < len(replacements); i += 2 {
+		require.Contains(t, block, replacements[i])
+		block = strings.ReplaceAll(block, replacements[i], replacements[i+1])
+	}
+	if rest, ok := strings.CutPrefix(block, "{\n"); ok {
+		options, site, found = strings.Cut(rest, "\n}\n")
+		require.True(t, found)
+		return options, site
+	}
+	return "", block
+}
+
+func webhookURL(c *caddy, path string) string { return "http://" + c.addr + path }
+
+func TestRecipeNothingLost(t *testing.T) {
+	b := newBackend(t, modeGood)
+	options, site := recipe(t, "Nothing verified gets lost", "localhost:9000", b.addr, "read_timeout 10s", "read_timeout 1s")
+	c := startCaddy(t, options, site)
+	body := event("doc_1")
+	assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
+	assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, sign("wrong", body)).status)
+	require.Len(t, b.records(), 1)
+	assert.Equal(t, body, b.records()[0].Body)
+
+	t.Run("while the backend restarts", func(t *testing.T) {
+		b.kill()
+		answered := make(chan int)
+		go func() {
+			got, err := send(context.Background(), http.DefaultClient, webhookURL(c, "/webhook"), body, int64(len(body)), sign(secret, body))
+			if err != nil {
+				t.Error(err)
+			}
+			answered <- got.status
+		}()
+		time.Sleep(time.Second)
+		b.start()
+		assert.Equal(t, 200, <-answered)
+		assert.Len(t, b.records(), 2)
+	})
+	t.Run("a client that stops sending", func(t *testing.T) {
+		began := time.Now()
+		status := rawStatus(t, c.addr, "POST /webhook HTTP/1.1\r\nHost: x\r\nContent-Length: 84\r\nInkit-Signature: "+sign(secret, body)+"\r\n\r\n{")
+		assert.Equal(t, 408, status)
+		assert.Less(t, time.Since(began), 5*time.Second)
+	})
+}
+
+func TestRecipePHP(t *testing.T) {
+	root, addr := startPHP(t, `<?php echo $_SERVER['HTTP_IDEMPOTENCY_KEY'] . ' ' . file_get_contents('php://input');`)
+	options, site := recipe(t, "PHP", "/srv/www", root, "unix//run/php/php-fpm.sock", addr, "/webhook.php", "/index.php")
+	c := startCaddy(t, options, site)
+	body := event("doc_1")
+	got := post(t, webhookURL(c, "/index.php"), body, sign(secret, body))
+	assert.Equal(t, 200, got.status)
+	key, received, _ := strings.Cut(got.body, " ")
+	assert.Equal(t, string(body), received)
+	assert.NotEmpty(t, key)
+	assert.Equal(t, 401, post(t, webhookURL(c, "/index.php"), body).status)
+}
+
+func TestRecipeSeveralWebhooks(t *testing.T) {
+	documents, mail := newBackend(t, modeGood), newBackend(t, modeGood)
+	options, site := recipe(t, "Several webhooks, each with its own secret", "localhost:9000", documents.addr, "localhost:9001", mail.addr)
+	c := startCaddy(t, options, site, "INKIT_DOCUMENTS_SECRET=d", "INKIT_MAIL_SECRET=m")
+	body := event("doc_1")
+	for _, tt := range []struct {
+		path, key string
+		status    int
+	}{
+		{"/webhooks/documents", "d", 200},
+		{"/webhooks/mail", "m", 200},
+		{"/webhooks/documents", "m", 401},
+		{"/webhooks/mail", "d", 401},
+	} {
+		assert.Equal(t, tt.status, post(t, webhookURL(c, tt.path), body, sign(tt.key, body)).status, "%s signed with %s", tt.path, tt.key)
+	}
+	assert.Len(t, documents.records(), 1)
+	assert.Len(t, mail.records(), 1)
+}
+
+func TestRecipeRouteByEvent(t *testing.T) {
+	others, deleted := newBackend(t, modeGood), newBackend(t, modeGood)
+	options, site := recipe(t, "Route by event", "localhost:9000", others.addr, "localhost:9001", deleted.addr)
+	c := startCaddy(t, options, site)
+	for _, body := range []string{
+		`{"event_type":"DOCUMENT_DELETED","resource_id":"1"}`,
+		`{"event_type":"FOLDER_DELETED","resource_id":"2"}`,
+		`{"event_type":"MAIL_CREATE_FAILED","resource_id":"3"}`,
+		`{"event_type":"DOCUMENT_PDF_ACCESS","resource_id":"4"}`,
+		`{"event_type":"MAGIC_LINK_ACCESS","resource_id":"5"}`,
+		`not JSON`,
+	} {
+		got := post(t, webhookURL(c, "/"), []byte(body), sign(secret, []byte(body)))
+		assert.Equal(t, 200, got.status, body)
+		assert.Equal(t, strings.Contains(body, "_FAILED"), got.body == "noted", body)
+	}
+	assert.Equal(t, 401, post(t, webhookURL(c, "/"), []byte(`{"event_type":"MAIL_CREATE_FAILED"}`), sign("wrong", nil)).status)
+	kinds := func(b *backend) (kinds []string) {
+		for _, r := range b.records() {
+			kinds = append(kinds, r.Header.Get("X-Kind"))
+		}
+		return kinds
+	}
+	assert.Equal(t, []string{"document", "other"}, kinds(deleted))
+	assert.Equal(t, []string{"document", "other", "other"}, kinds(others))
+}
+
+// TestHandleErrors: the errors reach the error routes, and nothing is written twice.
+func TestHandleErrors(t *testing.T) {
+	b := newBackend(t, modeGood)
+	options, site := recipe(t, "Error page", "localhost:9000", b.addr)
+	c := startCaddy(t, options, site)
+	body := event("doc_1")
+	got := post(t, webhookURL(c, "/"), body, sign("wrong", body))
+	assert.Equal(t, 401, got.status)
+	assert.Equal(t, "This is for Inkit alone: signature_mismatch", got.body)
+	assert.Equal(t, "Inkit-Signature", got.header.Get("WWW-Authenticate"))
+	got = post(t, webhookURL(c, "/"), make([]byte, 70_000), sign(secret, body))
+	assert.Equal(t, 413, got.status)
+	assert.Equal(t, "413 Request Entity Too Large", got.body)
+	b.kill()
+	got = post(t, webhookURL(c, "/"), body, sign(secret, body))
+	assert.Equal(t, 502, got.status)
+	assert.Equal(t, "502 Bad Gateway", got.body)
+	assert.NotContains(t, c.output.String(), "superfluous")
+}
+
+func TestRecipeAllowList(t *testing.T) {
+	b := newBackend(t, modeGood)
+	body := event("doc_1")
+	options, site := recipe(t, "Allow-list of addresses", "localhost:9000", b.addr)
+	c := startCaddy(t, options, site)
+	assert.Equal(t, 403, post(t, webhookURL(c, "/"), body, sign(secret, body)).status)
+
+	options, site = recipe(t, "Allow-list of addresses", "localhost:9000", b.addr, "192.0.2.0/24", "127.0.0.0/8")
+	c = startCaddy(t, options, site)
+	assert.Equal(t, 200, post(t, webhookURL(c, "/"), body, sign(secret, body)).status)
+	assert.Equal(t, 401, post(t, webhookURL(c, "/"), body).status)
+}
+
+func TestRecipeLogs(t *testing.T) {
+	b := newBackend(t, modeGood)
+	options, site := recipe(t, "Logs", "localhost:9000", b.addr, "output file rejections.log", "output file {{dir}}/rejections.log")
+	options = strings.Replace(options, "\tlog {\n", "\tlog {\n\t\tlevel DEBUG\n", 1)
+	c := startCaddy(t, options, site)
+	body := event("doc_logged")
+	good, bad := sign(secret, body), sign("wrong", body)
+	assert.Equal(t, 200, post(t, webhookURL(c, "/"), body, good).status)
+	for range 50 {
+		assert.Equal(t, 401, post(t, webhookURL(c, "/"), body, bad).status)
+	}
+	b.kill()
+	assert.Equal(t, 502, post(t, webhookURL(c, "/"), body, good).status)
+	waitFor(t, "the access log", nil, func() bool {
+		return strings.Contains(c.output.String(), `"resource_id":"doc_logged"`)
+	})
+	output := c.output.String()
+	assert.Contains(t, output, `"event_type":"DOCUMENT_CREATE_FINISHED"`)
+	assert.Contains(t, output, "upstream roundtrip", "the debug lines are there")
+	rejections := readFile(t, c.path("rejections.log"))
+	lines := strings.Count(rejections, "rejected webhook")
+	assert.Positive(t, lines)
+	assert.Less(t, lines, 50, "sampled")
+	for _, log := range []string{rejections, output} {
+		for _, confidential := range []string{good, bad, secret} {
+			assert.NotContains(t, log, confidential)
+		}
+	}
+}
+
+// TestQuickStart runs the example and plays what its comment says, and the README.
+func TestQuickStart(t *testing.T) {
+	for _, name := range []string{"openssl", "curl", "sh"} {
+		if _, err := exec.LookPath(name); err != nil {
+			t.Skip(name + " is not installed")
+		}
+	}
+	example := readFile(t, "../../example.Caddyfile")
+	c := startCaddy(t, "", strings.Replace(example, "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", 1), "INKIT_WEBHOOK_SECRET=demo")
+
+	var fromExample strings.Builder
+	for line := range strings.Lines(example) {
+		if command, ok := strings.CutPrefix(line, "#\t"); ok && !strings.Contains(command, "go run") {
+			fromExample.WriteString(command)
+		}
+	}
+	_, fromREADME, found := strings.Cut(readFile(t, "../../README.md"), "```sh\nbody=")
+	require.True(t, found)
+	fromREADME, _, _ = strings.Cut("body="+fromREADME, "```")
+	for name, script := range map[string]string{"example.Caddyfile": fromExample.String(), "README.md": fromREADME} {
+		t.Run(name, func(t *testing.T) {
+			require.Contains(t, script, "localhost:8080")
+			script = strings.ReplaceAll(script, "localhost:8080", c.addr)
+			script = strings.Replace(script, "curl ", "curl -sS -H 'Host: localhost' ", 1)
+			out, err := exec.Command("sh", "-ec", script).CombinedOutput()
+			require.NoError(t, err, "%s", out)
+			assert.Contains(t, string(out), "HTTP/1.1 200 OK")
+			assert.Contains(t, string(out), "\r\n\r\nverified DOCUMENT_CREATE_FINISHED doc_1")
+
+			changed := strings.Replace(script, "Inkit-Signature: $signature", "Inkit-Signature: $(echo $signature | tr 0-9a-f 1-9a-f0)", 1)
+			require.NotEqual(t, script, changed)
+			out, err = exec.Command("sh", "-ec", changed).CombinedOutput()
+			require.NoError(t, err, "%s", out)
+			assert.Contains(t, string(out), "HTTP/1.1 401 Unauthorized")
+		})
+	}
+	t.Run("send", func(t *testing.T) {
+		cmd := exec.Command(caddyPath, "inkit-webhook", "send", "--resource-id", "doc_1", "http://localhost:"+port(c.addr)+"/webhook")
+		cmd.Env = c.env
+		out, err := cmd.Output()
+		require.NoError(t, err)
+		assert.Equal(t, "200 OK\nverified DOCUMENT_CREATE_FINISHED doc_1\n", string(out))
+		cmd = exec.Command(caddyPath, "inkit-webhook", "send", "--resource-id", "doc_1", "http://localhost:"+port(c.addr)+"/webhook")
+		cmd.Env = append(c.env, "INKIT_WEBHOOK_SECRET=wrong")
+		out, err = cmd.Output()
+		require.Error(t, err)
+		assert.Equal(t, "401 Unauthorized\n", string(out))
+	})
+}
