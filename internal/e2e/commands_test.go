@@ -1,0 +1,210 @@
+package e2e
+
+import (
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// webhookCommand runs caddy inkit-webhook with a secret in the environment, none if it
+// is empty, and returns what it prints and the status that it exits with.
+func webhookCommand(t *testing.T, secret, stdin string, args ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	cmd := exec.Command(caddyPath, append([]string{"inkit-webhook"}, args...)...)
+	cmd.Env = append(os.Environ(), "INKIT_WEBHOOK_SECRET="+secret, "HOME="+t.TempDir())
+	cmd.Stdin = strings.NewReader(stdin)
+	var out, errs strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		require.IsType(t, &exec.ExitError{}, err)
+	}
+	if secret != "" {
+		assert.NotContains(t, out.String()+errs.String(), secret)
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+func TestCommandSignsLikeOpenSSL(t *testing.T) {
+	t.Parallel()
+	openssl, err := exec.LookPath("openssl")
+	if err != nil {
+		t.Skip("openssl is not installed")
+	}
+	files := 1000
+	if raceEnabled {
+		files = 50 // a start of Caddy takes a second with the race detector
+	}
+	dir := t.TempDir()
+	secretFile := writeFile(t, dir+"/secret", secret+"\n")
+	inParallel(2, files, func(i int) {
+		content := make([]byte, rand.IntN(10_000))
+		for i := range content {
+			content[i] = byte(rand.Uint32())
+		}
+		file := fmt.Sprintf("%s/%d", dir, i)
+		if !assert.NoError(t, os.WriteFile(file, content, 0o600)) {
+			return
+		}
+		want, err := exec.Command(openssl, "dgst", "-sha256", "-hmac", secret, "-r", file).Output()
+		assert.NoError(t, err)
+		got, err := exec.Command(caddyPath, "inkit-webhook", "sign", "--secret-file", secretFile, file).Output()
+		assert.NoError(t, err)
+		signature, _, _ := strings.Cut(string(want), " ")
+		assert.Equal(t, signature+"\n", string(got))
+	})
+	t.Logf("%d files", files)
+}
+
+func TestCommandSign(t *testing.T) {
+	body := string(event("doc_1"))
+	want := sign(secret, []byte(body)) + "\n"
+	dir := t.TempDir()
+	file := writeFile(t, dir+"/body", body)
+	windows := writeFile(t, dir+"/windows", secret+"\r\n")
+	empty := writeFile(t, dir+"/empty", "\n")
+	for _, tt := range []struct {
+		name, secret, stdin string
+		args                []string
+		stdout, stderr      string
+	}{
+		{"a file", secret, "", []string{"sign", file}, want, ""},
+		{"standard input", secret, body, []string{"sign"}, want, ""},
+		{"standard input, by name", secret, body, []string{"sign", "-"}, want, ""},
+		{"a secret file that ends as Windows has it", "other", body, []string{"sign", "--secret-file", windows}, want, ""},
+		{"no secret", "", body, []string{"sign"}, "", "INKIT_WEBHOOK_SECRET is unset or empty, and no --secret-file is given"},
+		{"an empty secret file", "other", body, []string{"sign", "--secret-file", empty}, "", "secret-file: " + empty + ": must not be empty"},
+		{"a missing secret file", "other", body, []string{"sign", "--secret-file", dir + "/none"}, "", "no such file or directory"},
+		{"a missing file", secret, "", []string{"sign", dir + "/none"}, "", "no such file or directory"},
+		{"two files", secret, "", []string{"sign", file, file}, "", "accepts at most 1 arg(s), received 2"},
+		{"a secret on the command line", "", body, []string{"sign", "--secret", "x"}, "", "unknown flag: --secret"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			stdout, stderr, status := webhookCommand(t, tt.secret, tt.stdin, tt.args...)
+			if tt.stderr == "" {
+				assert.Zero(t, status)
+				assert.Equal(t, tt.stdout, stdout)
+				return
+			}
+			assert.Equal(t, 1, status)
+			assert.Contains(t, stderr, tt.stderr)
+			assert.Empty(t, stdout)
+		})
+	}
+}
+
+func TestCommandVerify(t *testing.T) {
+	body := string(event("doc_1"))
+	signature := sign(secret, []byte(body))
+	dir := t.TempDir()
+	file := writeFile(t, dir+"/body", body)
+	old, current := writeFile(t, dir+"/old", "an older secret"), writeFile(t, dir+"/current", secret)
+	for _, tt := range []struct {
+		name, secret, stdin string
+		args                []string
+		status              int
+		stdout              string
+	}{
+		{"a secret in the environment", secret, "", []string{"--signature", signature, file}, 0, "INKIT_WEBHOOK_SECRET\n"},
+		{"the second of two files", "other", body, []string{"--signature", signature, "--secret-file", old, "--secret-file", current}, 0, current + "\n"},
+		{"a body with a newline", secret, body + "\n", []string{"--signature", signature, "-"}, 1, "the body has got a newline at its end that was not signed\n"},
+		{"upper case", secret, "", []string{"--signature", strings.ToUpper(signature), file}, 1, "the signature is in upper-case hexadecimal digits, and Inkit sends lower case\n"},
+		{"no signature", secret, "", []string{file}, 1, "the request has no Inkit-Signature, or it is empty: it is not from Inkit, or something on the way removed the header field\n"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			stdout, stderr, status := webhookCommand(t, tt.secret, tt.stdin, append([]string{"verify"}, tt.args...)...)
+			assert.Equal(t, tt.status, status, stderr)
+			assert.Equal(t, tt.stdout, stdout)
+		})
+	}
+}
+
+func TestCommandSend(t *testing.T) {
+	b := newBackend(t, modeGood)
+	c := startCaddy(t, "", strings.Replace(strings.ReplaceAll(bareSite, "UPSTREAMS", b.addr), "{\n", "{\n\tredir /moved http://"+b.addr+"/\n", 1))
+	url := webhookURL(c, "/webhook")
+	file := writeFile(t, t.TempDir()+"/body", "any bytes\x00")
+
+	t.Run("an event", func(t *testing.T) {
+		stdout, stderr, status := webhookCommand(t, secret, "", "send", "--event-type", "MAIL_CREATE_FAILED", "--resource-id", `"<é>`, url)
+		require.Zero(t, status, stderr)
+		records := b.records()
+		require.Len(t, records, 1)
+		var got map[string]string
+		require.NoError(t, json.Unmarshal(records[0].Body, &got))
+		assert.Equal(t, map[string]string{"event_type": "MAIL_CREATE_FAILED", "resource_id": `"<é>`}, got)
+		assert.Equal(t, "200 OK\n"+records[0].SHA256+"\n", stdout)
+	})
+	t.Run("a file, and standard input", func(t *testing.T) {
+		_, stderr, status := webhookCommand(t, secret, "", "send", "--body", file, url)
+		require.Zero(t, status, stderr)
+		_, stderr, status = webhookCommand(t, secret, "any bytes\x00", "send", "--body", "-", url)
+		require.Zero(t, status, stderr)
+		records := b.records()
+		require.Len(t, records, 3)
+		assert.Equal(t, "any bytes\x00", string(records[1].Body))
+		assert.Equal(t, "any bytes\x00", string(records[2].Body))
+	})
+	t.Run("several at a rate", func(t *testing.T) {
+		began := time.Now()
+		stdout, stderr, status := webhookCommand(t, secret, "", "send", "--count", "10", "--rate", "20", url)
+		require.Zero(t, status, stderr)
+		assert.Equal(t, 10, strings.Count(stdout, "200 OK\n"))
+		assert.Len(t, b.records(), 13)
+		assert.GreaterOrEqual(t, time.Since(began), 450*time.Millisecond)
+	})
+	for _, tt := range []struct {
+		name, secret, stdout, stderr string
+		args                         []string
+	}{
+		{"what is refused", "wrong", "401 Unauthorized\n", "not every response has status 2xx", []string{url}},
+		{"a redirect, which is not followed", secret, "302 Found\n", "not every response has status 2xx", []string{webhookURL(c, "/moved")}},
+		{"where nothing listens", secret, "", "connection refused", []string{"http://" + freeAddr(t)}},
+		{"no URL", secret, "", "accepts 1 arg(s), received 0", nil},
+		{"nothing to send", secret, "", "count: must be at least 1", []string{"--count", "0", url}},
+		{"a negative rate", secret, "", "rate: must not be negative", []string{"--rate", "-1", url}},
+		{"a body and an event", secret, "", "body: cannot be combined with event-type and resource-id", []string{"--body", file, "--event-type", "X", url}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			stdout, stderr, status := webhookCommand(t, tt.secret, "", append([]string{"send"}, tt.args...)...)
+			assert.Equal(t, 1, status)
+			assert.Equal(t, tt.stdout, stdout)
+			assert.Contains(t, stderr, tt.stderr)
+			assert.Len(t, b.records(), 13, "the backend sees nothing")
+		})
+	}
+}
+
+// TestCommandHelp plays the example that each help text ends with.
+func TestCommandHelp(t *testing.T) {
+	c := startCaddy(t, "", strings.Replace(readFile(t, "../../example.Caddyfile"), "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", 1), "INKIT_WEBHOOK_SECRET=demo")
+	dir := t.TempDir()
+	require.NoError(t, os.Symlink(caddyPath, dir+"/caddy"))
+	for name, want := range map[string]string{
+		"sign":   sign("demo", []byte(`{"event_type":"DOCUMENT_DELETED"}`)) + "\n",
+		"verify": "INKIT_WEBHOOK_SECRET\n",
+		"send":   "200 OK\nverified DOCUMENT_DELETED doc_test\n",
+	} {
+		t.Run(name, func(t *testing.T) {
+			help, _, status := webhookCommand(t, "", "", name, "--help")
+			require.Zero(t, status)
+			_, example, found := strings.Cut(help, "Examples:\n")
+			require.True(t, found, help)
+			example, _, _ = strings.Cut(example, "\n")
+			example = strings.Replace(example, "localhost:8080", "localhost:"+port(c.addr), 1)
+			cmd := exec.Command("sh", "-ec", example)
+			cmd.Dir = dir
+			cmd.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "HOME="+dir)
+			out, err := cmd.Output()
+			require.NoError(t, err)
+			assert.Equal(t, want, string(out))
+		})
+	}
+}
