@@ -58,7 +58,7 @@ a body that lost its final newline or was parsed and written again, a signature
 in another form, and a secret with white space around it. One is named only if
 with it the signature matches, so it is the cause and no guess.
 `,
-				Example: `  INKIT_WEBHOOK_SECRET=demo caddy inkit-webhook verify --signature f1e1... body.json`,
+				Example: `  printf %s '{"event_type":"DOCUMENT_DELETED"}' | INKIT_WEBHOOK_SECRET=demo caddy inkit-webhook verify --signature d523ce83c5dc06cc5c0f5c752174ecd2d00ed5c8227324e36814ea230b75ad09`,
 				Args:    cobra.MaximumNArgs(1),
 				RunE:    caddycmd.WrapCommandFuncForCobra(cmdVerify),
 			}
@@ -181,12 +181,22 @@ func cmdVerify(fl caddycmd.Flags) (int, error) {
 }
 
 func cmdSend(fl caddycmd.Flags) (int, error) {
+	count, rate := fl.Int("count"), fl.Float64("rate")
+	file := fl.String("body")
+	switch {
+	case count < 1:
+		return caddy.ExitCodeFailedStartup, errors.New("count: must be at least 1")
+	case rate < 0:
+		return caddy.ExitCodeFailedStartup, errors.New("rate: must not be negative")
+	case file != "" && (fl.Changed("event-type") || fl.Changed("resource-id")):
+		return caddy.ExitCodeFailedStartup, errors.New("body: cannot be combined with event-type and resource-id")
+	}
 	secret, err := oneSecret(fl)
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, err
 	}
 	var body []byte
-	if file := fl.String("body"); file != "" {
+	if file != "" {
 		body, err = readInput(file)
 	} else {
 		body, err = json.Marshal(struct {
@@ -205,11 +215,11 @@ func cmdSend(fl caddycmd.Flags) (int, error) {
 		Timeout:       time.Minute,
 	}
 	var interval time.Duration
-	if rate := fl.Float64("rate"); rate > 0 {
+	if rate > 0 {
 		interval = time.Duration(float64(time.Second) / rate)
 	}
 	refused := 0
-	for i := range fl.Int("count") {
+	for i := range count {
 		if i > 0 {
 			time.Sleep(interval)
 		}
