@@ -2,6 +2,7 @@ package inkitwebhook
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"io"
 	"net/http"
@@ -25,7 +26,8 @@ type event struct {
 	body body
 	size int64 // in bytes
 
-	secretName string
+	secretName     string
+	idempotencyKey [1]string // the lines of the header field, of which there is one
 
 	parse                 sync.Once
 	eventType, resourceID string
@@ -43,9 +45,14 @@ func newEvent() *event {
 // attach gives the request the body that was verified, together with the length
 // that it really has: a FastCGI backend refuses one that it does not know.
 //
+// The event is delivered even if its sender hangs up meanwhile, as one does that
+// waits for less time than the backend takes to restart. So the request gets a
+// context that does not end with the connection.
+//
 // GetBody lets net/http's Transport send the body again. Trailers are not signed,
 // and the proxy would go back to chunks for them.
 func (e *event) attach(r *http.Request) {
+	*r = *r.WithContext(context.WithoutCancel(r.Context()))
 	if e.size == 0 {
 		r.Body = http.NoBody
 	} else {

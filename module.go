@@ -51,7 +51,8 @@ const defaultMaxSize = 64 << 10
 //
 // A verified request goes on to the next handler with the bytes that were
 // signed and the length they have, whether or not it came with one. Its body can
-// be read any number of times by a proxy that has to send it again.
+// be read any number of times by a proxy that has to send it again, and by error
+// routes. It goes on even if the client hangs up meanwhile.
 //
 // Every other request ends here, and the next handler does not see it. The first
 // thing that is wrong decides:
@@ -162,14 +163,20 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	e.secretName = h.Secrets[secret].Name
 	e.attach(r)
 	if h.IdempotencyKey != idempotencyKeyOff {
-		r.Header[idempotencyKeyField] = []string{h.deliveries.key()}
+		e.idempotencyKey[0] = h.deliveries.key()
+		r.Header[idempotencyKeyField] = e.idempotencyKey[:]
 	}
 	repl.Map(e.placeholder)
 	h.counters.verified[secret].Inc()
 	if c := h.logger.Check(zapcore.DebugLevel, "verified webhook"); c != nil {
 		c.Write(zap.String("secret_name", e.secretName), zap.Int64("body_bytes", e.size))
 	}
-	return next.ServeHTTP(w, r)
+	if err = next.ServeHTTP(w, r); err != nil {
+		// The error routes may have another backend for the event. The reader so far
+		// is left alone: a Transport may still be at it.
+		r.Body, _ = e.newReader()
+	}
+	return err
 }
 
 // The ways of failing that are not the verifier's.

@@ -3,9 +3,13 @@ package inkitwebhook
 import (
 	"bytes"
 	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -354,6 +358,40 @@ func TestVerifiedBodyCanBeReadAgain(t *testing.T) {
 	}
 }
 
+func TestVerifiedRequestOutlivesItsSender(t *testing.T) {
+	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
+	type key struct{}
+	ctx, cancel := context.WithCancel(context.WithValue(t.Context(), key{}, "kept"))
+	res := serve(t, h, signed("x").WithContext(ctx))
+	require.NoError(t, res.err)
+	cancel()
+	require.NoError(t, res.request.Context().Err())
+	assert.Equal(t, "kept", res.request.Context().Value(key{}))
+}
+
+// What failed may be sent elsewhere by an error route, which sees the same request.
+func TestErrorRoutesGetTheBody(t *testing.T) {
+	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
+	for _, body := range []string{"", "abc", strings.Repeat("a", 50_000)} {
+		w := httptest.NewRecorder()
+		r := caddyhttp.PrepareRequest(signed(body), caddy.NewReplacer(), w, &caddyhttp.Server{})
+		want := caddyhttp.Error(502, errors.New("of the next handler"))
+		var reader io.Reader
+		err := h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
+			reader = r.Body
+			_, _ = reader.Read(make([]byte, 2))
+			return want
+		}))
+		require.Equal(t, want, err)
+		all, err := io.ReadAll(r.Body)
+		require.NoError(t, err)
+		assert.Equal(t, body, string(all))
+		rest, err := io.ReadAll(reader)
+		require.NoError(t, err)
+		assert.Len(t, rest, max(0, len(body)-2), "the reader so far is where it was")
+	}
+}
+
 func TestIdempotencyKey(t *testing.T) {
 	fromClient := func(r *http.Request) { r.Header["Idempotency-Key"] = []string{"client", "twice"} }
 	t.Run("is new for every delivery of the same event", func(t *testing.T) {
@@ -493,4 +531,65 @@ func TestMaxSize(t *testing.T) {
 
 func TestIdempotencyKeyIsOffOrLeftOut(t *testing.T) {
 	require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: "on"}), "idempotency_key: must be off or left out")
+}
+
+// FuzzServeHTTP feeds the handler, by way of net/http's server, what a client may
+// write to a socket. SIGNATURE stands for that of body, and BODY for body, so that
+// some of it is genuine. Nothing is forwarded unless an oracle agrees: crypto/hmac
+// used plainly on what the next handler got.
+func FuzzServeHTTP(f *testing.F) {
+	seed := func(head, body string) { f.Add([]byte(head), []byte(body)) }
+	const post = "POST / HTTP/1.1\r\nHost: x\r\nInkit-Signature: SIGNATURE\r\n"
+	seed(post+"Content-Length: 84\r\n\r\nBODY", compactBody)
+	seed(post+"Content-Length: 3\r\n\r\nBODY", "a\x00\xff")
+	seed(post+"\r\n", "")
+	seed(post+"Transfer-Encoding: chunked\r\n\r\n3\r\nBODY\r\n0\r\n\r\n", "abc")
+	seed(post+"Transfer-Encoding: chunked\r\nTrailer: A\r\n\r\n3;a=b\r\nBODY\r\n0\r\nA: b\r\n\r\n", "abc")
+	seed(post+"Transfer-Encoding: chunked\r\nContent-Length: 1\r\n\r\n3\r\nBODY\r\n0\r\n\r\n", "abc")
+	seed(post+"Inkit-Signature: SIGNATURE\r\nContent-Length: 3\r\n\r\nBODY", "abc")
+	seed(post+"Content-Length: 3\r\n\r\nBODY"+post+"Content-Length: 3\r\n\r\nBODY", "abc")
+	seed(strings.Replace(post, "SIGNATURE", "sha256=SIGNATURE", 1)+"Content-Length: 3\r\n\r\nBODY", "abc")
+	seed(strings.Replace(post, "POST", "GET", 1)+"Content-Length: 3\r\n\r\nBODY", "abc")
+	seed(post+"Content-Length: 300\r\n\r\nBODY", "abc")
+	seed(post+"Content-Length: 99999999999\r\n\r\nBODY", "abc")
+	seed("\x16\x03\x01", "")
+
+	h := &Handler{Secrets: []Secret{{Value: "an older secret"}, {Value: testSecret}}, MaxSize: 1000}
+	require.NoError(f, load(f, h))
+	h.logger = zap.NewNop()
+	forged := make(chan string, 100)
+	next := caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+		body, err := io.ReadAll(r.Body)
+		m := hmac.New(sha256.New, []byte(testSecret))
+		m.Write(body)
+		lines := r.Header.Values("Inkit-Signature")
+		if err != nil || r.Method != "POST" || len(lines) != 1 || lines[0] != hex.EncodeToString(m.Sum(nil)) ||
+			len(body) > 1000 || r.ContentLength != int64(len(body)) || len(r.Trailer) > 0 {
+			forged <- fmt.Sprintf("%s %q %q: %v", r.Method, lines, body, err)
+		}
+		return nil
+	})
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		err := h.ServeHTTP(w, caddyhttp.PrepareRequest(r, caddy.NewReplacer(), w, &caddyhttp.Server{}), next)
+		if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err); ok {
+			w.WriteHeader(handlerErr.StatusCode)
+		}
+	}))
+	f.Cleanup(server.Close)
+	f.Fuzz(func(t *testing.T, head, body []byte) {
+		raw := bytes.ReplaceAll(head, []byte("SIGNATURE"), []byte(Sign([]byte(testSecret), body)))
+		raw = bytes.ReplaceAll(raw, []byte("BODY"), body)
+		conn, err := net.Dial("tcp", server.Listener.Addr().String())
+		require.NoError(t, err)
+		defer conn.Close()
+		// a reset is a way to answer what is sent after the end
+		_, _ = conn.Write(raw)
+		_ = conn.(*net.TCPConn).CloseWrite()
+		_, _ = io.Copy(io.Discard, conn)
+		select {
+		case request := <-forged:
+			t.Fatalf("%q is forwarded as %s", raw, request)
+		default:
+		}
+	})
 }

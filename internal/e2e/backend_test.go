@@ -51,6 +51,7 @@ const (
 	modeResetRandom = "reset-random" // resets one connection in three, before or after writing down
 	modeDieReading  = "die-reading"  // ends in the middle of reading the body, one time in two
 	modeDieWriting  = "die-writing"  // ends in the middle of the answer, one time in two
+	modeDiscard     = "discard"      // reads each request, and writes nothing down
 	modeEarly413    = "early-413"    // answers every request that has ?early before it reads it
 )
 
@@ -153,6 +154,10 @@ func runBackend() {
 				os.Exit(1)
 			case mode == modeEarly413 && strings.Contains(r.URL.RawQuery, "early"):
 				w.WriteHeader(http.StatusRequestEntityTooLarge)
+				return
+			}
+			if mode == modeDiscard {
+				_, _ = io.Copy(io.Discard, r.Body)
 				return
 			}
 			body, err := io.ReadAll(r.Body)

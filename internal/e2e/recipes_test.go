@@ -40,7 +40,7 @@ func webhookURL(c *caddy, path string) string { return "http://" + c.addr + path
 
 func TestRecipeNothingLost(t *testing.T) {
 	b := newBackend(t, modeGood)
-	options, site := recipe(t, "Nothing verified gets lost", "localhost:9000", b.addr, "read_timeout 10s", "read_timeout 1s")
+	options, site := recipe(t, "Nothing verified gets lost", "localhost:9000", b.addr, "read_timeout 10s 1024", "read_timeout 1s 1024")
 	c := startCaddy(t, options, site)
 	body := event("doc_1")
 	assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
@@ -62,6 +62,16 @@ func TestRecipeNothingLost(t *testing.T) {
 		b.start()
 		assert.Equal(t, 200, <-answered)
 		assert.Len(t, b.records(), 2)
+	})
+	t.Run("while the backend restarts, and the sender does not wait", func(t *testing.T) {
+		b.kill()
+		ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+		defer cancel()
+		_, err := send(ctx, http.DefaultClient, webhookURL(c, "/webhook"), body, int64(len(body)), sign(secret, body))
+		require.ErrorIs(t, err, context.DeadlineExceeded)
+		time.Sleep(500 * time.Millisecond)
+		b.start()
+		waitFor(t, "the event is delivered", b.process, func() bool { return len(b.records()) == 3 })
 	})
 	t.Run("a client that stops sending", func(t *testing.T) {
 		began := time.Now()
