@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -24,7 +25,8 @@ func webhookCommand(t *testing.T, secret, stdin string, args ...string) (stdout,
 	var out, errs strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &errs
 	if err := cmd.Run(); err != nil {
-		require.IsType(t, &exec.ExitError{}, err)
+		var exit *exec.ExitError
+		require.ErrorAs(t, err, &exit)
 	}
 	if secret != "" {
 		assert.NotContains(t, out.String()+errs.String(), secret)
@@ -50,13 +52,17 @@ func TestCommandSignsLikeOpenSSL(t *testing.T) {
 			content[i] = byte(rand.Uint32())
 		}
 		file := fmt.Sprintf("%s/%d", dir, i)
-		if !assert.NoError(t, os.WriteFile(file, content, 0o600)) {
+		err := os.WriteFile(file, content, 0o600)
+		if err != nil {
+			t.Error(err)
 			return
 		}
-		want, err := exec.Command(openssl, "dgst", "-sha256", "-hmac", secret, "-r", file).Output()
-		assert.NoError(t, err)
-		got, err := exec.Command(caddyPath, "inkit-webhook", "sign", "--secret-file", secretFile, file).Output()
-		assert.NoError(t, err)
+		want, wantErr := exec.Command(openssl, "dgst", "-sha256", "-hmac", secret, "-r", file).Output()
+		got, gotErr := exec.Command(caddyPath, "inkit-webhook", "sign", "--secret-file", secretFile, file).Output()
+		if err := errors.Join(wantErr, gotErr); err != nil {
+			t.Error(err)
+			return
+		}
 		signature, _, _ := strings.Cut(string(want), " ")
 		assert.Equal(t, signature+"\n", string(got))
 	})

@@ -120,7 +120,8 @@ func upload(t *testing.T, c *caddy, posts int, size int64, status int, fields st
 	for range posts {
 		wg.Go(func() {
 			conn, err := net.Dial("tcp", c.addr)
-			if !assert.NoError(t, err) {
+			if err != nil {
+				t.Error(err)
 				return
 			}
 			defer conn.Close()
@@ -130,10 +131,12 @@ func upload(t *testing.T, c *caddy, posts int, size int64, status int, fields st
 				_, _ = io.CopyN(conn, zeros{}, size)
 			}()
 			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
-			if assert.NoError(t, err) {
-				assert.Equal(t, status, resp.StatusCode)
-				resp.Body.Close()
+			if err != nil {
+				t.Error(err)
+				return
 			}
+			assert.Equal(t, status, resp.StatusCode)
+			resp.Body.Close()
 		})
 	}
 	wg.Wait()
@@ -246,11 +249,13 @@ func TestSameVerdictAsInkitsListener(t *testing.T) {
 	inParallel(4, requests, func(i int) {
 		request := randomRequest(rand.New(rand.NewPCG(seed, uint64(i))))
 		want, err := verdict(reference, request)
-		if !assert.NoError(t, err, "the listener, request %d: %q", i, request) {
+		if err != nil {
+			t.Errorf("the listener, request %d: %q: %v", i, request, err)
 			return
 		}
 		got, err := verdict(c.addr, request)
-		if !assert.NoError(t, err, "Caddy, request %d: %q", i, request) {
+		if err != nil {
+			t.Errorf("Caddy, request %d: %q: %v", i, request, err)
 			return
 		}
 		assert.Equal(t, want, got, "request %d: %q", i, request)

@@ -26,7 +26,7 @@ func TestAlertRules(t *testing.T) {
 		cmd := exec.Command(promtool, args...)
 		cmd.Dir = monitoring
 		out, err := cmd.CombinedOutput()
-		assert.NoError(t, err, "%s", out)
+		require.NoError(t, err, "%s", out)
 		assert.Contains(t, string(out), "SUCCESS")
 	}
 }
