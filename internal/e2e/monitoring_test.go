@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"net/http"
 	"net/url"
 	"os/exec"
 	"path/filepath"
@@ -57,7 +58,14 @@ func TestDashboard(t *testing.T) {
 	writeFile(t, dir+"/alerts.yml", readFile(t, monitoring+"/alerts.yml"))
 	p := start(t, exec.Command(prometheus, "--config.file="+writeFile(t, dir+"/prometheus.yml", config),
 		"--storage.tsdb.path="+dir+"/data", "--web.listen-address="+addr))
-	waitFor(t, "Prometheus listens", p, listening(addr))
+	waitFor(t, "Prometheus is ready", p, func() bool {
+		resp, err := http.Get("http://" + addr + "/-/ready")
+		if err != nil {
+			return false
+		}
+		resp.Body.Close()
+		return resp.StatusCode == http.StatusOK
+	})
 
 	type sample struct {
 		Metric map[string]string
