@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import http.server
 import os
+import socket
 import sys
 
 SECRET = os.environ["INKIT_WEBHOOK_SECRET"].encode()
@@ -72,6 +73,10 @@ class Listener(http.server.BaseHTTPRequestHandler):
         self.send_header("Connection", "close")
         self.end_headers()
         self.close_connection = True
+        # closed with something unread, the connection would be reset, answer and all
+        self.connection.shutdown(socket.SHUT_WR)
+        while self.rfile.read(65536):
+            pass
 
     def log_message(self, *args):
         pass
