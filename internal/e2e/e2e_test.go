@@ -10,6 +10,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/hex"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -19,6 +20,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -41,6 +43,13 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
+	// Tests in parallel wait more than they work, so there may be more of them than
+	// there are processors. -parallel on the command line has the last word.
+	if err := flag.Set("test.parallel", "8"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	flag.Parse()
 	caddyPath = os.Getenv("E2E_CADDY")
 	if caddyPath == "" {
 		dir, err := os.MkdirTemp("", "inkit-e2e")
@@ -132,13 +141,21 @@ func (b *lockedBuffer) String() string {
 	return b.buf.String()
 }
 
-// freeAddr returns an address on which nothing listens.
+var lastPort atomic.Uint32
+
+// freeAddr returns an address on which nothing listens. Its port is below those that
+// outgoing connections get, one of which could otherwise have it a moment later.
 func freeAddr(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	defer l.Close()
-	return l.Addr().String()
+	for range 1000 {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20_000+lastPort.Add(1)%12_000))
+		if err == nil {
+			defer l.Close()
+			return l.Addr().String()
+		}
+	}
+	require.FailNow(t, "no port is free")
+	return ""
 }
 
 func port(addr string) string {

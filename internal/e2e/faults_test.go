@@ -232,6 +232,7 @@ func TestKeptAliveConnectionsThatClose(t *testing.T) {
 }
 
 func TestBackendRestarts(t *testing.T) {
+	t.Parallel()
 	b := newBackend(t, modeGood)
 	c := startCaddy(t, "", recommendedSite(t, b.addr))
 	l := newLoad(t, webhookURL(c, "/webhook"))
@@ -251,8 +252,10 @@ func TestBackendRestarts(t *testing.T) {
 }
 
 func TestBackendDies(t *testing.T) {
+	t.Parallel()
 	for _, mode := range []string{modeDieReading, modeDieWriting} {
 		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
 			b := newBackend(t, mode)
 			c := startCaddy(t, "", recommendedSite(t, b.addr))
 			l := newLoad(t, webhookURL(c, "/webhook"))
@@ -295,6 +298,10 @@ func TestBackendDies(t *testing.T) {
 // all that one can do: nothing is refused, what is answered is there, and a sender
 // that gets no answer knows that.
 func TestReloadUnderLoad(t *testing.T) {
+	reloads := 20
+	if raceEnabled {
+		reloads = 5 // the command takes a second to start with the race detector
+	}
 	run := func(t *testing.T, one, two, scheme string, client func(c *caddy) *http.Client) (*load, tally) {
 		b := newBackend(t, modeGood)
 		sites := [2]string{strings.ReplaceAll(one, "UPSTREAMS", b.addr), strings.ReplaceAll(two, "UPSTREAMS", b.addr)}
@@ -306,7 +313,7 @@ func TestReloadUnderLoad(t *testing.T) {
 			defer close(done)
 			l.many(1_000_000, 16)
 		}()
-		for i := range 20 {
+		for i := range reloads {
 			c.configure("", sites[(i+1)%2])
 			c.reload()
 			time.Sleep(100 * time.Millisecond)
@@ -380,7 +387,9 @@ func TestStopUnderLoad(t *testing.T) {
 }
 
 func TestTwoUpstreams(t *testing.T) {
+	t.Parallel()
 	t.Run("one is dead", func(t *testing.T) {
+		t.Parallel()
 		b := newBackend(t, modeGood)
 		c := startCaddy(t, "", recommendedSite(t, freeAddr(t), b.addr))
 		l := newLoad(t, webhookURL(c, "/webhook"))
@@ -388,6 +397,7 @@ func TestTwoUpstreams(t *testing.T) {
 		assert.Zero(t, l.tally(b).lost)
 	})
 	t.Run("one resets connections at random", func(t *testing.T) {
+		t.Parallel()
 		b, bad := newBackend(t, modeGood), newBackend(t, modeResetRandom)
 		c := startCaddy(t, "", recommendedSite(t, bad.addr, b.addr))
 		l := newLoad(t, webhookURL(c, "/webhook"))
