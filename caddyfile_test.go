@@ -113,13 +113,17 @@ func FuzzCaddyfile(f *testing.F) {
 	for _, s := range []string{
 		"inkit_webhook {env.X}", "inkit_webhook", "inkit_webhook x {\nsecret y z\nmax_size 1KiB\nidempotency_key off\n}",
 		"inkit_webhook x {\nsecret y {\nz\n}\n}", "inkit_webhook {", "inkit_webhook x {\nmax_size 99999999999EiB\n}", "inkit_webhook \"a b\" {\n}",
+		"inkit_webhook x <<<EOF\nEOF", // found: what does not even fall into tokens
 	} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, input string) {
-		d := caddyfile.NewTestDispenser(input)
+		tokens, err := caddyfile.Tokenize([]byte(input), "Caddyfile")
+		if err != nil {
+			return
+		}
 		h := new(Handler)
-		if err := h.UnmarshalCaddyfile(d); err != nil {
+		if err := h.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens)); err != nil {
 			return
 		}
 		require.NotEmpty(t, h.Secrets)
