@@ -212,14 +212,16 @@ func lookUp(key string) (string, error) {
 }
 
 // readable tells why a file cannot be read, without its name. The replacer only
-// logs that, and as often as it is asked.
+// logs that, and as often as it is asked, and a pipe would have it wait for good.
 func readable(name string) error {
-	file, err := os.Open(name)
+	info, err := os.Stat(name)
+	if err == nil && !info.Mode().IsRegular() {
+		return errors.New("is not a regular file")
+	}
 	if err == nil {
-		defer file.Close()
-		var info fs.FileInfo
-		if info, err = file.Stat(); err == nil && info.IsDir() {
-			return errors.New("is a directory")
+		var file *os.File
+		if file, err = os.Open(name); err == nil {
+			file.Close()
 		}
 	}
 	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -33,7 +34,7 @@ func TestSecretsThatAreResolved(t *testing.T) {
 		{"a file", "{file." + writeFile(t, filepath.Join(dir, "plain"), testSecret) + "}", testSecret},
 		{"a file that ends in a newline", "{file." + writeFile(t, filepath.Join(dir, "newline"), testSecret+"\n") + "}", testSecret},
 		{"a file with placeholders in it, which are its text", "{file." + writeFile(t, filepath.Join(dir, "braces"), "{env.TEST_INKIT_SECRET}") + "}", "{env.TEST_INKIT_SECRET}"},
-		{"another global placeholder", "{system.os}", "linux"},
+		{"another global placeholder", "{system.os}", runtime.GOOS},
 		{"a literal", testSecret, testSecret},
 		{"a literal with white space inside", "a b", "a b"},
 		{"a literal with braces in it", "a{b}c", "a{b}c"},
@@ -77,7 +78,8 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"an environment variable of one newline", one("{env.TEST_INKIT_NEWLINE}"), "secret 1: environment variable is unset or empty"},
 		{"an environment variable without a name", one("{env.}"), "secret 1: environment variable is unset or empty"},
 		{"a missing file", one("{file." + dir + "/" + confidential + "}"), "secret 1: file cannot be read: no such file or directory"},
-		{"a directory", one("{file." + dir + "}"), "secret 1: file cannot be read: is a directory"},
+		{"a directory", one("{file." + dir + "}"), "secret 1: file cannot be read: is not a regular file"},
+		{"a device", one("{file." + os.DevNull + "}"), "secret 1: file cannot be read: is not a regular file"},
 		{"a file without a name", one("{file.}"), "secret 1: file cannot be read: no such file or directory"},
 		{"an empty file", one(file("empty", "")), "secret 1: file is empty"},
 		{"a file of one newline", one(file("newline", "\n")), "secret 1: file is empty"},
