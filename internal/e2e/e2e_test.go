@@ -80,11 +80,14 @@ type process struct {
 	exited chan struct{}
 }
 
+// A group of its own, so that its children can be ended with it.
+var sysProcAttr = syscall.SysProcAttr{Setpgid: true}
+
 func start(t *testing.T, cmd *exec.Cmd) *process {
 	t.Helper()
 	p := &process{cmd: cmd, output: new(lockedBuffer), exited: make(chan struct{})}
 	cmd.Stdout, cmd.Stderr = p.output, p.output
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.SysProcAttr = &sysProcAttr
 	require.NoError(t, cmd.Start())
 	go func() {
 		_ = cmd.Wait()
