@@ -13,6 +13,8 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -50,6 +52,29 @@ import (
 //  18. bodies that are not UTF-8: TestRoad
 //  19. a valid empty body: TestRoad, TestVerify
 //  20. chunked bodies and FastCGI: TestVerifiedRequestHasItsLength, and internal/e2e TestBodiesArriveWhole
+
+// The tests that docs/security.md and the list above name are there.
+func TestDocumentedTestsExist(t *testing.T) {
+	var sources []byte
+	for _, pattern := range []string{"*_test.go", "internal/e2e/*_test.go"} {
+		files, err := filepath.Glob(pattern)
+		require.NoError(t, err)
+		for _, file := range files {
+			source, err := os.ReadFile(file)
+			require.NoError(t, err)
+			sources = append(sources, source...)
+		}
+	}
+	for _, file := range []string{"docs/security.md", "module_test.go"} {
+		text, err := os.ReadFile(file)
+		require.NoError(t, err)
+		names := regexp.MustCompile(`\b(Test|Fuzz)[A-Z]\w+`).FindAllString(string(text), -1)
+		require.NotEmpty(t, names)
+		for _, name := range names {
+			assert.True(t, bytes.Contains(sources, []byte("\nfunc "+name+"(")), "%s: %s", file, name)
+		}
+	}
+}
 
 // TestMain keeps what Caddy writes out of the user's folders.
 func TestMain(m *testing.M) {

@@ -39,7 +39,6 @@ func recipe(t *testing.T, heading string, replacements ...string) (options, site
 func webhookURL(c *caddy, path string) string { return "http://" + c.addr + path }
 
 func TestRecipeNothingLost(t *testing.T) {
-	t.Parallel()
 	b := newBackend(t, modeGood)
 	options, site := recipe(t, "Nothing verified gets lost", "localhost:9000", b.addr, "read_timeout 10s 1024", "read_timeout 1s 1024")
 	c := startCaddy(t, options, site)

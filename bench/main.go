@@ -1,0 +1,173 @@
+// Command bench measures what it costs to verify Inkit's webhooks in Caddy with
+// this module, and beside it, in one run, in what else may stand in that place:
+// nginx with njs, HAProxy with its hmac converter, the receiver webhook, and a
+// Flask listener as Inkit's documentation shows one. Each of them is measured with
+// and without verification, on the loopback interface, with the same backend and
+// the same signed events. It prints the tables of docs/performance.md:
+//
+//	go run -C bench .
+//
+// It installs nothing, but builds cmd/caddy, and prints what is missing. The
+// programs are those of Debian's packages nginx-light, libnginx-mod-http-js,
+// haproxy, webhook, gunicorn and python3-flask.
+package main
+
+import (
+	"cmp"
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+)
+
+func main() {
+	rounds := flag.Int("rounds", 5, "how many times to measure each row; 0 only checks that each does what is measured")
+	each := flag.Duration("time", 2*time.Second, "how long to measure a row in each round, for each of two loads")
+	flag.Parse()
+	if err := run(*rounds, *each); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func run(rounds int, each time.Duration) error {
+	if missing := missing(); len(missing) > 0 {
+		return fmt.Errorf("missing: %s", strings.Join(missing, ", "))
+	}
+	if err := raiseFileLimit(); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "inkit-bench")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	caddy := filepath.Join(dir, "caddy")
+	build := exec.Command("go", "build", "-o", caddy, "./cmd/caddy")
+	build.Dir = ".." // this module's go.mod stands in a folder of the other's
+	if out, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("building cmd/caddy: %w: %s", err, out)
+	}
+	backend, err := startBackend()
+	if err != nil {
+		return err
+	}
+
+	rows := rows(caddy, backend)
+	for _, r := range rows {
+		if err := r.check(dir); err != nil {
+			return fmt.Errorf("%s: %w", r.name(), err)
+		}
+	}
+	if rounds == 0 {
+		fmt.Printf("%d rows, each of which answers as it must\n", len(rows))
+		return nil
+	}
+	for round := range rounds {
+		for _, r := range rows {
+			fmt.Fprintf(os.Stderr, "round %d of %d: %s\n", round+1, rounds, r.name())
+			if err := r.measureLoad(dir, each); err != nil {
+				return fmt.Errorf("%s: %w", r.name(), err)
+			}
+		}
+	}
+	for _, r := range rows {
+		fmt.Fprintf(os.Stderr, "floods: %s\n", r.name())
+		if err := r.measureMemory(dir); err != nil {
+			return fmt.Errorf("%s: %w", r.name(), err)
+		}
+	}
+	print(rows, rounds, each)
+	return nil
+}
+
+// missing returns what the rows need and what is not here.
+func missing() (names []string) {
+	for _, name := range []string{"go", "nginx", "haproxy", "webhook", "gunicorn"} {
+		if _, err := exec.LookPath(name); err != nil {
+			names = append(names, name)
+		}
+	}
+	if _, err := os.Stat(njsModule); err != nil {
+		names = append(names, njsModule)
+	}
+	if exec.Command("/usr/bin/python3", "-c", "import flask").Run() != nil {
+		names = append(names, "python3-flask")
+	}
+	return names
+}
+
+// spread is what a figure came to in the rounds.
+type spread []float64
+
+func (s spread) median() float64 {
+	if len(s) == 0 {
+		return 0
+	}
+	sorted := slices.Sorted(slices.Values(s))
+	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
+}
+
+func (s spread) String() string {
+	return fmt.Sprintf("%.0f (%.0f–%.0f)", s.median(), slices.Min(s), slices.Max(s))
+}
+
+// print writes the tables of docs/performance.md. rows come in pairs: without
+// verification, and with it.
+func print(rows []*row, rounds int, each time.Duration) {
+	fmt.Printf("%s, %d processors, %s. Medians of %d rounds of %v, lowest and highest in brackets.\n",
+		time.Now().Format(time.DateOnly), runtime.NumCPU(), versions(), rounds, each)
+
+	fmt.Print("\n| | processor time of a request, µs | and verified, µs | verification, µs | of the whole |\n|---|---|---|---|---|\n")
+	for pair := range slices.Chunk(rows, 2) {
+		without, with := pair[0], pair[1]
+		added := with.cpu.median() - without.cpu.median()
+		fmt.Printf("| %s | %v | %v | %.0f | %.0f %% |\n", with.proxy, without.cpu, with.cpu, added, 100*added/with.cpu.median())
+	}
+
+	fmt.Printf("\n| at %d events/s | median, µs | and verified, µs | 99th percentile, µs | and verified, µs |\n|---|---|---|---|---|\n", rate)
+	for pair := range slices.Chunk(rows, 2) {
+		without, with := pair[0], pair[1]
+		fmt.Printf("| %s | %v | %v | %v | %v |\n", with.proxy, without.p50, with.p50, without.p99, with.p99)
+	}
+
+	fmt.Printf("\n| resident memory, MiB | at rest | %d slow connections | a good event beside them | %d unsigned posts of %d MiB | the same, signed wrongly |\n|---|---|---|---|---|---|\n",
+		slowConnections, posts, postSize>>20)
+	for _, r := range rows {
+		beside := "no answer"
+		if r.beside > 0 {
+			beside = fmt.Sprintf("%.0f ms", float64(r.beside)/float64(time.Millisecond))
+		}
+		wrongly := "–"
+		if r.verifies {
+			wrongly = mib(r.forged)
+		}
+		fmt.Printf("| %s | %s | %s | %s | %s | %s |\n", r.name(), mib(r.rest), mib(r.slow), beside, mib(r.unsigned), wrongly)
+	}
+}
+
+func mib(bytes int64) string { return fmt.Sprintf("%.0f", float64(bytes)/(1<<20)) }
+
+// versions says what was measured, as each program has it.
+func versions() string {
+	first := func(name string, args ...string) string {
+		out, err := exec.Command(name, args...).CombinedOutput()
+		if exit := new(exec.ExitError); err != nil && !errors.As(err, &exit) {
+			return name
+		}
+		return strings.TrimSpace(cmp.Or(strings.SplitN(string(out), "\n", 2)[0], name))
+	}
+	caddy, _ := exec.Command("go", "list", "-C", "..", "-m", "-f", "Caddy {{.Version}}", "github.com/caddyserver/caddy/v2").Output()
+	haproxy, _, _ := strings.Cut(first("haproxy", "-v"), " 20")
+	njs, _ := exec.Command("dpkg-query", "-W", "-f", "njs ${Version}", "libnginx-mod-http-js").Output()
+	return strings.Join([]string{
+		runtime.Version(), strings.TrimSpace(string(caddy)), first("nginx", "-v"), string(njs), haproxy,
+		first("webhook", "-version"), first("gunicorn", "--version"), first("/usr/bin/python3", "--version"),
+	}, ", ")
+}
