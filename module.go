@@ -166,7 +166,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		e.idempotencyKey[0] = h.deliveries.key()
 		r.Header[idempotencyKeyField] = e.idempotencyKey[:]
 	}
-	setPlaceholders(repl, e.placeholder)
+	repl.Map(e.placeholder)
 	h.counters.verified[secret].Inc()
 	if c := h.logger.Check(zapcore.DebugLevel, "verified webhook"); c != nil {
 		c.Write(zap.String("secret_name", e.secretName), zap.Int64("body_bytes", e.size))
@@ -239,7 +239,7 @@ func signature(header http.Header) (sig [sha256.Size]byte, err error) {
 func (h *Handler) reject(w http.ResponseWriter, r *http.Request, repl *caddy.Replacer, bodyBytes int64, err error) error {
 	status, outcome := classify(err)
 	h.counters.rejected[outcome].Inc()
-	setPlaceholders(repl, rejected(outcome).placeholder)
+	rejected(outcome).setPlaceholders(repl)
 
 	header := w.Header()
 	switch status {

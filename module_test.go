@@ -494,23 +494,6 @@ func TestPlaceholders(t *testing.T) {
 		require.ErrorIs(t, err, ErrSignatureMismatch)
 		assert.Equal(t, []string{"signature_mismatch", "", "", ""}, get(repl))
 	})
-	t.Run("of two handlers in a row, the second of which verifies", func(t *testing.T) {
-		other, _ := provision(t, &Handler{Secrets: []Secret{{Value: "another secret", Name: "other"}}})
-		for _, first := range []*Handler{h, other} {
-			repl := caddy.NewReplacer()
-			w := httptest.NewRecorder()
-			r := caddyhttp.PrepareRequest(signed(compactBody), repl, w, &caddyhttp.Server{})
-			second := caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
-				both, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret, Name: "second"}}})
-				return both.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil }))
-			})
-			if err := first.ServeHTTP(w, r, second); err != nil {
-				r.Body = io.NopCloser(strings.NewReader(compactBody)) // which the first has read
-				require.NoError(t, second(w, r), "as an error route")
-			}
-			assert.Equal(t, []string{"verified", "DOCUMENT_CREATE_FINISHED", "doc_2N0X2g4f3b1JJU75fqzDZs", "second"}, get(repl))
-		}
-	})
 }
 
 func TestLogs(t *testing.T) {
