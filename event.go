@@ -63,9 +63,9 @@ func (e *event) attach(r *http.Request) {
 	r.ContentLength = e.size
 	r.TransferEncoding = nil
 	r.Trailer = nil
-	length := strconv.FormatInt(e.size, 10)
-	if lines := r.Header["Content-Length"]; len(lines) != 1 || lines[0] != length {
-		r.Header["Content-Length"] = []string{length}
+	length := strconv.AppendInt(make([]byte, 0, 20), e.size, 10)
+	if lines := r.Header["Content-Length"]; len(lines) != 1 || lines[0] != string(length) {
+		r.Header["Content-Length"] = []string{string(length)}
 	}
 }
 
