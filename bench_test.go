@@ -77,6 +77,7 @@ func BenchmarkServeHTTP(b *testing.B) {
 		{"verified-64KiB", guard(one), 64 << 10, 200, genuine},
 		{"verified-1MiB", guard(one), 1 << 20, 200, genuine},
 		{"two-secrets-85B", guard(two), 85, 200, genuine},
+		{"two-secrets-64KiB", guard(two), 64 << 10, 200, genuine},
 		{"forged-85B", guard(one), 85, 401, func([]byte) string { return compactSignature }},
 		{"malformed", guard(one), 85, 401, func([]byte) string { return "sha256=" + compactSignature }},
 		{"naive-85B", naive, 85, 200, genuine},
