@@ -114,8 +114,16 @@ func (s spread) median() float64 {
 	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
 }
 
+// minus returns the differences, round by round.
+func (s spread) minus(other spread) (differences spread) {
+	for i := range s {
+		differences = append(differences, s[i]-other[i])
+	}
+	return differences
+}
+
 func (s spread) String() string {
-	return fmt.Sprintf("%.0f (%.0f–%.0f)", s.median(), slices.Min(s), slices.Max(s))
+	return fmt.Sprintf("%.0f (%.0f to %.0f)", s.median(), slices.Min(s), slices.Max(s))
 }
 
 // print writes the tables of docs/performance.md. rows come in pairs: without
@@ -129,11 +137,11 @@ func print(rows []*row, rounds int, each time.Duration) {
 	fmt.Print("\n| | processor time of a request, µs | and verified, µs | verification, µs | of the whole | better than Caddy |\n|---|---|---|---|---|---|\n")
 	for pair := range slices.Chunk(rows, 2) {
 		without, with := pair[0], pair[1]
-		added := with.cpu.median() - without.cpu.median()
-		fmt.Printf("| %s | %v | %v | %.0f | %.0f %% | %s |\n", with.proxy, without.cpu, with.cpu, added, 100*added/with.cpu.median(), better(
+		added := with.cpu.minus(without.cpu)
+		fmt.Printf("| %s | %v | %v | %v | %.0f %% | %s |\n", with.proxy, without.cpu, with.cpu, added, 100*added.median()/with.cpu.median(), better(
 			figure{"not verified", without.cpu.median(), rows[0].cpu.median()},
 			figure{"verified", with.cpu.median(), ours.cpu.median()},
-			figure{"verification", added, ours.cpu.median() - rows[0].cpu.median()},
+			figure{"verification", added.median(), ours.cpu.minus(rows[0].cpu).median()},
 		))
 	}
 
