@@ -94,7 +94,7 @@ func (r *row) measureLoad(dir string, each time.Duration) error {
 	defer p.stop()
 	client := newClient()
 	defer client.CloseIdleConnections()
-	if _, _, err := load(client, p.addr, each/4); err != nil { // to warm up
+	if _, err := load(client, p.addr, each/4); err != nil { // to warm up
 		return err
 	}
 
@@ -102,7 +102,7 @@ func (r *row) measureLoad(dir string, each time.Duration) error {
 	if err != nil {
 		return err
 	}
-	requests, _, err := load(client, p.addr, each)
+	requests, err := load(client, p.addr, each)
 	if err != nil {
 		return err
 	}
@@ -122,7 +122,7 @@ func (r *row) measureLoad(dir string, each time.Duration) error {
 }
 
 // load sends one event after the other on each connection.
-func load(client *http.Client, addr string, during time.Duration) (requests int64, took time.Duration, err error) {
+func load(client *http.Client, addr string, during time.Duration) (requests int64, err error) {
 	var failed atomic.Value
 	var count atomic.Int64
 	began := time.Now()
@@ -139,7 +139,7 @@ func load(client *http.Client, addr string, during time.Duration) (requests int6
 	}
 	wg.Wait()
 	err, _ = failed.Load().(error)
-	return count.Load(), time.Since(began), err
+	return count.Load(), err
 }
 
 // atRate sends events whether or not those before have been answered, and returns
