@@ -97,8 +97,7 @@ func start(t *testing.T, cmd *exec.Cmd) *process {
 		p.stop(t, syscall.SIGTERM)
 		require.NotContains(t, p.output.String(), "DATA RACE")
 		require.NotContains(t, p.output.String(), "panic: ")
-		if t.Failed() {
-			output := p.output.String()
+		if output := p.output.String(); output != "" && t.Failed() {
 			t.Logf("the end of the output of %s:\n%s", cmd.Path, output[max(0, len(output)-2000):])
 		}
 	})

@@ -271,7 +271,7 @@ func TestBackendDies(t *testing.T) {
 					select {
 					case <-b.exited:
 						deaths.Add(1)
-						b.start()
+						b.run()
 					case <-stop:
 						return
 					}
