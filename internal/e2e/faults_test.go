@@ -296,11 +296,12 @@ func TestBackendDies(t *testing.T) {
 }
 
 // Over HTTP/2, in which a server can say which requests it has taken, a reload
-// costs nothing. Over HTTP/1.1, Caddy resets connections on a reload that are idle,
-// or accepted and not read from yet, with or without this module (plain Caddy is
-// measured beside it). No handler sees those, so what is asserted for HTTP/1.1 is
-// all that one can do: nothing is refused, what is answered is there, and a sender
-// that gets no answer knows that.
+// costs nothing. Over HTTP/1.1, a server that shuts down closes connections that are
+// idle, and those whose next request it has just read (conn.serve of net/http), and
+// the kernel resets those that wait in the backlog of a listener that is closed, with
+// or without this module (plain Caddy is measured beside it). No handler sees those,
+// so what is asserted for HTTP/1.1 is all that one can do: nothing is refused, what
+// is answered is there, and a sender that gets no answer knows that.
 func TestReloadUnderLoad(t *testing.T) {
 	reloads := 20
 	if raceEnabled {
