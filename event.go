@@ -95,6 +95,19 @@ func (d *deliveries) key() string {
 	return string(key)
 }
 
+// setPlaceholders has answer say what the placeholders are. If an earlier handler
+// did so, its answers would come first, so then values take their place.
+func setPlaceholders(repl *caddy.Replacer, answer caddy.ReplacerFunc) {
+	if _, earlier := repl.Get(placeholderOutcome); !earlier {
+		repl.Map(answer)
+		return
+	}
+	for _, key := range []string{placeholderOutcome, placeholderEventType, placeholderResourceID, placeholderSecretName} {
+		value, _ := answer(key)
+		repl.Set(key, value)
+	}
+}
+
 // placeholder answers for a verified event. The body is parsed when the first
 // placeholder asks for a part of it, if any does.
 func (e *event) placeholder(key string) (any, bool) {
@@ -149,17 +162,4 @@ func (outcome rejected) placeholder(key string) (any, bool) {
 		return "", true
 	}
 	return nil, false
-}
-
-// setPlaceholders has them answer for outcome. If another handler verified this
-// request earlier on, its answers would come first, so then values take their place.
-func (outcome rejected) setPlaceholders(repl *caddy.Replacer) {
-	if _, earlier := repl.Get(placeholderOutcome); !earlier {
-		repl.Map(outcome.placeholder)
-		return
-	}
-	for _, key := range []string{placeholderOutcome, placeholderEventType, placeholderResourceID, placeholderSecretName} {
-		value, _ := outcome.placeholder(key)
-		repl.Set(key, value)
-	}
 }

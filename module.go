@@ -166,7 +166,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		e.idempotencyKey[0] = h.deliveries.key()
 		r.Header[idempotencyKeyField] = e.idempotencyKey[:]
 	}
-	repl.Map(e.placeholder)
+	if r.Context().Value(caddyhttp.ErrorCtxKey) == nil {
+		repl.Map(e.placeholder) // the look-up costs half of what hashing an event does
+	} else {
+		setPlaceholders(repl, e.placeholder) // in an error route, for the handler that failed, too
+	}
 	h.counters.verified[secret].Inc()
 	if c := h.logger.Check(zapcore.DebugLevel, "verified webhook"); c != nil {
 		c.Write(zap.String("secret_name", e.secretName), zap.Int64("body_bytes", e.size))
@@ -239,7 +243,7 @@ func signature(header http.Header) (sig [sha256.Size]byte, err error) {
 func (h *Handler) reject(w http.ResponseWriter, r *http.Request, repl *caddy.Replacer, bodyBytes int64, err error) error {
 	status, outcome := classify(err)
 	h.counters.rejected[outcome].Inc()
-	rejected(outcome).setPlaceholders(repl)
+	setPlaceholders(repl, rejected(outcome).placeholder)
 
 	header := w.Header()
 	switch status {

@@ -494,6 +494,17 @@ func TestPlaceholders(t *testing.T) {
 		require.ErrorIs(t, err, ErrSignatureMismatch)
 		assert.Equal(t, []string{"signature_mismatch", "", "", ""}, get(repl))
 	})
+	t.Run("of two handlers, the second of which verifies what was too large for the first, in its error route", func(t *testing.T) {
+		small, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, MaxSize: 10})
+		repl := caddy.NewReplacer()
+		w := httptest.NewRecorder()
+		r := caddyhttp.PrepareRequest(signed(compactBody), repl, w, &caddyhttp.Server{})
+		err := small.ServeHTTP(w, r, nil)
+		require.ErrorIs(t, err, errBodyTooLarge)
+		r = r.WithContext(context.WithValue(r.Context(), caddyhttp.ErrorCtxKey, err)) // as the server does it
+		require.NoError(t, h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil })))
+		assert.Equal(t, []string{"verified", "DOCUMENT_CREATE_FINISHED", "doc_2N0X2g4f3b1JJU75fqzDZs", "current"}, get(repl))
+	})
 }
 
 func TestLogs(t *testing.T) {
