@@ -150,7 +150,8 @@ func (h *Handler) Validate() error {
 }
 
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	ctx := r.Context()
+	repl := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	sig, err := h.admit(r)
 	if err != nil {
 		return h.reject(w, r, repl, 0, err)
@@ -166,7 +167,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 		e.idempotencyKey[0] = h.deliveries.key()
 		r.Header[idempotencyKeyField] = e.idempotencyKey[:]
 	}
-	if r.Context().Value(caddyhttp.ErrorCtxKey) == nil {
+	if ctx.Value(caddyhttp.ErrorCtxKey) == nil {
 		repl.Map(e.placeholder) // the look-up costs half of what hashing an event does
 	} else {
 		setPlaceholders(repl, e.placeholder) // in an error route, for the handler that failed, too
