@@ -2,6 +2,7 @@ package inkitwebhook
 
 import (
 	"math"
+	"strings"
 
 	"github.com/dustin/go-humanize"
 
@@ -11,77 +12,79 @@ import (
 )
 
 func init() {
-	httpcaddyfile.RegisterHandlerDirective("inkit_webhook", parseCaddyfile)
+	httpcaddyfile.RegisterHandlerDirective("inkit_webhook", func(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+		handler := new(Handler)
+		return handler, handler.UnmarshalCaddyfile(h.Dispenser)
+	})
 	httpcaddyfile.RegisterDirectiveOrder("inkit_webhook", httpcaddyfile.Before, "basic_auth")
-}
-
-func parseCaddyfile(h httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
-	handler := new(Handler)
-	return handler, handler.UnmarshalCaddyfile(h.Dispenser)
 }
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
 //
-//	inkit_webhook [<matcher>] [<secret>] {
-//		secret          <secret> [<name>]
+//	inkit_webhook [<matcher>] [<placeholder>] {
+//		secret          <secret> [name <name>]
+//		name            <name>
 //		max_size        <size>
 //		idempotency_key off
 //	}
 //
 // There can be any number of secrets, the one on the line of the directive being
-// the first, and there must be one. Errors show no word of the input, since any
-// that is in the wrong place may be a secret.
+// the first, and there must be one. On that line it must be a placeholder: a text
+// that starts with a slash would be a matcher, and what it does not match would
+// not be verified. Errors show no word of the input, since any that is in the
+// wrong place may be a secret.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 
 	if d.NextArg() {
+		if _, ok := placeholderName(d.Val()); !ok {
+			return d.Err("inkit_webhook: takes a placeholder in braces, any other secret goes into the block")
+		}
 		h.Secrets = append(h.Secrets, Secret{Value: d.Val()})
 	}
 	if d.NextArg() {
-		return d.Err("inkit_webhook: takes one secret at most, more go into the block")
+		return d.Err("inkit_webhook: takes one placeholder at most, more secrets go into the block")
 	}
 
+	seen := make(map[string]bool)
 	for d.NextBlock(0) {
-		word := d.Val()
+		word, args := d.Val(), d.RemainingArgs()
+		if word != "secret" && seen[word] {
+			return d.Err(word + ": must not be repeated")
+		}
 		switch word {
 		case "secret":
-			args := d.RemainingArgs()
-			switch len(args) {
-			case 1:
+			// where a variable is unset, the next word must not become the secret
+			switch {
+			case len(args) == 1 && args[0] != "name":
 				h.Secrets = append(h.Secrets, Secret{Value: args[0]})
-			case 2:
-				h.Secrets = append(h.Secrets, Secret{Value: args[0], Name: args[1]})
+			case len(args) == 3 && args[1] == "name" && args[0] != "name":
+				h.Secrets = append(h.Secrets, Secret{Value: args[0], Name: args[2]})
 			default:
-				return d.Err("secret: takes a secret and a name at most")
+				return d.Err("secret: takes a secret, which the word name and a name may follow")
 			}
-
+		case "name":
+			if len(args) != 1 || args[0] == "" {
+				return d.Err("name: takes one name")
+			}
+			h.Name = args[0]
 		case "max_size":
-			if h.MaxSize != 0 {
-				return d.Err("max_size: must not be repeated")
-			}
-			var size string
-			if !d.AllArgs(&size) {
-				return d.Err("max_size: takes one size")
-			}
-			bytes, err := humanize.ParseBytes(size)
-			if err != nil || bytes == 0 || bytes > math.MaxInt64 {
-				return d.Err("max_size: must be a size above 0, such as 64KiB")
+			bytes, err := humanize.ParseBytes(strings.Join(args, " "))
+			if err != nil || len(args) != 1 || bytes == 0 || bytes > math.MaxInt64 {
+				return d.Err("max_size: must be one size above 0, such as 64KiB")
 			}
 			h.MaxSize = int64(bytes)
-
 		case "idempotency_key":
-			if h.IdempotencyKey != "" {
-				return d.Err("idempotency_key: must not be repeated")
-			}
-			if !d.AllArgs(&h.IdempotencyKey) || h.IdempotencyKey != idempotencyKeyOff {
+			if len(args) != 1 || args[0] != "off" {
 				return d.Err("idempotency_key: must be off or left out")
 			}
-
+			h.IdempotencyKey = new(bool)
 		default:
-			return d.Err("inkit_webhook: must hold secret, max_size and idempotency_key only")
+			return d.Err("inkit_webhook: must hold secret, name, max_size and idempotency_key only")
 		}
+		seen[word] = true
 		if d.NextBlock(1) {
-			return d.Errf("%s: must not have a block", word)
+			return d.Err(word + ": must not have a block")
 		}
 	}
 
@@ -90,6 +93,3 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	}
 	return nil
 }
-
-// Interface guard
-var _ caddyfile.Unmarshaler = (*Handler)(nil)

@@ -58,31 +58,54 @@ func TestExampleAdaptsWithoutWarnings(t *testing.T) {
 // The errors name the key and the line, and no word of the input: any that is in
 // the wrong place may be a secret.
 func TestCaddyfileErrorsShowNoInput(t *testing.T) {
-	const none = "secret: at least one is required"
+	const (
+		none     = "secret: at least one is required"
+		onLine   = "inkit_webhook: takes a placeholder in braces, any other secret goes into the block"
+		onSecret = "secret: takes a secret, which the word name and a name may follow"
+		onSize   = "max_size: must be one size above 0, such as 64KiB"
+		unknown  = "inkit_webhook: must hold secret, name, max_size and idempotency_key only"
+	)
+	block := func(line string) string { return "inkit_webhook {env.X} {\n" + line + "\n}" }
 	for _, tt := range []struct{ name, directive, message string }{
 		{"no secret at all", "inkit_webhook", none},
 		{"no secret in an empty block", "inkit_webhook {\n}", none},
 		{"no secret in a block", "inkit_webhook {\nmax_size 1KiB\n}", none},
 		{"a matcher and no secret", "inkit_webhook /hook", none},
-		{"two secrets on the line", "inkit_webhook x c0nf1d3nt1al", "inkit_webhook: takes one secret at most, more go into the block"},
-		{"a secret without a value", "inkit_webhook {\nsecret\n}", "secret: takes a secret and a name at most"},
-		{"a surplus word after a name", "inkit_webhook {\nsecret c0nf1d3nt1al name c0nf1d3nt1al\n}", "secret: takes a secret and a name at most"},
-		{"a block after a secret", "inkit_webhook {\nsecret c0nf1d3nt1al {\nmax_size 1KiB\n}\n}", "secret: must not have a block"},
-		{"an unknown word", "inkit_webhook x {\nc0nf1d3nt1al\n}", "inkit_webhook: must hold secret, max_size and idempotency_key only"},
-		{"a known word in another case", "inkit_webhook x {\nMax_Size 1KiB\n}", "inkit_webhook: must hold secret, max_size and idempotency_key only"},
-		{"max_size without a size", "inkit_webhook x {\nmax_size\n}", "max_size: takes one size"},
-		{"max_size with two", "inkit_webhook x {\nmax_size 1KiB c0nf1d3nt1al\n}", "max_size: takes one size"},
-		{"max_size of 0", "inkit_webhook x {\nmax_size 0\n}", "max_size: must be a size above 0, such as 64KiB"},
-		{"max_size of 0 KiB", "inkit_webhook x {\nmax_size 0KiB\n}", "max_size: must be a size above 0, such as 64KiB"},
-		{"a negative max_size", "inkit_webhook x {\nmax_size -1\n}", "max_size: must be a size above 0, such as 64KiB"},
-		{"a max_size that is no size", "inkit_webhook x {\nmax_size c0nf1d3nt1al\n}", "max_size: must be a size above 0, such as 64KiB"},
-		{"a max_size of 16 EiB", "inkit_webhook x {\nmax_size 15.9EiB\n}", "max_size: must be a size above 0, such as 64KiB"},
-		{"max_size repeated", "inkit_webhook x {\nmax_size 1KiB\nmax_size 1KiB\n}", "max_size: must not be repeated"},
-		{"a block after max_size", "inkit_webhook x {\nmax_size 1KiB {\nsecret y\n}\n}", "max_size: must not have a block"},
-		{"idempotency_key without a word", "inkit_webhook x {\nidempotency_key\n}", "idempotency_key: must be off or left out"},
-		{"idempotency_key on", "inkit_webhook x {\nidempotency_key on\n}", "idempotency_key: must be off or left out"},
-		{"idempotency_key with two words", "inkit_webhook x {\nidempotency_key off c0nf1d3nt1al\n}", "idempotency_key: must be off or left out"},
-		{"idempotency_key repeated", "inkit_webhook x {\nidempotency_key off\nidempotency_key off\n}", "idempotency_key: must not be repeated"},
+		{"a text on the line", "inkit_webhook c0nf1d3nt1al", onLine},
+		{"a text in quotes on the line", `inkit_webhook "c0nf1d3nt1al {env.X}"`, onLine},
+		{"a text on the line that starts with a slash, which is a matcher", "inkit_webhook /c0nf1d3nt1al", none},
+		{"a placeholder in part on the line", "inkit_webhook c0nf1d3nt1al{env.X}", onLine},
+		{"empty quotes on the line, from a variable that is unset", `inkit_webhook ""`, onLine},
+		{"two placeholders on the line", "inkit_webhook {env.X} {env.Y}", "inkit_webhook: takes one placeholder at most, more secrets go into the block"},
+		{"a placeholder and a text on the line", "inkit_webhook {env.X} c0nf1d3nt1al", "inkit_webhook: takes one placeholder at most, more secrets go into the block"},
+		{"a secret without a value", block("secret"), onSecret},
+		{"a secret and a name without the word", block("secret c0nf1d3nt1al current"), onSecret},
+		{"the word name without a name", block("secret c0nf1d3nt1al name"), onSecret},
+		{"the word name without a secret", block("secret name"), onSecret},
+		{"a name without a secret", block("secret name current"), onSecret},
+		{"the word name twice", block("secret name " + "name current"), onSecret},
+		{"a surplus word after a name", block("secret c0nf1d3nt1al name a c0nf1d3nt1al"), onSecret},
+		{"a block after a secret", block("secret c0nf1d3nt1al {\nmax_size 1KiB\n}"), "secret: must not have a block"},
+		{"an unknown word", block("c0nf1d3nt1al"), unknown},
+		{"a known word in another case", block("Max_Size 1KiB"), unknown},
+		{"max_size without a size", block("max_size"), onSize},
+		{"max_size with two", block("max_size 1KiB c0nf1d3nt1al"), onSize},
+		{"max_size with a unit of its own", block("max_size 1 KiB"), onSize},
+		{"max_size of 0", block("max_size 0"), onSize},
+		{"max_size of 0 KiB", block("max_size 0KiB"), onSize},
+		{"a negative max_size", block("max_size -1"), onSize},
+		{"a max_size that is no size", block("max_size c0nf1d3nt1al"), onSize},
+		{"a max_size of 16 EiB", block("max_size 15.9EiB"), onSize},
+		{"max_size repeated", block("max_size 1KiB\nmax_size 1KiB"), "max_size: must not be repeated"},
+		{"a block after max_size", block("max_size 1KiB {\nsecret y\n}"), "max_size: must not have a block"},
+		{"idempotency_key without a word", block("idempotency_key"), "idempotency_key: must be off or left out"},
+		{"idempotency_key on", block("idempotency_key on"), "idempotency_key: must be off or left out"},
+		{"idempotency_key with two words", block("idempotency_key off c0nf1d3nt1al"), "idempotency_key: must be off or left out"},
+		{"idempotency_key repeated", block("idempotency_key off\nidempotency_key off"), "idempotency_key: must not be repeated"},
+		{"name without a name", block("name"), "name: takes one name"},
+		{"an empty name", block(`name ""`), "name: takes one name"},
+		{"name with two", block("name a c0nf1d3nt1al"), "name: takes one name"},
+		{"name repeated", block("name a\nname a"), "name: must not be repeated"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := adapt(t, ":8080 {\n"+tt.directive+"\n}\n")
@@ -90,6 +113,34 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 			assert.NotContains(t, err.Error(), "c0nf1d3nt1al")
 		})
 	}
+}
+
+// Caddy expands {$VARIABLE} before it cuts the line into words. Of a variable that is
+// unset nothing is left, and one with a space in it becomes two words: neither may
+// make a secret of what stands beside it.
+func TestUnsetVariableMakesNoSecret(t *testing.T) {
+	t.Setenv("TEST_INKIT_TWO_WORDS", "c0nf1d3nt1al current")
+	for _, line := range []string{
+		"inkit_webhook {\nsecret {$TEST_INKIT_TWO_WORDS} current\n}",
+		"inkit_webhook {\nsecret {$TEST_INKIT_UNSET} name current\n}",
+		"inkit_webhook {\nsecret {$TEST_INKIT_UNSET} name\n}",
+		"inkit_webhook {\nsecret {$TEST_INKIT_UNSET}\n}",
+		"inkit_webhook {\nsecret {$TEST_INKIT_TWO_WORDS}\n}",
+		"inkit_webhook {\nsecret {$TEST_INKIT_TWO_WORDS} name newer\n}",
+		"inkit_webhook {$TEST_INKIT_UNSET}",
+		"inkit_webhook {$TEST_INKIT_TWO_WORDS}",
+		"inkit_webhook {$TEST_INKIT_UNSET} {\nmax_size 1KiB\n}",
+	} {
+		_, err := adapt(t, ":8080 {\n"+line+"\n}\n")
+		require.Error(t, err, line)
+		assert.NotContains(t, err.Error(), "c0nf1d3nt1al")
+	}
+	t.Run("in quotes it stays one word, which is refused at load", func(t *testing.T) {
+		config, err := adapt(t, ":8080 {\n\tinkit_webhook {\n\t\tsecret \"{$TEST_INKIT_UNSET}\" name current\n\t}\n}\n")
+		require.NoError(t, err)
+		assert.Contains(t, config, `"value": ""`)
+		require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Name: "current"}}}), "secret current: must not be empty")
+	})
 }
 
 // The grammar in the documentation of UnmarshalCaddyfile stands in the README, to
@@ -103,7 +154,7 @@ func TestGrammarIsInTheREADME(t *testing.T) {
 			grammar.WriteString(rest)
 		}
 	}
-	require.True(t, strings.HasPrefix(grammar.String(), "inkit_webhook [<matcher>] [<secret>] {\n"))
+	require.True(t, strings.HasPrefix(grammar.String(), "inkit_webhook [<matcher>] [<placeholder>] {\n"))
 	readme, err := os.ReadFile("README.md")
 	require.NoError(t, err)
 	assert.Contains(t, string(readme), "```\n"+grammar.String()+"```\n")
@@ -111,8 +162,8 @@ func TestGrammarIsInTheREADME(t *testing.T) {
 
 func FuzzCaddyfile(f *testing.F) {
 	for _, s := range []string{
-		"inkit_webhook {env.X}", "inkit_webhook", "inkit_webhook x {\nsecret y z\nmax_size 1KiB\nidempotency_key off\n}",
-		"inkit_webhook x {\nsecret y {\nz\n}\n}", "inkit_webhook {", "inkit_webhook x {\nmax_size 99999999999EiB\n}", "inkit_webhook \"a b\" {\n}",
+		"inkit_webhook {env.X}", "inkit_webhook", "inkit_webhook {\nsecret y name z\nname n\nmax_size 1KiB\nidempotency_key off\n}",
+		"inkit_webhook {\nsecret y {\nz\n}\n}", "inkit_webhook {", "inkit_webhook {env.X} {\nmax_size 99999999999EiB\n}", "inkit_webhook \"a b\" {\n}",
 		"inkit_webhook x <<<EOF\nEOF", // found: what does not even fall into tokens
 	} {
 		f.Add(s)

@@ -3,42 +3,53 @@ package inkitwebhook
 import (
 	"errors"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // Every load of a configuration has a registry of its own. The collectors are
-// made once and join each of them, so that what they counted outlives a reload.
-//
-// There are none for time and size: Caddy's own metrics option has both for each
-// handler, by its name.
+// made once and join each of them, so that what they counted survives a reload.
+// Time and size are left to Caddy's metrics option.
 var (
 	requestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Namespace: "caddy",
-		Subsystem: "inkit_webhook",
-		Name:      "requests_total",
-		Help:      "Counter of webhook requests by outcome and, if verified, by the name of the secret that signed.",
-	}, []string{"outcome", "secret"})
+		Name: "caddy_inkit_webhook_requests_total",
+		Help: "Counter of webhook requests by outcome and, if verified, by the name of the secret that signed.",
+	}, []string{"webhook", "outcome", "secret"})
+
+	deliveriesTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "caddy_inkit_webhook_deliveries_total",
+		Help: "Counter of verified events by what the handlers behind made of them.",
+	}, []string{"webhook", "result"})
 
 	secretReloadsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Namespace: "caddy",
-		Subsystem: "inkit_webhook",
-		Name:      "secret_reloads_total",
-		Help:      "Counter of times that secrets were read again while running, by result.",
-	}, []string{"result"})
+		Name: "caddy_inkit_webhook_secret_reloads_total",
+		Help: "Counter of times that the secrets were reloaded while running, by result.",
+	}, []string{"webhook", "result"})
 )
 
-// The results of reading secrets again.
-const (
-	reloadChanged   = "changed"   // at least one has a new value, which is in use
-	reloadUnchanged = "unchanged" // all are as they were
-	reloadFailed    = "failed"    // at least one could not be read and stays as it was
+const ( // indexes of deliveryResults
+	deliveryAccepted  = iota // status 2xx
+	deliveryRefused          // another status below 500
+	deliveryFailed           // status 5xx, an error or a panic
+	deliveryUnhandled        // no handler took it
+)
+
+const ( // indexes of reloadResults
+	reloadChanged   = iota // at least one secret has a new value, which is in use
+	reloadUnchanged        // all are as they were
+	reloadFailed           // at least one could not be read and stays as it was
+)
+
+var (
+	deliveryResults = []string{"accepted", "refused", "failed", "unhandled"}
+	reloadResults   = []string{"changed", "unchanged", "failed"}
 )
 
 func registerMetrics(registry prometheus.Registerer) error {
-	for _, collector := range []prometheus.Collector{requestsTotal, secretReloadsTotal} {
-		err := registry.Register(collector)
-		var already prometheus.AlreadyRegisteredError
-		if err != nil && !errors.As(err, &already) {
+	for _, collector := range []prometheus.Collector{requestsTotal, deliveriesTotal, secretReloadsTotal} {
+		if err := registry.Register(collector); err != nil && !errors.As(err, new(prometheus.AlreadyRegisteredError)) {
 			return err
 		}
 	}
@@ -49,20 +60,58 @@ func registerMetrics(registry prometheus.Registerer) error {
 // its labels. All are there from the start, at 0: an alert on the growth of a
 // counter misses the first event of one that comes into being with it.
 type counters struct {
-	verified []prometheus.Counter          // by index of the secret
-	rejected map[string]prometheus.Counter // by outcome
+	verified   []prometheus.Counter // by index of the secret
+	rejected   []prometheus.Counter // by index of rejections
+	deliveries []prometheus.Counter // by index of deliveryResults
+	reloads    []prometheus.Counter // by index of reloadResults
+
+	labels []labels
 }
 
-func newCounters(secrets []Secret) counters {
-	c := counters{rejected: make(map[string]prometheus.Counter)}
-	for _, secret := range secrets {
-		c.verified = append(c.verified, requestsTotal.WithLabelValues(outcomeVerified, secret.Name))
+func newCounters(webhook string, secrets []Secret) (c counters) {
+	for _, secret := range append([]Secret{{}}, secrets...) {
+		c.labels = append(c.labels, labels{webhook, secret.Name})
+		labelsInUse.LoadOrStore(labels{webhook, secret.Name}, labels{webhook, secret.Name})
 	}
-	for _, outcome := range []string{
-		outcomeMethodNotAllowed, outcomeSignatureMissing, outcomeSignatureMalformed,
-		outcomeBodyTooLarge, outcomeBodyUnreadable, outcomeSignatureMismatch,
-	} {
-		c.rejected[outcome] = requestsTotal.WithLabelValues(outcome, "")
+	for _, secret := range secrets {
+		c.verified = append(c.verified, requestsTotal.WithLabelValues(webhook, event.Verified, secret.Name))
+	}
+	for _, row := range rejections {
+		c.rejected = append(c.rejected, requestsTotal.WithLabelValues(webhook, row.outcome, ""))
+	}
+	for _, result := range deliveryResults {
+		c.deliveries = append(c.deliveries, deliveriesTotal.WithLabelValues(webhook, result))
+	}
+	for _, result := range reloadResults {
+		c.reloads = append(c.reloads, secretReloadsTotal.WithLabelValues(webhook, result))
 	}
 	return c
+}
+
+// release gives up the counters of a handler that is no longer loaded.
+func (c *counters) release() (err error) {
+	for _, l := range c.labels {
+		_, err = labelsInUse.Delete(l)
+	}
+	c.labels = nil
+	return err
+}
+
+// labels are those with which handlers count what one of their secrets signed or,
+// without a secret, everything. They leave the metrics with the last such handler.
+type labels struct{ webhook, secret string }
+
+var labelsInUse = caddy.NewUsagePool()
+
+// Destruct removes what has these labels from the metrics.
+func (l labels) Destruct() error {
+	match := prometheus.Labels{"webhook": l.webhook}
+	if l.secret == "" {
+		deliveriesTotal.DeletePartialMatch(match)
+		secretReloadsTotal.DeletePartialMatch(match)
+	} else {
+		match["secret"] = l.secret
+	}
+	requestsTotal.DeletePartialMatch(match)
+	return nil
 }

@@ -9,15 +9,20 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
+	"testing/synctest"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/stretchr/testify/assert"
@@ -43,7 +48,7 @@ import (
 //  9. one good signature among several passes: TestRoad
 //  10. the sender picks the hash: TestRoad ("a prefix"), TestVerify
 //  11. a kind of body that is not hashed: TestRoad (the kinds of body)
-//  12. no limit, or the body is read before the header: TestRoad, TestRejectsBeforeReading, TestReadBodyPaysForWhatArrived
+//  12. no limit, or the body is kept before the header is looked at: TestRoad, TestRejectedBodyIsDiscarded, TestReadBodyPaysForWhatArrived
 //  13. a truncated body is verified: TestRoad, TestReadBody
 //  14. secrets, signatures or bodies in logs and responses: TestLogs, TestSecretsThatAreRefused, TestCaddyfileErrorsShowNoInput
 //  15. 413 hidden behind another status: TestRoad
@@ -52,11 +57,26 @@ import (
 //  18. bodies that are not UTF-8: TestRoad
 //  19. a valid empty body: TestRoad, TestVerify
 //  20. chunked bodies and FastCGI: TestVerifiedRequestHasItsLength, and internal/e2e TestBodiesArriveWhole
+//  21. a name that becomes the secret when a variable is unset: TestUnsetVariableMakesNoSecret
+//  22. a secret of NULs: TestTextThatIsNoSecret, TestNewVerifierRefusesTheEmptySecret
+//  23. a rejected body that reaches an error route: TestRejectedRequestHasNoBody, and internal/e2e TestErrorRouteGetsNothingForged
+//  24. fields that strip what the guard set, or open a tunnel: TestSenderDoesNotSteer, and internal/e2e TestSenderDoesNotSteerTheProxy
+//  25. a secret on the line of the directive that is taken for a path: TestCaddyfileErrorsShowNoInput
+//  26. genuine events refused while another request reads the secrets: TestNoGenuineEventIsRefusedAfterARotation, and internal/e2e TestRotationsUnderLoad
+//  27. a running state that the next load refuses: TestEqualSecretsLoadWithOneWarning
+//  28. a verified event that nobody takes and that looks delivered: TestDeliveries, and internal/e2e TestUnhandledEvent
+//  29. a body replaced after verification and undone by a retry: TestReplacedBodyIsNotUndone, and internal/e2e TestReplacedBodyIsNotUndoneByARetry
+//  30. deliveries without a bound once the sender is gone: TestVerifiedRequestEndsWithItsSender, and internal/e2e TestSenderThatHangsUp
+//  31. a tool that a hostile body or server can hurt: TestExplainIsBounded, and internal/e2e TestCommandSend
+//  32. an alert that cannot fire: internal/e2e TestAlertRules
+//  33. a refusal that looks like a dead upstream: internal/e2e TestNginxInFront
+//  34. a half-written secret taken over, the good one dropped at once: TestSecretsAreReloaded, and internal/e2e TestRotationsUnderLoad
+//  35. a hung file system that holds requests: TestFileSystemThatHangs, and internal/e2e TestHungFileSystem
 
 // The tests that docs/security.md and the list above name are there.
 func TestDocumentedTestsExist(t *testing.T) {
 	var sources []byte
-	for _, pattern := range []string{"*_test.go", "internal/e2e/*_test.go"} {
+	for _, pattern := range []string{"*_test.go", "internal/*/*_test.go"} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, file := range files {
@@ -95,7 +115,7 @@ func provision(tb testing.TB, h *Handler) (*Handler, *observer.ObservedLogs) {
 	tb.Helper()
 	require.NoError(tb, load(tb, h))
 	core, logs := observer.New(zapcore.DebugLevel)
-	h.logger = zap.New(core)
+	h.logger = h.logger.WithOptions(zap.WrapCore(func(zapcore.Core) zapcore.Core { return core })).With(zap.String("webhook", h.Name))
 	h.keyring.logger = h.logger
 	return h, logs
 }
@@ -242,7 +262,9 @@ func TestRoad(t *testing.T) {
 
 		{"unreadable", "the client is gone", with(signed(atLimit), withBody(iotest.ErrReader(io.ErrUnexpectedEOF), 10)), 400, "body_unreadable", errBodyUnreadable},
 		{"unreadable", "broken after all of the signed bytes", with(signed("abc"), withBody(io.MultiReader(strings.NewReader("abc"), iotest.ErrReader(broken)), -1)), 400, "body_unreadable", broken},
-		{"unreadable", "a timeout", with(signed(atLimit), withBody(iotest.ErrReader(timeoutError{broken}), 10)), 408, "body_unreadable", errBodyUnreadable},
+		{"unreadable", "63 bytes of 150, though an earlier handler has swallowed the error", with(signed(strings.Repeat("a", 63)), withBody(strings.NewReader(strings.Repeat("a", 63)), 150)), 400, "body_unreadable", io.ErrUnexpectedEOF},
+		{"unreadable", "no byte of those that are promised", with(signed(""), withBody(strings.NewReader(""), 1)), 400, "body_unreadable", errBodyUnreadable},
+		{"unreadable", "a timeout", with(signed(atLimit), withBody(iotest.ErrReader(timeoutError{broken}), 10)), 408, "body_unreadable", errBodyTimeout},
 		{"unreadable", "a deadline", with(signed(atLimit), withBody(iotest.ErrReader(fmt.Errorf("read: %w", os.ErrDeadlineExceeded)), 10)), 408, "body_unreadable", os.ErrDeadlineExceeded},
 
 		{"mismatch", "another body", post(spacedBody, compactSignature), 401, "signature_mismatch", ErrSignatureMismatch},
@@ -265,7 +287,7 @@ func TestRoad(t *testing.T) {
 				sent = string(data)
 				tt.r.Body = io.NopCloser(bytes.NewReader(data))
 			}
-			counter := requestsTotal.WithLabelValues(tt.outcome, "")
+			counter := requestsTotal.WithLabelValues("", tt.outcome, "")
 			before := testutil.ToFloat64(counter)
 
 			res := serve(t, h, tt.r)
@@ -287,6 +309,7 @@ func TestRoad(t *testing.T) {
 				require.ErrorIs(t, res.err, tt.err)
 			}
 			assert.False(t, res.nextCalled, "next must not be called")
+			assert.NotEmpty(t, res.err.(caddyhttp.HandlerError).ID, "an error page can name it")
 			assert.InDelta(t, before+1, testutil.ToFloat64(counter), 0)
 			assert.Equal(t, tt.status == 401, res.header.Get("WWW-Authenticate") == "Inkit-Signature")
 			assert.Equal(t, tt.status == 405, res.header.Get("Allow") == "POST")
@@ -309,31 +332,164 @@ func TestHandlerErrorPassesUnchanged(t *testing.T) {
 	assert.Empty(t, w.Header())
 }
 
-// What is rejected before the body is read is answered at once, which net/http
-// does for HTTP/1 if the connection closes.
-func TestRejectsBeforeReading(t *testing.T) {
+// deadlines is a response writer on whose connection a read deadline can be set, as
+// is that of net/http.
+type deadlines struct {
+	*httptest.ResponseRecorder
+	set []time.Time
+}
+
+func (d *deadlines) SetReadDeadline(deadline time.Time) error {
+	d.set = append(d.set, deadline)
+	return nil
+}
+
+// What is left of the body of a rejected request is read, into no memory that
+// lasts, so that its sender sees the answer. Only then is the connection closed.
+func TestRejectedBodyIsDiscarded(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
-	unread := withBody(iotest.ErrReader(errors.New("the body was read")), 64<<20)
 	for _, tt := range []struct {
 		name   string
 		r      *http.Request
-		status int
+		bytes  int // of the body
+		read   int // at least
+		atMost int
 		close  string
 	}{
-		{"another method", with(httptest.NewRequest(http.MethodPut, "/", nil), unread), 405, "close"},
-		{"another method, without a body", httptest.NewRequest(http.MethodGet, "/", nil), 405, ""},
-		{"no signature", with(post(""), unread), 401, "close"},
-		{"no signature, and no body", post(""), 401, ""},
-		{"a malformed signature", with(post("", "f"), unread), 401, "close"},
-		{"a length above max_size", with(post("", compactSignature), unread), 413, "close"},
-		{"HTTP/2, where a stream ends alone", with(with(post(""), unread), func(r *http.Request) { r.ProtoMajor = 2 }), 401, ""},
-		{"a body that was read", post("x", compactSignature), 401, ""},
+		{"another method", httptest.NewRequest(http.MethodPut, "/", nil), 900_000, 900_000, 900_000, ""},
+		{"no signature", post(""), 900_000, 900_000, 900_000, ""},
+		{"a malformed signature", post("", "f"), 100, 100, 100, ""},
+		{"a length above max_size", post("", compactSignature), 900_000, 900_000, 900_000, ""},
+		{"more than 1 MiB", post(""), 10 << 20, maxDiscard, maxDiscard + firstRead, "close"},
+		{"more than 1 MiB over HTTP/2, where a stream ends alone", with(post(""), func(r *http.Request) { r.ProtoMajor = 2 }), 10 << 20, maxDiscard, maxDiscard + firstRead, ""},
+		{"a sender that waits to be told to go on", with(post(""), func(r *http.Request) { r.Header.Set("Expect", "100-continue") }), 100, 0, 0, "close"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			res := serve(t, h, tt.r)
-			assert.Equal(t, tt.status, res.status)
-			assert.NotContains(t, res.err.Error(), "the body was read")
-			assert.Equal(t, tt.close, res.header.Get("Connection"))
+			read, closed := 0, false
+			tt.r.ContentLength = int64(tt.bytes)
+			tt.r.Body = struct {
+				io.Reader
+				io.Closer
+			}{
+				readerFunc(func(p []byte) (int, error) {
+					n := min(len(p), tt.bytes-read)
+					read += n
+					if n == 0 {
+						return 0, io.EOF
+					}
+					return n, nil
+				}),
+				closerFunc(func() error { closed = true; return nil }),
+			}
+			w := &deadlines{ResponseRecorder: httptest.NewRecorder()}
+			r := caddyhttp.PrepareRequest(tt.r, caddy.NewReplacer(), w, &caddyhttp.Server{})
+			began := time.Now()
+			require.Error(t, h.ServeHTTP(w, r, nil))
+			assert.GreaterOrEqual(t, read, tt.read)
+			assert.LessOrEqual(t, read, tt.atMost)
+			assert.True(t, closed, "so that nobody can read it by a copy of the request")
+			assert.Equal(t, tt.close, w.Header().Get("Connection"))
+			assert.WithinDuration(t, began.Add(discardTime), w.set[0], discardTime)
+			assert.Zero(t, w.set[len(w.set)-1], "the next request has its own")
+		})
+	}
+	t.Run("for 5 s", func(t *testing.T) {
+		synctest.Test(t, func(t *testing.T) {
+			h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
+			dribble := readerFunc(func(p []byte) (int, error) { time.Sleep(time.Second); return 1, nil })
+			w := &deadlines{ResponseRecorder: httptest.NewRecorder()}
+			r := caddyhttp.PrepareRequest(with(post(""), withBody(dribble, 1000)), caddy.NewReplacer(), w, &caddyhttp.Server{})
+			began := time.Now()
+			require.ErrorIs(t, h.ServeHTTP(w, r, nil), ErrSignatureMissing)
+			assert.Equal(t, discardTime, time.Since(began))
+			assert.Equal(t, "close", w.Header().Get("Connection"))
+		})
+	})
+	t.Run("not if nobody can say for how long", func(t *testing.T) {
+		res := serve(t, h, with(post(""), withBody(iotest.ErrReader(errors.New("the body was read")), 10)))
+		assert.Equal(t, 401, res.status)
+		assert.Equal(t, "close", res.header.Get("Connection"))
+	})
+	t.Run("not one that is broken", func(t *testing.T) {
+		w := &deadlines{ResponseRecorder: httptest.NewRecorder()}
+		reads := 0
+		broken := readerFunc(func([]byte) (int, error) { reads++; return 0, timeoutError{errors.New("slow")} })
+		r := caddyhttp.PrepareRequest(with(signed("x"), withBody(broken, 1)), caddy.NewReplacer(), w, &caddyhttp.Server{})
+		require.ErrorIs(t, h.ServeHTTP(w, r, nil), errBodyTimeout)
+		assert.Equal(t, 1, reads)
+		assert.Equal(t, "close", w.Header().Get("Connection"))
+	})
+	t.Run("not one that was read, and none that is not there", func(t *testing.T) {
+		for _, r := range []*http.Request{post("x", compactSignature), httptest.NewRequest(http.MethodGet, "/", nil)} {
+			res := serve(t, h, r)
+			require.Error(t, res.err)
+			assert.Empty(t, res.header.Get("Connection"))
+		}
+	})
+}
+
+type readerFunc func(p []byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+type closerFunc func() error
+
+func (f closerFunc) Close() error { return f() }
+
+// An error route that proxies what was rejected forwards nothing that was not
+// signed, whatever the outcome.
+func TestRejectedRequestHasNoBody(t *testing.T) {
+	large := strings.Repeat("a", 70_000)
+	for outcome, r := range map[string]*http.Request{
+		"method_not_allowed":  with(signed(compactBody), func(r *http.Request) { r.Method = http.MethodPut }),
+		"signature_missing":   post(compactBody),
+		"signature_malformed": post(compactBody, "x"),
+		"signature_mismatch":  post(compactBody, spacedSignature),
+		"body_too_large":      signed(large),
+		"body_unreadable":     with(signed(compactBody), withBody(strings.NewReader(compactBody), 1000)),
+	} {
+		t.Run(outcome, func(t *testing.T) {
+			h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
+			r.TransferEncoding, r.Trailer = []string{"chunked"}, http.Header{"X-Unsigned": {"1"}}
+			r.Header.Set("Connection", "Upgrade")
+			r.Header.Set("Upgrade", "websocket")
+			w := httptest.NewRecorder()
+			r := caddyhttp.PrepareRequest(r, caddy.NewReplacer(), w, &caddyhttp.Server{})
+			require.Error(t, h.ServeHTTP(w, r, nil))
+			assert.Equal(t, http.NoBody, r.Body)
+			assert.Zero(t, r.ContentLength)
+			assert.Equal(t, []string{"0"}, r.Header["Content-Length"], "which php_fastcgi goes by")
+			assert.Nil(t, r.GetBody)
+			assert.Empty(t, r.TransferEncoding)
+			assert.Empty(t, r.Trailer)
+			assert.NotContains(t, r.Header, "Connection")
+			assert.NotContains(t, r.Header, "Upgrade")
+		})
+	}
+}
+
+// What the sender asks of the connection ends here, in HTTP/1.1's fields and in
+// those that only some proxies know.
+func TestSenderDoesNotSteer(t *testing.T) {
+	fields := http.Header{
+		"Connection": {"Idempotency-Key, Inkit-Signature", "Upgrade"}, "Upgrade": {"websocket"}, "Expect": {"100-continue"}, "Te": {"trailers"},
+		"Keep-Alive": {"timeout=5"}, "Proxy-Connection": {"close"}, "Incremental": {"?1"}, "X-Idempotency-Key": {"mine"}, "Idempotency-Key": {"mine", "too"},
+	}
+	for name, off := range map[string]*bool{"with an idempotency key": nil, "without": new(bool)} {
+		t.Run(name, func(t *testing.T) {
+			h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: off})
+			res := serve(t, h, with(signed("x"), func(r *http.Request) {
+				r.Header.Set("Content-Type", "application/json")
+				maps.Copy(r.Header, fields)
+			}))
+			require.NoError(t, res.err)
+			for field := range fields {
+				if field != "Idempotency-Key" || off != nil {
+					assert.NotContains(t, res.request.Header, field)
+				}
+			}
+			assert.Equal(t, "application/json", res.request.Header.Get("Content-Type"), "others stay")
+			assert.Len(t, res.request.Header["Inkit-Signature"], 1)
 		})
 	}
 }
@@ -383,15 +539,34 @@ func TestVerifiedBodyCanBeReadAgain(t *testing.T) {
 	}
 }
 
-func TestVerifiedRequestOutlivesItsSender(t *testing.T) {
+func TestVerifiedRequestEndsWithItsSender(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
-	type key struct{}
-	ctx, cancel := context.WithCancel(context.WithValue(t.Context(), key{}, "kept"))
+	ctx, cancel := context.WithCancel(t.Context())
 	res := serve(t, h, signed("x").WithContext(ctx))
 	require.NoError(t, res.err)
-	cancel()
 	require.NoError(t, res.request.Context().Err())
-	assert.Equal(t, "kept", res.request.Context().Value(key{}))
+	cancel()
+	require.ErrorIs(t, res.request.Context().Err(), context.Canceled)
+}
+
+// What a later handler sets as the body is what is sent: neither GetBody nor the
+// error routes bring back the one that was signed.
+func TestReplacedBodyIsNotUndone(t *testing.T) {
+	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
+	w := httptest.NewRecorder()
+	r := caddyhttp.PrepareRequest(signed(compactBody), caddy.NewReplacer(), w, &caddyhttp.Server{})
+	other := io.NopCloser(strings.NewReader("another body"))
+	err := h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
+		r.Body, r.ContentLength = other, 12 // as request_body set does
+		_, err := r.GetBody()
+		assert.EqualError(t, err, "the body was replaced after it was verified")
+		return caddyhttp.Error(502, errors.New("of the next handler"))
+	}))
+	require.Error(t, err)
+	assert.Equal(t, other, r.Body)
+	assert.EqualValues(t, 12, r.ContentLength)
+	_, err = r.GetBody()
+	require.Error(t, err)
 }
 
 // What failed may be sent elsewhere by an error route, which sees the same request.
@@ -414,6 +589,12 @@ func TestErrorRoutesGetTheBody(t *testing.T) {
 		rest, err := io.ReadAll(reader)
 		require.NoError(t, err)
 		assert.Len(t, rest, max(0, len(body)-2), "the reader so far is where it was")
+		again, err := r.GetBody()
+		require.NoError(t, err)
+		all, err = io.ReadAll(again)
+		require.NoError(t, err)
+		assert.Equal(t, body, string(all))
+		assert.Len(t, r.Header["Idempotency-Key"], 1)
 	}
 }
 
@@ -425,7 +606,7 @@ func TestIdempotencyKey(t *testing.T) {
 		for range 1000 {
 			key := serve(t, h, signed("x")).request.Header["Idempotency-Key"]
 			require.Len(t, key, 1)
-			assert.Regexp(t, `^[A-Z2-7]{26}-[0-9]+$`, key[0])
+			assert.Regexp(t, `^"[A-Z2-7]{26}-[0-9]+"$`, key[0], "a string in quotes, as the draft wants it")
 			seen[key[0]] = true
 		}
 		assert.Len(t, seen, 1000)
@@ -439,11 +620,44 @@ func TestIdempotencyKey(t *testing.T) {
 		require.Len(t, key, 1)
 		assert.NotContains(t, []string{"client", "twice"}, key[0])
 	})
-	t.Run("off leaves the request alone", func(t *testing.T) {
-		h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: "off"})
+	t.Run("off leaves the request without one", func(t *testing.T) {
+		h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: new(bool)})
 		assert.NotContains(t, serve(t, h, signed("x")).request.Header, "Idempotency-Key")
-		res := serve(t, h, with(signed("x"), fromClient))
-		assert.Equal(t, []string{"client", "twice"}, res.request.Header["Idempotency-Key"])
+		assert.NotContains(t, serve(t, h, with(signed("x"), fromClient)).request.Header, "Idempotency-Key", "and without that of the sender")
+	})
+	t.Run("true is the default", func(t *testing.T) {
+		yes := true
+		h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: &yes})
+		assert.Contains(t, serve(t, h, signed("x")).request.Header, "Idempotency-Key")
+	})
+	t.Run("of two handlers is that of the first", func(t *testing.T) {
+		site, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
+		tenant, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
+		off, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: new(bool)})
+		keys := func(handlers ...*Handler) (keys []string) {
+			w := httptest.NewRecorder()
+			var next caddyhttp.HandlerFunc = func(http.ResponseWriter, *http.Request) error { return nil }
+			for _, h := range slices.Backward(handlers) {
+				behind := next
+				next = func(w http.ResponseWriter, r *http.Request) error {
+					return h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+						keys = append(keys, r.Header.Get("Idempotency-Key"))
+						return behind(w, r)
+					}))
+				}
+			}
+			require.NoError(t, next(w, caddyhttp.PrepareRequest(signed("x"), caddy.NewReplacer(), w, &caddyhttp.Server{})))
+			return keys
+		}
+		got := keys(site, tenant)
+		assert.NotEmpty(t, got[0])
+		assert.Equal(t, got[0], got[1])
+		got = keys(off, tenant)
+		assert.Empty(t, got[0])
+		assert.NotEmpty(t, got[1])
+		got = keys(site, off)
+		assert.NotEmpty(t, got[0])
+		assert.Empty(t, got[1])
 	})
 }
 
@@ -494,22 +708,141 @@ func TestPlaceholders(t *testing.T) {
 		require.ErrorIs(t, err, ErrSignatureMismatch)
 		assert.Equal(t, []string{"signature_mismatch", "", "", ""}, get(repl))
 	})
-	t.Run("of two handlers, the second of which verifies what was too large for the first, in its error route", func(t *testing.T) {
-		small, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, MaxSize: 10})
+	t.Run("of two handlers that verify, those of the last", func(t *testing.T) {
+		tenant, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret, Name: "tenant"}}})
 		repl := caddy.NewReplacer()
 		w := httptest.NewRecorder()
 		r := caddyhttp.PrepareRequest(signed(compactBody), repl, w, &caddyhttp.Server{})
-		err := small.ServeHTTP(w, r, nil)
-		require.ErrorIs(t, err, errBodyTooLarge)
-		r = r.WithContext(context.WithValue(r.Context(), caddyhttp.ErrorCtxKey, err)) // as the server does it
-		require.NoError(t, h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil })))
-		assert.Equal(t, []string{"verified", "DOCUMENT_CREATE_FINISHED", "doc_2N0X2g4f3b1JJU75fqzDZs", "current"}, get(repl))
+		next := caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return errors.New("failed") })
+		require.Error(t, h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(w http.ResponseWriter, r *http.Request) error {
+			assert.Equal(t, "current", get(repl)[3])
+			return tenant.ServeHTTP(w, r, next)
+		})))
+		assert.Equal(t, []string{"verified", "DOCUMENT_CREATE_FINISHED", "doc_2N0X2g4f3b1JJU75fqzDZs", "tenant"}, get(repl))
+
+		r = r.WithContext(context.WithValue(r.Context(), caddyhttp.ErrorCtxKey, errors.New("failed"))) // in an error route
+		require.Error(t, h.ServeHTTP(w, r, next))
+		assert.Equal(t, "current", get(repl)[3])
+	})
+}
+
+// What became of verified events behind the guard: the metric, the line of the log,
+// and what is answered.
+func TestDeliveries(t *testing.T) {
+	status := func(status int) caddyhttp.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) error { w.WriteHeader(status); return nil }
+	}
+	failure := errors.New("connection refused")
+	for _, tt := range []struct {
+		name   string
+		next   caddyhttp.HandlerFunc
+		result int
+		level  zapcore.Level
+		status any // in the line of the log
+		err    error
+	}{
+		{"a status of 200", status(200), deliveryAccepted, 0, nil, nil},
+		{"a status of 299", status(299), deliveryAccepted, 0, nil, nil},
+		{"an early status and a final one", func(w http.ResponseWriter, _ *http.Request) error {
+			w.WriteHeader(103)
+			w.WriteHeader(204)
+			return nil
+		}, deliveryAccepted, 0, nil, nil},
+		{"an early status and one that refuses", func(w http.ResponseWriter, _ *http.Request) error {
+			w.WriteHeader(103)
+			w.WriteHeader(500)
+			return nil
+		}, deliveryFailed, zapcore.ErrorLevel, int64(500), nil},
+		{"a body without a status, which net/http answers 200", func(w http.ResponseWriter, _ *http.Request) error {
+			_, err := w.Write([]byte("x"))
+			return err
+		}, deliveryAccepted, 0, nil, nil},
+		{"a redirect", status(302), deliveryRefused, zapcore.WarnLevel, int64(302), nil},
+		{"a status of 404", status(404), deliveryRefused, zapcore.WarnLevel, int64(404), nil},
+		{"a status of 499", status(499), deliveryRefused, zapcore.WarnLevel, int64(499), nil},
+		{"a status of 500", status(500), deliveryFailed, zapcore.ErrorLevel, int64(500), nil},
+		{"an error", func(http.ResponseWriter, *http.Request) error { return caddyhttp.Error(502, failure) }, deliveryFailed, zapcore.ErrorLevel, int64(0), failure},
+		{"an error with a status below 500", func(http.ResponseWriter, *http.Request) error { return caddyhttp.Error(404, failure) }, deliveryFailed, zapcore.ErrorLevel, int64(0), failure},
+		{"the end of the handlers", func(_ http.ResponseWriter, r *http.Request) error {
+			caddyhttp.SetVar(r.Context(), "unhandled", true) // as Caddy's last handler does
+			return nil
+		}, deliveryUnhandled, zapcore.WarnLevel, int64(0), nil},
+		{"the end of the handlers behind one that answered", func(w http.ResponseWriter, r *http.Request) error {
+			caddyhttp.SetVar(r.Context(), "unhandled", true)
+			w.WriteHeader(202)
+			return nil
+		}, deliveryAccepted, 0, nil, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h, logs := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, Name: "hook"})
+			before := make([]float64, len(deliveryResults))
+			for i, counter := range h.counters.deliveries {
+				before[i] = testutil.ToFloat64(counter)
+			}
+			w := httptest.NewRecorder()
+			r := caddyhttp.PrepareRequest(signed(compactBody), caddy.NewReplacer(), w, &caddyhttp.Server{})
+			err := h.ServeHTTP(w, r, tt.next)
+			for i, counter := range h.counters.deliveries {
+				want := before[i]
+				if i == tt.result {
+					want++
+				}
+				assert.InDelta(t, want, testutil.ToFloat64(counter), 0, deliveryResults[i])
+			}
+			lines := logs.FilterMessage("verified webhook was not accepted").All()
+			if tt.result == deliveryAccepted {
+				require.NoError(t, err)
+				assert.Empty(t, lines)
+				return
+			}
+			require.Len(t, lines, 1, "one line")
+			assert.Equal(t, tt.level, lines[0].Level)
+			fields := lines[0].ContextMap()
+			assert.Equal(t, deliveryResults[tt.result], fields["result"])
+			assert.Equal(t, tt.status, fields["status"])
+			assert.Equal(t, "hook", fields["webhook"])
+			assert.Equal(t, "DOCUMENT_CREATE_FINISHED", fields["event_type"])
+			assert.Equal(t, "doc_2N0X2g4f3b1JJU75fqzDZs", fields["resource_id"])
+			assert.Equal(t, r.Header.Get("Idempotency-Key"), fields["idempotency_key"])
+			if tt.err != nil {
+				require.ErrorIs(t, err, tt.err)
+				assert.Contains(t, fields["error"], tt.err.Error())
+			}
+			if tt.result == deliveryUnhandled {
+				var handlerErr caddyhttp.HandlerError
+				require.ErrorAs(t, err, &handlerErr)
+				assert.Equal(t, 404, handlerErr.StatusCode)
+				require.EqualError(t, handlerErr.Err, "no handler takes this verified event")
+			}
+		})
+	}
+	t.Run("a panic counts as failed", func(t *testing.T) {
+		h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
+		before := testutil.ToFloat64(h.counters.deliveries[deliveryFailed])
+		w := httptest.NewRecorder()
+		r := caddyhttp.PrepareRequest(signed("x"), caddy.NewReplacer(), w, &caddyhttp.Server{})
+		assert.PanicsWithValue(t, http.ErrAbortHandler, func() {
+			_ = h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { panic(http.ErrAbortHandler) }))
+		})
+		assert.InDelta(t, before+1, testutil.ToFloat64(h.counters.deliveries[deliveryFailed]), 0)
 	})
 }
 
 func TestLogs(t *testing.T) {
-	const clientIP = "192.0.2.1" // of httptest.NewRequest
 	large := strings.Repeat("a", 70_000)
+	upper := strings.ToUpper(compactSignature)
+	rejected := func(outcome, cause string, more map[string]any) map[string]any {
+		fields := map[string]any{
+			"webhook": "hook", "outcome": outcome, "cause": cause, "client_ip": "192.0.2.1", "host": "example.com", "path": "/webhook",
+			"content_length": int64(84), "body_bytes": int64(0), "max_size": int64(65536),
+		}
+		maps.Copy(fields, more)
+		return fields
+	}
+	malformed := func(how string) map[string]any {
+		return rejected("signature_malformed", ErrSignatureMalformed.Error(), map[string]any{"malformed": how})
+	}
+	cut := withBody(io.MultiReader(strings.NewReader(compactBody[:10]), iotest.ErrReader(io.ErrUnexpectedEOF)), 84)
 	for _, tt := range []struct {
 		name  string
 		r     *http.Request
@@ -518,38 +851,58 @@ func TestLogs(t *testing.T) {
 		want  map[string]any
 	}{
 		{"a verified event", signed(compactBody), zapcore.DebugLevel, "verified webhook", map[string]any{
-			"secret_name": "current", "body_bytes": int64(84),
+			"webhook": "hook", "secret_name": "current", "body_bytes": int64(84),
 		}},
-		{"a method", with(signed(compactBody), func(r *http.Request) { r.Method = "PUT" }), zapcore.WarnLevel, "rejected webhook", map[string]any{
-			"outcome": "method_not_allowed", "client_ip": clientIP, "body_bytes": int64(0),
-		}},
-		{"a missing signature", post(compactBody), zapcore.WarnLevel, "rejected webhook", map[string]any{
-			"outcome": "signature_missing", "client_ip": clientIP, "body_bytes": int64(0),
-		}},
-		{"a malformed signature", post(compactBody, "sha256="+compactSignature), zapcore.WarnLevel, "rejected webhook", map[string]any{
-			"outcome": "signature_malformed", "client_ip": clientIP, "body_bytes": int64(0),
-		}},
-		{"a body too large by count", with(signed(large), withBody(strings.NewReader(large), -1)), zapcore.WarnLevel, "rejected webhook", map[string]any{
-			"outcome": "body_too_large", "client_ip": clientIP, "body_bytes": int64(65537),
-		}},
-		{"a body cut short", with(signed(compactBody), withBody(io.MultiReader(strings.NewReader(compactBody[:10]), iotest.ErrReader(io.ErrUnexpectedEOF)), 84)), zapcore.WarnLevel, "rejected webhook", map[string]any{
-			"outcome": "body_unreadable", "client_ip": clientIP, "body_bytes": int64(10),
-		}},
-		{"a mismatch", post(compactBody, spacedSignature), zapcore.WarnLevel, "rejected webhook", map[string]any{
-			"outcome": "signature_mismatch", "client_ip": clientIP, "body_bytes": int64(84), "secrets_tried": int64(2),
-		}},
+		{
+			"a method", with(signed(compactBody), func(r *http.Request) { r.Method = "PUT" }), zapcore.InfoLevel, "rejected webhook",
+			rejected("method_not_allowed", "method is not POST", nil),
+		},
+		{
+			"a missing signature", post(compactBody), zapcore.WarnLevel, "rejected webhook",
+			rejected("signature_missing", "signature is missing", nil),
+		},
+		{"a signature of another length", post(compactBody, "abc"), zapcore.WarnLevel, "rejected webhook", malformed("length")},
+		{"a signature in upper case", post(compactBody, upper), zapcore.WarnLevel, "rejected webhook", malformed("upper_case")},
+		{"a signature with a prefix", post(compactBody, "sha256="+compactSignature), zapcore.WarnLevel, "rejected webhook", malformed("prefix")},
+		{"a signature of other characters", post(compactBody, strings.Repeat("z", 64)), zapcore.WarnLevel, "rejected webhook", malformed("characters")},
+		{"two signatures", post(compactBody, compactSignature, compactSignature), zapcore.WarnLevel, "rejected webhook", malformed("several_lines")},
+		{
+			"a body too large by count", with(signed(large), withBody(strings.NewReader(large), -1)), zapcore.WarnLevel, "rejected webhook",
+			rejected("body_too_large", "body is larger than max_size", map[string]any{"content_length": int64(-1), "body_bytes": int64(65537)}),
+		},
+		{
+			"a body too large by its length", signed(large), zapcore.WarnLevel, "rejected webhook",
+			rejected("body_too_large", "body is larger than max_size", map[string]any{"content_length": int64(70_000)}),
+		},
+		{
+			"a body cut short", with(signed(compactBody), cut), zapcore.WarnLevel, "rejected webhook",
+			rejected("body_unreadable", "body did not arrive whole: unexpected EOF", map[string]any{"body_bytes": int64(10)}),
+		},
+		{
+			"a mismatch", post(compactBody, spacedSignature), zapcore.WarnLevel, "rejected webhook",
+			rejected("signature_mismatch", "signature does not match the body under any secret", map[string]any{"body_bytes": int64(84)}),
+		},
+		{
+			"a host and a path without end", with(post(compactBody), func(r *http.Request) { r.Host, r.URL.Path = large, "/"+large }), zapcore.WarnLevel, "rejected webhook",
+			rejected("signature_missing", "signature is missing", map[string]any{"host": large[:256], "path": "/" + large[:255]}),
+		},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			h, logs := provision(t, &Handler{Secrets: []Secret{{Value: "an older secret", Name: "old"}, {Value: testSecret, Name: "current"}}})
+			h, logs := provision(t, &Handler{Name: "hook", Secrets: []Secret{{Value: "an older secret", Name: "old"}, {Value: testSecret, Name: "current"}}})
 			res := serve(t, h, tt.r)
 			require.Equal(t, 1, logs.Len(), "one line")
 			line := logs.All()[0]
 			assert.Equal(t, tt.level, line.Level)
 			assert.Equal(t, tt.msg, line.Message)
-			assert.Equal(t, tt.want, line.ContextMap())
+			fields := line.ContextMap()
+			if res.err != nil {
+				assert.Equal(t, res.err.(caddyhttp.HandlerError).ID, fields["err_id"], "which {http.error.id} shows")
+				delete(fields, "err_id")
+			}
+			assert.Equal(t, tt.want, fields)
 
-			all := fmt.Sprint(line.Message, line.ContextMap(), res.err, res.header)
-			for _, confidential := range []string{testSecret, "an older secret", compactSignature, spacedSignature, "resource_id", "aaaa"} {
+			all := fmt.Sprint(line.Message, fields, res.err, res.header)
+			for _, confidential := range []string{testSecret, "an older secret", compactSignature, upper, spacedSignature, "resource_id"} {
 				assert.NotContains(t, all, confidential)
 			}
 		})
@@ -565,8 +918,109 @@ func TestMaxSize(t *testing.T) {
 	require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: testSecret}}, MaxSize: -1}), "max_size: must not be negative")
 }
 
-func TestIdempotencyKeyIsOffOrLeftOut(t *testing.T) {
-	require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: "on"}), "idempotency_key: must be off or left out")
+func TestNameOfTheWebhook(t *testing.T) {
+	for _, name := range []string{"a", "Documents-2_x.y", strings.Repeat("a", 64)} {
+		require.NoError(t, load(t, &Handler{Secrets: []Secret{{Value: testSecret}}, Name: name}))
+	}
+	for _, name := range []string{" ", "a b", "{env.NAME}", "a\xff", "ä", strings.Repeat("a", 65), "a\n"} {
+		require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: testSecret}}, Name: name}), "name must be 1 to 64 of letters, digits, '.', '_' and '-'")
+	}
+}
+
+func TestReadBody(t *testing.T) {
+	broken := errors.New("broken")
+	const large = 300_000
+	data := bytes.Repeat([]byte("0123456789abcdef"), large/16)
+	for _, tt := range []struct {
+		name   string
+		r      io.Reader
+		length int64
+		max    int64
+		want   int
+		err    error
+	}{
+		{"nothing, declared", bytes.NewReader(nil), 0, 10, 0, nil},
+		{"nothing, undeclared", bytes.NewReader(nil), -1, 10, 0, nil},
+		{"a short one, declared", bytes.NewReader(data[:85]), 85, 100, 85, nil},
+		{"a short one, undeclared", bytes.NewReader(data[:85]), -1, 100, 85, nil},
+		{"just max_size", bytes.NewReader(data[:100]), 100, 100, 100, nil},
+		{"just max_size, undeclared", bytes.NewReader(data[:100]), -1, 100, 100, nil},
+		{"as much as the first room", bytes.NewReader(data[:firstRead]), -1, large, firstRead, nil},
+		{"as much as the first room, declared", bytes.NewReader(data[:firstRead]), firstRead, large, firstRead, nil},
+		{"a large one, declared", bytes.NewReader(data), large, large, large, nil},
+		{"a large one, undeclared", bytes.NewReader(data), -1, large, large, nil},
+		{"without a limit", bytes.NewReader(data), -1, math.MaxInt64, large, nil},
+		{"one byte at a time", iotest.OneByteReader(bytes.NewReader(data[:5000])), -1, large, 5000, nil},
+		{"the end together with the data", iotest.DataErrReader(bytes.NewReader(data[:5000])), 5000, large, 5000, nil},
+		{"more than declared", bytes.NewReader(data[:5000]), 10, large, 5000, nil},
+
+		{"less than declared", bytes.NewReader(data[:10]), 5000, large, 10, errBodyUnreadable},
+		{"nothing of what was declared", bytes.NewReader(nil), 1, large, 0, errBodyUnreadable},
+		{"one byte above max_size", bytes.NewReader(data[:101]), -1, 100, 101, errBodyTooLarge},
+		{"far above max_size", bytes.NewReader(data), -1, 100, 101, errBodyTooLarge},
+		{"above max_size in spite of what was declared", bytes.NewReader(data), 50, 100, 101, errBodyTooLarge},
+		{"above a large max_size", bytes.NewReader(data), -1, large - 1, large, errBodyTooLarge},
+		{"broken at the start", iotest.ErrReader(broken), 10, 100, 0, broken},
+		{"broken later", io.MultiReader(bytes.NewReader(data[:5000]), iotest.ErrReader(broken)), -1, large, 5000, broken},
+		{"cut short", io.MultiReader(bytes.NewReader(data[:50]), iotest.ErrReader(io.ErrUnexpectedEOF)), 80, 100, 50, io.ErrUnexpectedEOF},
+		{
+			"cut short together with data",
+			iotest.DataErrReader(io.MultiReader(bytes.NewReader(data[:50]), iotest.ErrReader(io.ErrUnexpectedEOF))),
+			80, 100, 50, io.ErrUnexpectedEOF,
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			body, err := readBody(tt.r, tt.length, tt.max)
+			require.ErrorIs(t, err, tt.err)
+			require.Len(t, body, tt.want)
+			assert.True(t, bytes.Equal(data[:tt.want], body), "the bytes differ")
+		})
+	}
+}
+
+// Memory is paid for what arrived: at no time is there more than four times the room
+// for that, or the first, whatever was declared.
+func TestReadBodyPaysForWhatArrived(t *testing.T) {
+	const declared = 64 << 20
+	for _, arrived := range []int{0, 1, 64, firstRead, firstRead + 1, 100_000, 1 << 20} {
+		for _, length := range []int64{declared, -1} {
+			r := io.MultiReader(bytes.NewReader(make([]byte, arrived)), iotest.ErrReader(io.ErrUnexpectedEOF))
+			body, err := readBody(r, length, declared)
+			require.ErrorIs(t, err, io.ErrUnexpectedEOF)
+			assert.LessOrEqual(t, cap(body), max(firstRead, 4*arrived), "%d bytes arrived", arrived)
+		}
+	}
+	small, err := readBody(strings.NewReader(compactBody), int64(len(compactBody)), declared)
+	require.NoError(t, err)
+	assert.Equal(t, len(compactBody)+1, cap(small), "and an event takes what it is long")
+}
+
+func FuzzReadBody(f *testing.F) {
+	f.Add([]byte("abc"), int64(3), int64(10), 2)
+	f.Add([]byte(strings.Repeat("x", 5000)), int64(-1), int64(4096), 100)
+	f.Fuzz(func(t *testing.T, data []byte, length, maxSize int64, step int) {
+		if length < -1 || maxSize < 0 || step < 1 || length > maxSize {
+			return // that cannot be
+		}
+		rest := data
+		body, err := readBody(readerFunc(func(p []byte) (int, error) {
+			if len(rest) == 0 {
+				return 0, io.EOF
+			}
+			n := copy(p, rest[:min(step, len(rest))])
+			rest = rest[n:]
+			return n, nil
+		}), length, maxSize)
+		switch {
+		case int64(len(data)) > maxSize:
+			require.ErrorIs(t, err, errBodyTooLarge)
+		case int64(len(data)) < length:
+			require.ErrorIs(t, err, errBodyUnreadable)
+		default:
+			require.NoError(t, err)
+			require.True(t, bytes.Equal(data, body))
+		}
+	})
 }
 
 // FuzzServeHTTP feeds the handler, by way of net/http's server, what a client may

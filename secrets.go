@@ -1,252 +1,311 @@
 package inkitwebhook
 
 import (
+	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io/fs"
+	"io"
 	"os"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 )
 
 const (
-	// secretMaxAge is how old the values of the secrets may be when a request
-	// is verified, before they are read again: how long a withdrawn secret still
-	// opens the door.
-	secretMaxAge = 10 * time.Second
-
-	// secretMinAge is how old they must be to be read again for a signature that
-	// does not match, however many of those there are.
-	secretMinAge = time.Second
-
-	// secretLogInterval is how long a secret that cannot be read again is not
-	// worth another line in the log.
-	secretLogInterval = time.Minute
+	reloadInterval    = 250 * time.Millisecond // the pause between two reloads
+	reloadWait        = 2 * time.Second        // how long a request waits for one before it is refused
+	reloadLogInterval = time.Minute            // the pause between two lines on a secret that cannot be read
+	loadWait          = 10 * time.Second       // how long reading one secret may take at a load
+	maxSecretFile     = 1 << 20                // in bytes
+	previousAge       = 10 * time.Second       // how long a value stays good when another is found, which may be half written
 )
 
 // keyring holds the secrets of a handler and follows their placeholders to new
-// values while it runs. There is no goroutine to that and no file watcher (which
-// would miss the symbolic links that Kubernetes swaps): requests look, seldom
-// enough for it to cost nothing.
+// values while it runs. There is no file watcher, which would miss the symbolic
+// links that Kubernetes swaps: requests ask for reloads.
 type keyring struct {
-	secrets    []Secret // as configured
-	changeable bool     // whether a value can change while the process runs
+	secrets    []Secret             // as configured
+	changeable bool                 // whether a value can change while the process runs
+	reloads    []prometheus.Counter // by index of reloadResults
 	logger     *zap.Logger
 
-	verifier atomic.Pointer[Verifier]
-	lastRead atomic.Pointer[time.Time]
+	inUse     atomic.Pointer[[]generation] // newest first
+	reloading atomic.Bool                  // whether reloadLoop runs
+	mu        sync.Mutex                   // for next
+	next      chan struct{}                // closed at the end of a reload that is asked for and has not begun
 
-	mu        sync.Mutex // held while reading again
-	values    []Secret   // with the last good value of each
-	lastError time.Time  // when reading failed and the log said so
+	values    []Secret  // with the last good value of each; for reload alone
+	lastError time.Time // when a reload failed and the log said so; likewise
 }
 
-// newKeyring resolves the secrets. An error names the position of the secret and
-// shows no part of it: not even of a placeholder, since what looks like one may
-// be a literal secret in braces.
-func newKeyring(secrets []Secret, logger *zap.Logger) (*keyring, error) {
-	now := time.Now()
-	k := &keyring{secrets: secrets, logger: logger, values: slices.Clone(secrets)}
-	k.lastRead.Store(&now)
+// generation is a set of values. It stays good for previousAge once there is a newer.
+type generation struct {
+	verifier *Verifier
+	until    time.Time
+}
+
+// newKeyring resolves the secrets. An error shows no part of a value: not even of a
+// placeholder, since what looks like one may be a secret in braces.
+func newKeyring(secrets []Secret, reloads []prometheus.Counter, logger *zap.Logger) (k *keyring, err error) {
+	k = &keyring{secrets: secrets, reloads: reloads, logger: logger}
+	k.inUse.Store(new([]generation))
+	values := slices.Clone(secrets)
 	for i, secret := range secrets {
-		value, err := resolve(secret.Value)
-		if err != nil {
-			return nil, fmt.Errorf("secret %d: %w", i+1, err)
+		if values[i].Value, err = resolveInTime(secret.Value); err != nil {
+			return nil, fmt.Errorf("secret %s: %w", secret.Name, err)
 		}
-		if strings.ContainsAny(secret.Name, "{}") {
-			return nil, fmt.Errorf("secret %d: name must not hold braces", i+1)
-		}
-		for j, other := range k.values[:i] {
-			if other.Name == secret.Name {
-				return nil, fmt.Errorf("secret %d: has the same name as secret %d", i+1, j+1)
-			}
-			if other.Value == value {
-				return nil, fmt.Errorf("secret %d: has the same value as secret %d", i+1, j+1)
-			}
-		}
-		k.values[i].Value = value
-		key, ok := placeholderKey(secret.Value)
-		k.changeable = k.changeable || ok && !strings.HasPrefix(key, envPrefix)
+		name, ok := placeholderName(secret.Value)
+		k.changeable = k.changeable || ok && !strings.HasPrefix(name, "env.")
 	}
-	verifier, err := NewVerifier(k.values...)
+	return k, k.use(values)
+}
+
+// use makes values the newest generation.
+func (k *keyring) use(values []Secret) error {
+	verifier, err := NewVerifier(values...)
 	if err != nil {
-		return nil, err
+		return err
 	}
-	k.verifier.Store(verifier)
-	return k, nil
+	for i, one := range values {
+		for _, other := range values[:i] {
+			if one.Value == other.Value {
+				k.logger.Warn("two secrets have the same value", zap.Strings("secrets", []string{other.Name, one.Name}))
+			}
+		}
+	}
+	generations := []generation{{verifier: verifier}}
+	for i, g := range *k.inUse.Load() {
+		if i == 0 {
+			g.until = time.Now().Add(previousAge)
+		}
+		if time.Now().Before(g.until) {
+			generations = append(generations, g)
+		}
+	}
+	k.values = values
+	k.inUse.Store(&generations)
+	return nil
 }
 
-// fresh returns the Verifier for the secrets as they are. If their values are at
-// least minAge old, it reads them again first, unless another request is doing
-// that now, for which it does not wait.
-func (k *keyring) fresh(minAge time.Duration) *Verifier {
-	if k.changeable && time.Since(*k.lastRead.Load()) >= minAge && k.mu.TryLock() {
-		if now := time.Now(); now.Sub(*k.lastRead.Load()) >= minAge {
-			k.readAgain(now)
-			k.lastRead.Store(&now)
+// verify returns the index of the secret that made sig for body. What matches waits
+// for nothing. What does not waits for a reload that begins after it has arrived.
+func (k *keyring) verify(ctx context.Context, sig *[sha256.Size]byte, body []byte) (secret int, err error) {
+	secret, err = k.match(sig, body)
+	switch {
+	case !k.changeable:
+	case err != nil:
+		select {
+		case <-k.askForReload():
+			return k.match(sig, body)
+		case <-time.After(reloadWait):
+		case <-ctx.Done():
 		}
-		k.mu.Unlock()
-	}
-	return k.verifier.Load()
-}
-
-// readAgain takes over every value that has changed. One that is empty or
-// unreadable now stays what it was: losing events is worse than a secret that is
-// in use for longer. k.mu is held.
-func (k *keyring) readAgain(now time.Time) {
-	result := reloadUnchanged
-	var failure error
-	values := slices.Clone(k.values)
-	for i, secret := range k.secrets {
-		value, err := resolve(secret.Value)
-		if err != nil {
-			failure = fmt.Errorf("secret %d: %w", i+1, err)
-			continue
-		}
-		if value != values[i].Value {
-			values[i].Value = value
-			result = reloadChanged
-		}
-	}
-	if result == reloadChanged {
-		verifier, err := NewVerifier(values...)
-		if err != nil {
-			failure = err
-		} else {
-			k.values = values
-			k.verifier.Store(verifier)
-			k.logger.Info("secrets changed")
-		}
-	}
-	if failure != nil {
-		result = reloadFailed
-		if now.Sub(k.lastError) >= secretLogInterval {
-			k.lastError = now
-			k.logger.Error("reading secrets again, the last good values stay in use", zap.Error(failure))
-		}
-	}
-	secretReloadsTotal.WithLabelValues(result).Inc()
-}
-
-// The prefixes of placeholders that need more than a look-up.
-const (
-	envPrefix  = "env."
-	filePrefix = "file."
-	httpPrefix = "http."
-)
-
-// The ways in which the value of a secret is refused, beside ErrEmptySecret.
-var (
-	errSecretSpace       = errors.New("must not start or end with white space")
-	errSecretPartly      = errors.New("must be either one placeholder and nothing else, or a text without placeholders")
-	errSecretUnknown     = errors.New("placeholder is not known")
-	errSecretOfRequest   = errors.New("placeholder belongs to a request, and secrets are resolved before there is one")
-	errSecretEnv         = errors.New("environment variable is unset or empty")
-	errSecretFile        = errors.New("file cannot be read")
-	errSecretFileEmpty   = errors.New("file is empty")
-	errSecretPlaceholder = errors.New("placeholder is empty")
-)
-
-// resolve returns the secret that a configured value stands for. The errors show
-// no part of either.
-func resolve(value string) (secret string, err error) {
-	if key, ok := placeholderKey(value); ok {
-		secret, err = lookUp(key)
-	} else if value == "" {
-		err = ErrEmptySecret
-	} else if holdsPlaceholder(value) {
-		err = errSecretPartly
-	} else {
-		secret = value
-	}
-	if err == nil && strings.TrimSpace(secret) != secret {
-		err = errSecretSpace
+	case !k.reloading.Load():
+		k.askForReload()
 	}
 	return secret, err
 }
 
-// placeholderKey returns what stands between the braces if value is exactly one
-// placeholder.
-func placeholderKey(value string) (key string, ok bool) {
-	key, ok = strings.CutPrefix(value, "{")
-	if !ok {
-		return "", false
-	}
-	key, ok = strings.CutSuffix(key, "}")
-	if !ok || key == "" || strings.ContainsAny(key, "{}") {
-		return "", false
-	}
-	return key, true
-}
-
-// lookUp returns the value of a placeholder. The replacer alone would not fail
-// for an environment variable that is unset or a file that is missing.
-func lookUp(key string) (string, error) {
-	empty := errSecretPlaceholder
-	switch {
-	case strings.HasPrefix(key, httpPrefix):
-		return "", errSecretOfRequest
-	case strings.HasPrefix(key, envPrefix):
-		empty = errSecretEnv
-	case strings.HasPrefix(key, filePrefix):
-		empty = errSecretFileEmpty
-		if err := readable(strings.TrimPrefix(key, filePrefix)); err != nil {
-			return "", fmt.Errorf("%w: %w", errSecretFile, err)
+func (k *keyring) match(sig *[sha256.Size]byte, body []byte) (secret int, err error) {
+	for i, g := range *k.inUse.Load() {
+		if i == 0 || time.Now().Before(g.until) {
+			if secret, err = g.verifier.match(sig, body); err == nil {
+				break
+			}
 		}
 	}
-	secret, known := caddy.NewReplacer().GetString(key)
-	if !known {
-		return "", errSecretUnknown
+	return secret, err
+}
+
+// askForReload has the secrets reloaded, and returns a channel that is closed at
+// the end of a reload that begins after this call.
+func (k *keyring) askForReload() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.next == nil {
+		k.next = make(chan struct{})
+		if k.reloading.CompareAndSwap(false, true) {
+			go k.reloadLoop()
+		}
 	}
-	if strings.Trim(secret, "\r\n") == "" {
-		return "", empty
+	return k.next
+}
+
+// reloadLoop reloads for as long as somebody asks for it, in a goroutine of its own:
+// a file system that hangs holds nothing else.
+func (k *keyring) reloadLoop() {
+	for {
+		k.mu.Lock()
+		done := k.next
+		k.next = nil
+		k.reloading.Store(done != nil)
+		k.mu.Unlock()
+		if done == nil {
+			return
+		}
+		k.reload()
+		close(done)
+		time.Sleep(reloadInterval)
+	}
+}
+
+// reload takes over every value that has changed and would load. Any other stays as
+// it was: losing events is worse than a secret that is in use for longer.
+func (k *keyring) reload() {
+	var failure error
+	var changed []string
+	values := slices.Clone(k.values)
+	for i, secret := range k.secrets {
+		value, err := resolve(secret.Value)
+		if err != nil {
+			failure = fmt.Errorf("secret %s: %w", secret.Name, err)
+		} else if value != values[i].Value {
+			values[i].Value = value
+			changed = append(changed, secret.Name)
+		}
+	}
+	result := reloadUnchanged
+	if len(changed) > 0 {
+		if err := k.use(values); err != nil {
+			failure = err
+		} else {
+			result = reloadChanged
+			k.logger.Info("secrets changed", zap.Strings("secrets", changed))
+		}
+	}
+	if failure != nil {
+		result = reloadFailed
+		if time.Since(k.lastError) >= reloadLogInterval {
+			k.lastError = time.Now()
+			k.logger.Error("reloading secrets, the last good values stay in use", zap.Error(failure))
+		}
+	}
+	k.reloads[result].Inc()
+}
+
+// mistakes are what can be no secret of Inkit's: a cut file, or a paste with more
+// than the secret in it.
+var mistakes = []struct {
+	form    *regexp.Regexp
+	message string
+}{
+	{regexp.MustCompile(`\x{FFFD}`), "must be UTF-8"}, // for which regexp takes what is not
+	{regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), "must not start or end with white space"},
+	{regexp.MustCompile(`[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]`), "must not hold a line break, a control character or another invisible one"},
+	{regexp.MustCompile("^(\".*\"|'.*'|`.*`)$"), "must not stand in quotes"},
+	{regexp.MustCompile(`^(\{.*\}|\[.*\]|null|true|false)$`), "must be the secret alone, and not JSON or a template"},
+	{regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), "must be the secret alone, and not NAME=value"},
+}
+
+// resolveInTime is resolve for a load, which must not hang with a file system.
+func resolveInTime(value string) (secret string, err error) {
+	results := make(chan func() (string, error), 1)
+	go func() {
+		secret, err := resolve(value)
+		results <- func() (string, error) { return secret, err }
+	}()
+	select {
+	case result := <-results:
+		return result()
+	case <-time.After(loadWait):
+		return "", errors.New("could not be read within 10 s")
+	}
+}
+
+// resolve returns the secret that a configured value stands for. The errors show
+// no part of either.
+func resolve(value string) (secret string, err error) {
+	if name, ok := placeholderName(value); ok {
+		secret, err = lookUp(name)
+	} else {
+		secret, err = value, checkLiteral(value)
+	}
+	if err != nil {
+		return "", err
+	}
+	for _, mistake := range mistakes {
+		if mistake.form.MatchString(secret) {
+			return "", errors.New(mistake.message)
+		}
 	}
 	return secret, nil
 }
 
-// readable tells why a file cannot be read, without its name. The replacer only
-// logs that, and as often as it is asked, and a pipe would have it wait for good.
-func readable(name string) error {
-	info, err := os.Stat(name)
-	if err == nil && !info.Mode().IsRegular() {
-		return errors.New("is not a regular file")
-	}
-	if err == nil {
-		var file *os.File
-		if file, err = os.Open(name); err == nil {
-			file.Close()
-		}
-	}
-	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
-		return pathErr.Err
-	}
-	return err
+// placeholderName returns what stands between the braces if value is exactly one
+// placeholder.
+func placeholderName(value string) (name string, ok bool) {
+	name = strings.TrimSuffix(strings.TrimPrefix(value, "{"), "}")
+	return name, value == "{"+name+"}" && name != "" && !strings.ContainsAny(name, "{}")
 }
 
-// holdsPlaceholder reports whether a part of value is, or is meant to be, a
-// placeholder that Caddy knows.
-func holdsPlaceholder(value string) bool {
-	for {
-		_, rest, found := strings.Cut(value, "{")
-		if !found {
-			return false
-		}
-		key, _, _ := strings.Cut(rest, "}")
-		for _, prefix := range []string{envPrefix, filePrefix, httpPrefix} {
-			if strings.HasPrefix(key, prefix) {
-				return true
-			}
-		}
-		if _, known := caddy.NewReplacer().Get(key); known {
-			return true
-		}
-		value = rest
+// lookUp returns the value of a placeholder. The replacer alone takes a variable that
+// is unset and a file that is missing for known, and cuts a file that is too large.
+func lookUp(name string) (string, error) {
+	if strings.HasPrefix(name, "http.") {
+		return "", errors.New("placeholder belongs to a request, and secrets are resolved before there is one")
 	}
+	if file, ok := strings.CutPrefix(name, "file."); ok {
+		if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() { // a pipe would have it wait
+			return "", errors.New("file cannot be read: is not a regular file")
+		}
+		return readSecretFile(file)
+	}
+	secret, known := caddy.NewReplacer().GetString(name)
+	switch {
+	case !known:
+		return "", errors.New("placeholder is not known")
+	case strings.Trim(secret, "\r\n") != "":
+		return secret, nil
+	case strings.HasPrefix(name, "env."):
+		return "", errors.New("environment variable is unset or empty")
+	}
+	return "", errors.New("placeholder is empty")
+}
+
+// readSecretFile returns what a file holds, without the newline at its end, as
+// the placeholder {file.*} does. The errors do not show the file's name.
+func readSecretFile(name string) (string, error) {
+	var content []byte
+	file, err := os.Open(name)
+	if err == nil {
+		defer file.Close()
+		content, err = io.ReadAll(io.LimitReader(file, maxSecretFile+1))
+	}
+	secret := strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
+	switch {
+	case err != nil: // an fs.PathError
+		return "", fmt.Errorf("file cannot be read: %w", errors.Unwrap(err))
+	case len(content) > maxSecretFile:
+		return "", errors.New("file is larger than 1 MiB")
+	case strings.Trim(secret, "\r\n") == "":
+		return "", errors.New("file is empty")
+	}
+	return secret, nil
+}
+
+var (
+	foreignReference = regexp.MustCompile(`^(env\..*|file\..*|\$[\w:.]+|\$\{.*\}|\$\(.*\)|%\w+%)$`)
+	placeholderStart = regexp.MustCompile(`\{(\w+\.|\$)`)
+)
+
+// checkLiteral refuses a text that was meant to stand for the secret, and not to be it.
+func checkLiteral(value string) error {
+	switch {
+	case value == "":
+		return ErrEmptySecret
+	case foreignReference.MatchString(value):
+		return errors.New("stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}")
+	case placeholderStart.MatchString(value):
+		return errors.New("must be either one placeholder and nothing else, or a text without placeholders")
+	}
+	return nil
 }

@@ -1,6 +1,7 @@
 package inkitwebhook
 
 import (
+	"cmp"
 	"crypto/fips140"
 	"crypto/hmac"
 	"crypto/sha256"
@@ -9,6 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"hash"
+	"slices"
+	"strconv"
+	"strings"
 	"sync"
 )
 
@@ -17,36 +21,27 @@ import (
 var (
 	// ErrSignatureMissing says that there is no signature: the empty string.
 	ErrSignatureMissing = errors.New("signature is missing")
-
-	// ErrSignatureMalformed says that the signature is anything but 64
-	// lower-case hexadecimal digits, so that no secret can have made it.
+	// ErrSignatureMalformed says that no secret can have made the signature.
 	ErrSignatureMalformed = errors.New("signature is not 64 lower-case hexadecimal digits")
-
-	// ErrSignatureMismatch says that none of the secrets made this signature
-	// for this body.
+	// ErrSignatureMismatch says that none of the secrets made it for this body.
 	ErrSignatureMismatch = errors.New("signature does not match the body under any secret")
-
-	// ErrEmptySecret says that a Verifier was asked for with an empty secret,
-	// for which anybody can sign, or with no secret at all.
+	// ErrEmptySecret says that a secret is empty, so that anybody can sign, or that there is none.
 	ErrEmptySecret = errors.New("must not be empty")
 )
-
-// errShortSecret: FIPS 140-3 wants HMAC keys of 112 bits (SP 800-131A), and
-// under GODEBUG=fips140=only crypto/hmac panics on anything shorter.
-var errShortSecret = errors.New("must be at least 14 bytes long in FIPS 140-only mode")
 
 // Secret is one signing secret and the name it goes by.
 type Secret struct {
 	// The secret, exactly as Inkit's web app shows it: its UTF-8 bytes are the
 	// key, and hex or base64 are not decoded. In the configuration of a Handler
 	// it is either one global placeholder, such as `{env.INKIT_WEBHOOK_SECRET}`
-	// or `{file./run/secrets/inkit}`, or the literal secret, which then shows
-	// in the admin API and on disk. Required.
+	// or `{file./run/secrets/inkit}`, or the secret itself, which then shows in
+	// the admin API and on disk. Required.
 	Value string `json:"value"`
 
 	// What logs, metrics and the placeholder `{http.inkit_webhook.secret_name}`
-	// call this secret. Each name must be unique within the handler, and should
-	// reveal nothing. Default: the position of the secret, starting at `1`.
+	// call this secret: 1 to 64 of letters, digits, `.`, `_` and `-`. Each name
+	// must be unique within the handler, and should reveal nothing.
+	// Default: the position of the secret, starting at `1`.
 	Name string `json:"name,omitempty"`
 }
 
@@ -54,20 +49,18 @@ type Secret struct {
 //
 // A signature is genuine if it is the HMAC-SHA256 of the body's bytes, keyed
 // with the bytes of one of the secrets, written as 64 lower-case hexadecimal
-// digits. That is the comparison of strings which the listener in Inkit's
-// documentation makes (docs.inkit.com/docs/connecting-webhooks), but for the
-// time it takes: which digits differ cannot be learned from the time, and
-// neither can which of several secrets matched. How many secrets there are, and
-// how long the body is, can.
+// digits. The listener in Inkit's documentation compares the same strings
+// (docs.inkit.com/docs/connecting-webhooks). Other than there, the time does not
+// tell which digits differ, nor which of several secrets matched. It does tell how
+// many secrets there are, and how long the body is.
 //
 // A Verifier is safe for concurrent use. It does not change.
 type Verifier struct {
 	keys []key
 }
 
-// key is a secret that is ready to hash with. A hash that was used once keeps
-// the state that the secret leads to and starts again from there (see Reset of
-// crypto/hmac), hence a pool of them for each secret.
+// key is a secret that is ready to hash with. A hash that was used once starts again
+// from the state that the secret leads to, hence a pool of them for each secret.
 type key struct {
 	name string
 	macs *sync.Pool // of *mac
@@ -79,19 +72,23 @@ type mac struct {
 }
 
 // NewVerifier returns a Verifier for one secret or more, any one of which may
-// have signed. If there is none, or one of them is empty, the error is an
-// ErrEmptySecret and names the position of the secret, starting at 1.
+// have signed. If there is none, or one is empty, the error is an ErrEmptySecret,
+// with the name of that secret or else its position, starting at 1. One of NUL
+// bytes alone counts as empty, because HMAC fills every key up with NULs.
 func NewVerifier(secrets ...Secret) (*Verifier, error) {
 	if len(secrets) == 0 {
 		return nil, fmt.Errorf("secrets: %w", ErrEmptySecret)
 	}
 	v := &Verifier{keys: make([]key, len(secrets))}
 	for i, secret := range secrets {
-		if secret.Value == "" {
-			return nil, fmt.Errorf("secret %d: %w", i+1, ErrEmptySecret)
+		name := cmp.Or(secret.Name, strconv.Itoa(i+1))
+		if strings.Trim(secret.Value, "\x00") == "" {
+			return nil, fmt.Errorf("secret %s: %w", name, ErrEmptySecret)
 		}
+		// FIPS 140-3 wants HMAC keys of 112 bits (SP 800-131A), and under
+		// GODEBUG=fips140=only crypto/hmac panics on anything shorter.
 		if fips140.Enforced() && len(secret.Value) < 14 {
-			return nil, fmt.Errorf("secret %d: %w", i+1, errShortSecret)
+			return nil, fmt.Errorf("secret %s: must be at least 14 bytes long in FIPS 140-only mode", name)
 		}
 		value := []byte(secret.Value)
 		v.keys[i] = key{secret.Name, &sync.Pool{New: func() any {
@@ -121,25 +118,20 @@ func (v *Verifier) Verify(body []byte, signature string) (name string, err error
 	return v.keys[i].name, nil
 }
 
-// match returns the index of the secret that made sig for a body, which it
-// takes in pieces. It tries every secret, whether or not one has matched.
-func (v *Verifier) match(sig *[sha256.Size]byte, body ...[]byte) (int, error) {
-	matched := -1
-	for i, key := range v.keys {
+// match returns the index of the secret that made sig for body, the first one if
+// there are several. It tries every secret, whether or not one has matched.
+func (v *Verifier) match(sig *[sha256.Size]byte, body []byte) (matched int, err error) {
+	err = ErrSignatureMismatch
+	for i, key := range slices.Backward(v.keys) {
 		m := key.macs.Get().(*mac)
 		m.Reset()
-		for _, piece := range body {
-			m.Write(piece)
-		}
+		m.Write(body)
 		if subtle.ConstantTimeCompare(m.Sum(m.sum[:0]), sig[:]) == 1 {
-			matched = i
+			matched, err = i, nil
 		}
 		key.macs.Put(m)
 	}
-	if matched < 0 {
-		return matched, ErrSignatureMismatch
-	}
-	return matched, nil
+	return matched, err
 }
 
 // parseSignature decodes the only form that Inkit sends. encoding/hex would
@@ -148,32 +140,18 @@ func parseSignature(s string) (sig [sha256.Size]byte, err error) {
 	if s == "" {
 		return sig, ErrSignatureMissing
 	}
-	if len(s) != hex.EncodedLen(len(sig)) {
+	lower := byte(0x20) // the bit that digits and small letters have, and capital letters lack
+	for i := range len(s) {
+		lower &= s[i]
+	}
+	if len(s) != hex.EncodedLen(len(sig)) || lower == 0 {
 		return sig, ErrSignatureMalformed
 	}
-	var all byte
-	for i := range sig {
-		high, low := hexDigits[s[2*i]], hexDigits[s[2*i+1]]
-		sig[i] = high<<4 | low
-		all |= high | low
-	}
-	if all > 0xf {
+	if _, err := hex.Decode(sig[:], []byte(s)); err != nil {
 		return sig, ErrSignatureMalformed
 	}
 	return sig, nil
 }
-
-// hexDigits holds the value of each lower-case hexadecimal digit, and 0xff for
-// every other byte.
-var hexDigits = func() (values [256]byte) {
-	for i := range values {
-		values[i] = 0xff
-	}
-	for value, digit := range "0123456789abcdef" {
-		values[digit] = byte(value)
-	}
-	return values
-}()
 
 // Sign returns the signature that Inkit sends with body: the HMAC-SHA256 keyed
 // with secret, in lower-case hexadecimal digits. It is for tests and tools. A

@@ -1,6 +1,7 @@
 package inkitwebhook
 
 import (
+	"bytes"
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
@@ -247,7 +248,11 @@ func TestNewVerifierRefusesTheEmptySecret(t *testing.T) {
 		message string
 	}{
 		{"no secret at all", nil, "secrets: must not be empty"},
-		{"the only one", []Secret{{Name: "a"}}, "secret 1: must not be empty"},
+		{"the only one", []Secret{{}}, "secret 1: must not be empty"},
+		{"one that has a name", []Secret{{Name: "a"}}, "secret a: must not be empty"},
+		{"one NUL", []Secret{{Value: "\x00"}}, "secret 1: must not be empty"},
+		{"33 NULs, which are the empty key to HMAC", []Secret{{Value: strings.Repeat("\x00", 33)}}, "secret 1: must not be empty"},
+		{"65 NULs", []Secret{{Value: strings.Repeat("\x00", 65)}}, "secret 1: must not be empty"},
 		{"one of several", []Secret{{Value: "x"}, {}}, "secret 2: must not be empty"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -284,7 +289,7 @@ func FuzzVerify(f *testing.F) {
 	f.Add([]byte{0xff, 0}, []byte{0}, strings.Repeat("0", 64))
 	f.Fuzz(func(t *testing.T, body, secret []byte, signature string) {
 		v, err := NewVerifier(Secret{Value: "another secret", Name: "other"}, Secret{Value: string(secret), Name: "this"})
-		if len(secret) == 0 {
+		if len(bytes.Trim(secret, "\x00")) == 0 {
 			require.ErrorIs(t, err, ErrEmptySecret)
 			return
 		}
