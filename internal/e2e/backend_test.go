@@ -1,3 +1,5 @@
+//go:build unix
+
 package e2e
 
 import (
@@ -30,6 +32,7 @@ type record struct {
 	IdempotencyKey []string
 	Header         http.Header
 	Query          string
+	Note           string `json:",omitempty"`
 }
 
 // backend is a process that writes down each request that it read to its end, and
@@ -52,6 +55,8 @@ const (
 	modeDieReading  = "die-reading"  // ends in the middle of reading the body, one time in two
 	modeDieWriting  = "die-writing"  // ends in the middle of the answer, one time in two
 	modeDiscard     = "discard"      // reads each request, and writes nothing down
+	modeUpgrade     = "upgrade"      // changes to any protocol that it is asked for, and writes down what comes
+	modeHang        = "hang"         // writes down that a request has arrived, never answers, and writes down its end
 	modeEarly413    = "early-413"    // answers every request that has ?early before it reads it
 )
 
@@ -108,10 +113,10 @@ func runBackend() {
 		panic(err)
 	}
 	var mu sync.Mutex
-	write := func(r *http.Request, body []byte) string {
+	write := func(r *http.Request, body []byte, note string) string {
 		sum := sha256.Sum256(body)
 		line, err := json.Marshal(record{
-			Body: body, SHA256: hex.EncodeToString(sum[:]), ContentLength: r.ContentLength,
+			Note: note, Body: body, SHA256: hex.EncodeToString(sum[:]), ContentLength: r.ContentLength,
 			Chunked: len(r.TransferEncoding) > 0, IdempotencyKey: r.Header["Idempotency-Key"], Header: r.Header, Query: r.URL.RawQuery,
 		})
 		if err != nil {
@@ -159,6 +164,21 @@ func runBackend() {
 			case mode == modeDieReading && rand.IntN(2) == 0:
 				_, _ = io.ReadFull(r.Body, make([]byte, 10))
 				os.Exit(1)
+			case mode == modeUpgrade && r.Header.Get("Upgrade") != "":
+				conn, buffered, err := w.(http.Hijacker).Hijack()
+				if err != nil {
+					panic(err)
+				}
+				fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", r.Header.Get("Upgrade"))
+				tunnel, _ := io.ReadAll(buffered)
+				write(r, tunnel, "tunnel")
+				return
+			case mode == modeHang:
+				body, _ := io.ReadAll(r.Body)
+				write(r, body, "arrived")
+				<-r.Context().Done()
+				write(r, nil, "gone")
+				return
 			case mode == modeEarly413 && strings.Contains(r.URL.RawQuery, "early"):
 				w.WriteHeader(http.StatusRequestEntityTooLarge)
 				return
@@ -171,7 +191,7 @@ func runBackend() {
 			if err != nil {
 				return
 			}
-			sum := write(r, body)
+			sum := write(r, body, "")
 			switch {
 			case mode == modeResetRandom && rand.IntN(6) == 0:
 				hangUp(w, true)

@@ -1,10 +1,15 @@
+//go:build unix
+
 package e2e
 
 import (
+	"bufio"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"strings"
@@ -75,6 +80,7 @@ func TestCommandSign(t *testing.T) {
 	file := writeFile(t, dir+"/body", body)
 	windows := writeFile(t, dir+"/windows", secret+"\r\n")
 	empty := writeFile(t, dir+"/empty", "\n")
+	large := writeFile(t, dir+"/large", strings.Repeat("s", 1<<20+1))
 	for _, tt := range []struct {
 		name, secret, stdin string
 		args                []string
@@ -85,7 +91,8 @@ func TestCommandSign(t *testing.T) {
 		{"standard input, by name", secret, body, []string{"sign", "-"}, want, ""},
 		{"a secret file that ends as Windows has it", "other", body, []string{"sign", "--secret-file", windows}, want, ""},
 		{"no secret", "", body, []string{"sign"}, "", "INKIT_WEBHOOK_SECRET is unset or empty, and no --secret-file is given"},
-		{"an empty secret file", "other", body, []string{"sign", "--secret-file", empty}, "", "secret-file: " + empty + ": must not be empty"},
+		{"an empty secret file", "other", body, []string{"sign", "--secret-file", empty}, "", "secret-file: " + empty + ": file is empty"},
+		{"a secret file above 1 MiB", "other", body, []string{"sign", "--secret-file", large}, "", "secret-file: " + large + ": file is larger than 1 MiB"},
 		{"a missing secret file", "other", body, []string{"sign", "--secret-file", dir + "/none"}, "", "no such file or directory"},
 		{"a missing file", secret, "", []string{"sign", dir + "/none"}, "", "no such file or directory"},
 		{"two files", secret, "", []string{"sign", file, file}, "", "accepts at most 1 arg(s), received 2"},
@@ -121,7 +128,7 @@ func TestCommandVerify(t *testing.T) {
 		{"the second of two files", "other", body, []string{"--signature", signature, "--secret-file", old, "--secret-file", current}, 0, current + "\n"},
 		{"a body with a newline", secret, body + "\n", []string{"--signature", signature, "-"}, 1, "the body has got a newline at its end that was not signed\n"},
 		{"upper case", secret, "", []string{"--signature", strings.ToUpper(signature), file}, 1, "the signature is in upper-case hexadecimal digits, and Inkit sends lower case\n"},
-		{"no signature", secret, "", []string{file}, 1, "the request has no Inkit-Signature, or it is empty: it is not from Inkit, or something on the way removed the header field\n"},
+		{"an empty signature", secret, "", []string{"--signature", "", file}, 1, "the request has no Inkit-Signature, or it is empty: it is not from Inkit, or something on the way removed the header field\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			stdout, stderr, status := webhookCommand(t, tt.secret, tt.stdin, append([]string{"verify"}, tt.args...)...)
@@ -131,12 +138,60 @@ func TestCommandVerify(t *testing.T) {
 	}
 }
 
+func TestCommandUsage(t *testing.T) {
+	for _, tt := range []struct {
+		name, stderr string
+		args         []string
+	}{
+		{"an unknown command", `unknown command "explain" for "caddy inkit-webhook"`, []string{"explain"}},
+		{"verify without a signature", `required flag(s) "signature" not set`, []string{"verify"}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			stdout, stderr, status := webhookCommand(t, secret, "x", tt.args...)
+			assert.Equal(t, 1, status)
+			assert.Contains(t, stderr, tt.stderr)
+			assert.Empty(t, stdout)
+		})
+	}
+	stdout, _, status := webhookCommand(t, "", "")
+	assert.Zero(t, status, "alone, it shows its help")
+	assert.Contains(t, stdout, "Signs bodies as Inkit does")
+}
+
+// A response may be that of a hostile server, and its status too.
+func TestCommandSendPrintsNothingThatATerminalObeys(t *testing.T) {
+	l, err := net.Listen("tcp", freeAddr(t))
+	require.NoError(t, err)
+	defer l.Close()
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		_, _ = http.ReadRequest(bufio.NewReader(conn))
+		fmt.Fprint(conn, "HTTP/1.1 200 O\x1b[2JK\r\nConnection: close\r\n\r\none\x1b]0;title\x07\rtwo\u202e\u009b1m\nthree")
+	}()
+	stdout, stderr, status := webhookCommand(t, secret, "", "send", "http://"+l.Addr().String())
+	require.Zero(t, status, stderr)
+	assert.Equal(t, "200 O\ufffd[2JK\none\ufffd]0;title\ufffd\ufffdtwo\ufffd\ufffd1m\nthree\n", stdout)
+}
+
 func TestCommandSend(t *testing.T) {
 	b := newBackend(t, modeGood)
 	c := startCaddy(t, "", strings.Replace(strings.ReplaceAll(bareSite, "UPSTREAMS", b.addr), "{\n", "{\n\tredir /moved http://"+b.addr+"/\n", 1))
 	url := webhookURL(c, "/webhook")
 	file := writeFile(t, t.TempDir()+"/body", "any bytes\x00")
+	const onRate = "rate: must be from 0.001 to 1000000"
 
+	t.Run("without the proxy of the environment", func(t *testing.T) {
+		t.Setenv("HTTP_PROXY", "http://"+freeAddr(t))
+		t.Setenv("http_proxy", "http://"+freeAddr(t))
+		name := "guard.localhost" // loopback by its address would need no proxy in any case
+		_, stderr, _ := webhookCommand(t, secret, "", "send", "http://"+name+":1/")
+		assert.NotContains(t, stderr, "proxyconnect")
+		assert.NotContains(t, stderr, os.Getenv("HTTP_PROXY")[len("http://"):])
+	})
 	t.Run("an event", func(t *testing.T) {
 		stdout, stderr, status := webhookCommand(t, secret, "", "send", "--event-type", "MAIL_CREATE_FAILED", "--resource-id", `"<é>`, url)
 		require.Zero(t, status, stderr)
@@ -162,6 +217,7 @@ func TestCommandSend(t *testing.T) {
 		stdout, stderr, status := webhookCommand(t, secret, "", "send", "--count", "10", "--rate", "20", url)
 		require.Zero(t, status, stderr)
 		assert.Equal(t, 10, strings.Count(stdout, "200 OK\n"))
+		assert.True(t, strings.HasSuffix(stdout, "\n10 sent: 10 answered 2xx, 0 answered otherwise, 0 not answered\n"), stdout)
 		assert.Len(t, b.records(), 13)
 		assert.GreaterOrEqual(t, time.Since(began), 450*time.Millisecond)
 	})
@@ -173,9 +229,16 @@ func TestCommandSend(t *testing.T) {
 		{"a redirect, which is not followed", secret, "302 Found\n", "not every response has status 2xx", []string{webhookURL(c, "/moved")}},
 		{"where nothing listens", secret, "", "connection refused", []string{"http://" + freeAddr(t)}},
 		{"no URL", secret, "", "accepts 1 arg(s), received 0", nil},
+		{"several that are refused", "wrong", "401 Unauthorized\n401 Unauthorized\n2 sent: 0 answered 2xx, 2 answered otherwise, 0 not answered\n", "not every response has status 2xx", []string{"--count", "2", url}},
+		{"several where nothing listens", secret, "2 sent: 0 answered 2xx, 0 answered otherwise, 2 not answered\n", "connection refused", []string{"--count", "2", "http://" + freeAddr(t)}},
 		{"nothing to send", secret, "", "count: must be at least 1", []string{"--count", "0", url}},
-		{"a negative rate", secret, "", "rate: must not be negative", []string{"--rate", "-1", url}},
-		{"a body and an event", secret, "", "body: cannot be combined with event-type and resource-id", []string{"--body", file, "--event-type", "X", url}},
+		{"a negative rate", secret, "", onRate, []string{"--rate", "-1", url}},
+		{"a rate of 0", secret, "", onRate, []string{"--rate", "0", url}},
+		{"a rate that is no number", secret, "", onRate, []string{"--rate", "NaN", url}},
+		{"an infinite rate", secret, "", onRate, []string{"--rate", "Inf", url}},
+		{"a rate whose pause is longer than a life", secret, "", onRate, []string{"--rate", "1e-300", url}},
+		{"a body and an event", secret, "", "[body event-type] were all set", []string{"--body", file, "--event-type", "X", url}},
+		{"a body and a resource", secret, "", "[body resource-id] were all set", []string{"--body", file, "--resource-id", "X", url}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			stdout, stderr, status := webhookCommand(t, tt.secret, "", append([]string{"send"}, tt.args...)...)

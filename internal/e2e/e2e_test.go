@@ -1,3 +1,5 @@
+//go:build unix
+
 // Package e2e runs a real Caddy with this module in front of real backends, each
 // a process of its own, and sends them real requests on the loopback interface.
 package e2e
@@ -29,6 +31,10 @@ import (
 )
 
 const secret = "test_inkit_webhook_secret"
+
+// long is whether the rows run at full length that take minutes: E2E_LONG=1, as
+// .ci/run has it.
+var long = os.Getenv("E2E_LONG") != ""
 
 // caddyPath is the binary under test: that of E2E_CADDY if there is one, such as
 // one that xcaddy built with another version of Caddy, or else cmd/caddy.
@@ -201,6 +207,8 @@ type caddy struct {
 	admin string
 	dir   string
 	env   []string
+
+	wrapper []string // the command that runs it, if another one does
 }
 
 // startCaddy runs Caddy with a Caddyfile, in which {{addr}} and {{port}} stand for where
@@ -208,20 +216,39 @@ type caddy struct {
 // options says.
 func startCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	t.Helper()
+	c := newCaddy(t, options, sites, env...)
+	c.start()
+	return c
+}
+
+// newCaddy is startCaddy without the start.
+func newCaddy(t *testing.T, options, sites string, env ...string) *caddy {
+	t.Helper()
 	c := &caddy{t: t, addr: freeAddr(t), admin: freeAddr(t), dir: t.TempDir()}
 	c.env = append(append(os.Environ(),
 		"HOME="+c.dir, "XDG_CONFIG_HOME="+c.dir, "XDG_DATA_HOME="+c.dir,
 		"INKIT_WEBHOOK_SECRET="+secret,
 	), env...)
 	c.configure(options, sites)
-	cmd := exec.Command(caddyPath, "run", "--config", c.path("Caddyfile"), "--adapter", "caddyfile")
+	return c
+}
+
+// run starts the process, and start waits for it to answer.
+func (c *caddy) run() {
+	c.t.Helper()
+	args := append(c.wrapper, caddyPath, "run", "--config", c.path("Caddyfile"), "--adapter", "caddyfile")
+	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = c.env
 	cmd.Dir = c.dir
-	c.process = start(t, cmd)
-	waitFor(t, "Caddy answers", c.process, func() bool {
+	c.process = start(c.t, cmd)
+}
+
+func (c *caddy) start() {
+	c.t.Helper()
+	c.run()
+	waitFor(c.t, "Caddy answers", c.process, func() bool {
 		return listening(c.admin)() && listening(c.addr)()
 	})
-	return c
 }
 
 func (c *caddy) path(name string) string { return filepath.Join(c.dir, name) }

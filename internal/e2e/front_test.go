@@ -1,0 +1,97 @@
+//go:build unix
+
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// A proxy in front of two guards takes one out for which it gets no answer. Unsigned
+// bodies, which a guard does not want, must not have it do so: they would cost the
+// genuine events that come meanwhile.
+func TestNginxInFront(t *testing.T) {
+	t.Parallel()
+	nginx, err := exec.LookPath("nginx")
+	if err != nil {
+		t.Skip("nginx is not installed")
+	}
+	b := newBackend(t, modeGood)
+	site := recommendedSite(t, b.addr)
+	one, two := startCaddy(t, "", site), startCaddy(t, "", site)
+	dir, addr := t.TempDir(), freeAddr(t)
+	user := ""
+	if os.Geteuid() == 0 { // or else a worker of another user has no way into the folder
+		user = "user root root;"
+	}
+	config := writeFile(t, dir+"/nginx.conf", user+`
+daemon off;
+pid `+dir+`/nginx.pid;
+error_log stderr;
+events {}
+http {
+	access_log off;
+	client_max_body_size 2m;
+	client_body_temp_path `+dir+`/body;
+	proxy_temp_path `+dir+`/proxy;
+	fastcgi_temp_path `+dir+`/fastcgi;
+	uwsgi_temp_path `+dir+`/uwsgi;
+	scgi_temp_path `+dir+`/scgi;
+	upstream guards { server `+one.addr+`; server `+two.addr+`; }
+	server {
+		listen `+addr+`;
+		location / { proxy_pass http://guards; }
+	}
+}
+`)
+	p := start(t, exec.Command(nginx, "-p", dir, "-e", "stderr", "-c", config))
+	waitFor(t, "nginx listens", p, listening(addr))
+
+	seconds := 5
+	if long {
+		seconds = 15
+	}
+	var sent, lost, unsigned, unanswered atomic.Int64
+	client := &http.Client{Timeout: time.Minute, Transport: new(http.Transport)}
+	defer client.CloseIdleConnections()
+	var wg sync.WaitGroup
+	for i := range seconds * 10 {
+		wg.Go(func() {
+			sent.Add(1)
+			body := event(fmt.Sprintf("doc_%d", i))
+			got, err := send(context.Background(), client, "http://"+addr+"/webhook", body, int64(len(body)), sign(secret, body))
+			if err != nil || got.status != 200 {
+				lost.Add(1)
+			}
+		})
+		if i%10 == 0 {
+			for _, size := range []int{64 << 10, 900_000} {
+				wg.Go(func() {
+					unsigned.Add(1)
+					got, err := send(context.Background(), client, "http://"+addr+"/webhook", make([]byte, size), int64(size))
+					if err != nil || got.status != 401 {
+						unanswered.Add(1)
+					}
+				})
+			}
+		}
+		time.Sleep(time.Second / 10)
+	}
+	wg.Wait()
+	t.Logf("%d of %d genuine events lost, %d of %d unsigned requests without a 401", lost.Load(), sent.Load(), unanswered.Load(), unsigned.Load())
+	assert.Zero(t, lost.Load())
+	assert.Zero(t, unanswered.Load())
+	require.Len(t, b.records(), int(sent.Load()))
+	assert.Zero(t, strings.Count(p.output.String(), "upstream server temporarily disabled"), p.output.String())
+}
