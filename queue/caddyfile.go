@@ -1,0 +1,123 @@
+package queue
+
+import (
+	"strconv"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+func init() {
+	httpcaddyfile.RegisterHandlerDirective("inkit_queue", parseCaddyfile)
+	httpcaddyfile.RegisterDirectiveOrder("inkit_queue", httpcaddyfile.Before, "reverse_proxy")
+}
+
+// parseCaddyfile sets up the handler from Caddyfile tokens. Syntax:
+//
+//	inkit_queue [<matcher>] {
+//		name            <name>
+//		store           sqlite [<path>]
+//		answer_after    <duration>
+//		attempt_timeout <duration>
+//		max_age         <duration>
+//		max_events      <number>
+//		concurrency     <number>
+//		deliver {
+//			<directives...>
+//		}
+//	}
+//
+// All but deliver can be left out, and come in any order, each of them once.
+func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
+	h, d := new(Handler), helper.Dispenser
+	d.Next() // consume directive name
+	if d.NextArg() {
+		return nil, d.Err("inkit_queue: takes a block alone")
+	}
+	seen := make(map[string]bool)
+	for d.NextBlock(0) {
+		word := d.Val()
+		if seen[word] {
+			return nil, d.Errf("%s: must not be repeated", word)
+		}
+		seen[word] = true
+		var err error
+		switch word {
+		case "name":
+			if !d.AllArgs(&h.Name) || h.Name == "" {
+				err = d.Err("name: takes one name")
+			}
+		case "store":
+			err = h.parseStore(d)
+		case "answer_after":
+			h.AnswerAfter = new(caddy.Duration)
+			*h.AnswerAfter, err = parseDuration(d, word, 0)
+		case "attempt_timeout":
+			h.AttemptTimeout, err = parseDuration(d, word, 1)
+		case "max_age":
+			h.MaxAge, err = parseDuration(d, word, 1)
+		case "max_events":
+			h.MaxEvents, err = parseNumber(d, word)
+		case "concurrency":
+			h.Concurrency, err = parseNumber(d, word)
+		case "deliver":
+			err = h.parseDeliver(helper, d)
+		default:
+			err = d.Errf("inkit_queue: does not know the option %s", word)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if len(h.Routes) == 0 {
+		return nil, d.Err("deliver: is required, with at least one directive")
+	}
+	return h, nil
+}
+
+func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
+	if !d.NextArg() {
+		return d.Err("store: takes the kind of a database")
+	}
+	kind := d.Val()
+	module, err := caddyfile.UnmarshalModule(d, "inkit_queue.stores."+kind)
+	if err != nil {
+		return d.Errf("store: %v", err)
+	}
+	h.StoreRaw = caddyconfig.JSONModuleObject(module, "module", kind, nil)
+	return nil
+}
+
+func (h *Handler) parseDeliver(helper httpcaddyfile.Helper, d *caddyfile.Dispenser) error {
+	handler, err := httpcaddyfile.ParseSegmentAsSubroute(helper.WithDispenser(d.NewFromNextSegment()))
+	if err != nil {
+		return err
+	}
+	h.Routes = handler.(*caddyhttp.Subroute).Routes
+	return nil
+}
+
+// parseDuration parses one duration that is at least as long as least.
+func parseDuration(d *caddyfile.Dispenser, word string, least time.Duration) (caddy.Duration, error) {
+	var text string
+	if d.AllArgs(&text) {
+		if duration, err := caddy.ParseDuration(text); err == nil && duration >= least {
+			return caddy.Duration(duration), nil
+		}
+	}
+	return 0, d.Errf("%s: takes one duration, such as 30s", word)
+}
+
+func parseNumber(d *caddyfile.Dispenser, word string) (int, error) {
+	var text string
+	if d.AllArgs(&text) {
+		if number, err := strconv.Atoi(text); err == nil && number > 0 {
+			return number, nil
+		}
+	}
+	return 0, d.Errf("%s: takes one number above 0", word)
+}

@@ -1,0 +1,659 @@
+package queue
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"os"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+const (
+	// linger is how long the first event of a batch waits for its backend. What a
+	// backend takes within it never goes to the disk. Nobody is answered meanwhile.
+	linger = 2 * time.Millisecond
+
+	// maxBatch is how many events one transaction adds.
+	maxBatch = 500
+
+	// applyTimeout is how long a transaction may take.
+	applyTimeout = 20 * time.Second
+
+	// reopenInterval is the pause between two tries to open a database.
+	reopenInterval = time.Second
+
+	// countInterval is the pause between two counts of what waits, and countShare the
+	// part of the time that they may take.
+	countInterval = 5 * time.Second
+	countShare    = 0.004
+
+	// errorInterval is how long an error of the database is not worth another line.
+	errorInterval = time.Minute
+)
+
+// errNotOpen says why a database is not open at first.
+var errNotOpen = errors.New("the database is not open yet")
+
+// database is a store that queues share. One goroutine puts whatever waits into one
+// transaction; it opens the store, and opens it again when it has become useless.
+type database struct {
+	opener Opener
+	owner  string
+	logger *zap.Logger
+
+	wake    chan struct{}
+	closing chan struct{}
+	closed  chan struct{}
+
+	mu       sync.Mutex
+	store    Store // nil while it is not open
+	broken   error // why it is not
+	work     work
+	hurry    bool // whether somebody waits for what is to be added
+	counts   map[[2]string]Count
+	held     map[string]bool // events that this process has, but the database does not say so
+	unsaid   map[string]int  // how many announcements of a queue are not written
+	queues   map[string]*shared
+	strange  map[string]bool // queues that are not configured, of which the log says so
+	lastLine time.Time       // when an error was logged
+	failing  bool            // whether events cannot be kept
+}
+
+// work is what waits for the next transaction.
+type work struct {
+	adds     []*addition
+	finish   []Finish
+	backends []Backend
+	claims   []*claiming
+}
+
+// addition is an event on its way into the database.
+type addition struct {
+	rec     *Record
+	began   time.Time
+	writing bool          // whether it is beyond being called back
+	done    chan struct{} // closed when err is known
+	err     error
+	metrics *queueMetrics
+}
+
+// end says what came of it. The lock of the database is held.
+func (a *addition) end(err error) {
+	a.err = err
+	close(a.done)
+	switch {
+	case err == nil:
+		a.metrics.stored[resultStored].Inc()
+		a.metrics.storeSeconds.Observe(time.Since(a.began).Seconds())
+	case errors.Is(err, errCalledBack):
+		a.metrics.stored[resultDelivered].Inc()
+	default:
+		a.metrics.stored[resultFailed].Inc()
+	}
+}
+
+type claiming struct {
+	*Claim
+	done chan error
+}
+
+// errCalledBack says that an event was delivered before it was written.
+var errCalledBack = errors.New("delivered before it was written")
+
+func newDatabase(opener Opener, logger *zap.Logger) *database {
+	host, _ := os.Hostname()
+	return &database{
+		opener: opener, logger: logger,
+		owner: fmt.Sprintf("%s-%d-%s", host, os.Getpid(), rand.Text()[:6]),
+		wake:  make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
+		broken: errNotOpen,
+		counts: make(map[[2]string]Count), held: make(map[string]bool), unsaid: make(map[string]int),
+		queues: make(map[string]*shared), strange: make(map[string]bool),
+	}
+}
+
+func (d *database) start() {
+	go d.run()
+	go d.count()
+}
+
+// close writes what waits, and closes the database. Nobody may use it any more.
+func (d *database) close() {
+	close(d.closing)
+	<-d.closed
+}
+
+func (d *database) poke() {
+	select {
+	case d.wake <- struct{}{}:
+	default:
+	}
+}
+
+// add has an event written. If somebody waits for it, that is to be said by hasten.
+func (d *database) add(rec *Record, metrics *queueMetrics) *addition {
+	a := &addition{rec: rec, began: time.Now(), done: make(chan struct{}), metrics: metrics}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.store == nil && !errors.Is(d.broken, errNotOpen) {
+		a.end(d.broken)
+		return a
+	}
+	d.work.adds = append(d.work.adds, a)
+	d.poke()
+	return a
+}
+
+// hasten has an event written without waiting for its backend.
+func (d *database) hasten() {
+	d.mu.Lock()
+	d.hurry = true
+	d.mu.Unlock()
+	d.poke()
+}
+
+// finish writes what became of an event. One that is not written yet is changed, or
+// called back.
+func (d *database) finish(a *addition, f Finish) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.poke()
+	switch {
+	case a == nil || a.err == nil && a.writing:
+		d.work.finish = append(d.work.finish, f)
+		return
+	case a.err != nil: // it never got there
+		return
+	}
+	for i, waiting := range d.work.adds {
+		if waiting != a {
+			continue
+		}
+		if f.Outcome == Delivered {
+			d.work.adds = append(d.work.adds[:i], d.work.adds[i+1:]...)
+			a.end(errCalledBack)
+			return
+		}
+		if f.Outcome == Unbegun {
+			a.rec.Attempts--
+		}
+		a.rec.Lease, a.rec.Delay, a.rec.LastError = 0, f.After, f.LastError
+		d.hurry = true
+		return
+	}
+}
+
+// announce tells the other owners of a queue of its backend.
+func (d *database) announce(b Backend) {
+	d.mu.Lock()
+	d.work.backends = append(d.work.backends, b)
+	d.unsaid[b.Queue]++
+	d.mu.Unlock()
+	d.poke()
+}
+
+// announcing reports whether that is not written yet.
+func (d *database) announcing(queue string) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.unsaid[queue] > 0
+}
+
+// claim leases events that are due. If nothing can be written, it takes what it can
+// read: a disk that is full has to be emptied.
+func (d *database) claim(c *Claim) ([]*Record, error) {
+	request := &claiming{c, make(chan error, 1)}
+	d.mu.Lock()
+	if d.store == nil {
+		defer d.mu.Unlock()
+		return nil, d.broken
+	}
+	d.work.claims = append(d.work.claims, request)
+	d.mu.Unlock()
+	d.poke()
+	err := <-request.done
+	if err == nil {
+		return c.Records, nil
+	}
+	return d.look(c, err)
+}
+
+// look returns events that are due and that this process does not have.
+func (d *database) look(c *Claim, why error) (records []*Record, err error) {
+	store := d.opened()
+	if store == nil || c.Probe {
+		return nil, why
+	}
+	err = store.Select(context.Background(), Filter{Queue: c.Queue, Due: true}, true, func(r *Record) bool {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if !d.held[r.ID] {
+			d.held[r.ID] = true
+			r.Attempts++
+			r.Age = time.Since(r.Queued)
+			records = append(records, r)
+		}
+		return len(records) < c.Max
+	})
+	if len(records) > 0 {
+		return records, nil
+	}
+	return nil, errors.Join(why, err)
+}
+
+func (d *database) opened() Store {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.store
+}
+
+func (d *database) peek(queue string) (Peek, error) {
+	store := d.opened()
+	if store == nil {
+		return Peek{}, errNotOpen
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
+	defer cancel()
+	p, err := store.Peek(ctx, queue)
+	if err != nil {
+		d.observe(store, err)
+	}
+	return p, err
+}
+
+// pending returns how many events of a queue wait, as far as is known.
+func (d *database) pending(queue string) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.counts[[2]string{queue, statePending}].Events
+}
+
+// run is the goroutine that writes.
+func (d *database) run() {
+	defer close(d.closed)
+	for {
+		open := d.open()
+		wait := time.Hour
+		if !open {
+			wait = reopenInterval
+		}
+		select {
+		case <-d.wake:
+		case <-time.After(wait):
+		case <-d.closing:
+			d.write()
+			d.write() // what the first one left
+			if store := d.opened(); store != nil {
+				_ = store.Close()
+			}
+			return
+		}
+		if open {
+			d.linger()
+			if !d.write() {
+				time.Sleep(50 * time.Millisecond)
+			}
+		}
+	}
+}
+
+// open opens the database, and reports whether it is open.
+func (d *database) open() bool {
+	if d.opened() != nil {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
+	defer cancel()
+	store, err := d.opener.Open(ctx)
+	if errors.Is(err, ErrDamaged) {
+		d.moveAside(err)
+		store, err = d.opener.Open(ctx)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.store, d.broken = store, err
+	if err == nil {
+		d.recoveredLocked()
+		return true
+	}
+	d.store = nil // and not an interface that holds nil
+	d.failAddsLocked(err)
+	for _, c := range d.work.claims {
+		c.done <- err
+	}
+	d.work.claims = nil
+	d.failedLocked(err)
+	return false
+}
+
+// moveAside puts a damaged database out of the way of a new one.
+func (d *database) moveAside(why error) {
+	mover, ok := d.opener.(interface {
+		moveAside(now time.Time) (name string, err error)
+	})
+	if !ok {
+		return
+	}
+	name, err := mover.moveAside(time.Now())
+	if err != nil {
+		d.logger.Error("moving a damaged database aside", zap.Error(err))
+		return
+	}
+	d.logger.Error("the database is damaged: it was moved aside, and what can be recovered of its events is for an operator to recover",
+		zap.String("moved_to", name), zap.Error(why))
+}
+
+// linger waits for the backends of events that nobody waits for to be written.
+func (d *database) linger() {
+	d.mu.Lock()
+	if d.hurry || len(d.work.adds) == 0 || len(d.work.finish)+len(d.work.backends)+len(d.work.claims) > 0 {
+		d.mu.Unlock()
+		return
+	}
+	timer := time.NewTimer(linger - time.Since(d.work.adds[0].began))
+	d.mu.Unlock()
+	defer timer.Stop()
+	for {
+		select {
+		case <-timer.C:
+			return
+		case <-d.closing:
+			return
+		case <-d.wake:
+			d.mu.Lock()
+			ready := d.hurry || len(d.work.adds) == 0
+			d.mu.Unlock()
+			if ready {
+				return
+			}
+		}
+	}
+}
+
+// write does what waits in one transaction, and reports whether it succeeded.
+func (d *database) write() bool {
+	d.mu.Lock()
+	store := d.store
+	w := d.work
+	d.work = work{}
+	if len(w.adds) > maxBatch {
+		d.work.adds = append(d.work.adds, w.adds[maxBatch:]...)
+		w.adds = w.adds[:maxBatch]
+		d.poke()
+	} else {
+		d.hurry = false
+	}
+	for _, a := range w.adds {
+		a.writing = true
+	}
+	d.mu.Unlock()
+	if store == nil || len(w.adds)+len(w.finish)+len(w.backends)+len(w.claims) == 0 {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.work.finish = append(w.finish, d.work.finish...)
+		return true
+	}
+
+	b := &Batch{Owner: d.owner, Finish: w.finish, Backends: w.backends}
+	for _, a := range w.adds {
+		b.Add = append(b.Add, a.rec)
+	}
+	for _, c := range w.claims {
+		b.Claims = append(b.Claims, c.Claim)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
+	defer cancel()
+	err := store.Apply(ctx, b)
+	if err == nil {
+		d.written(w)
+		return true
+	}
+
+	// The events that were to be added are up to those who wait for them. What was
+	// finished has to be written at some time, without them if that is what is wrong.
+	d.observe(store, err)
+	d.mu.Lock()
+	d.failAdds(w.adds, err)
+	d.failedLocked(err)
+	d.mu.Unlock()
+	if errors.Is(err, ErrReplaced) {
+		d.rescue(store)
+	}
+	if errors.Is(err, ErrFull) && len(b.Add) > 0 {
+		w.adds, b.Add = nil, nil
+		if err = store.Apply(ctx, b); err == nil {
+			d.written(w)
+			return true
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.work.finish = append(w.finish, d.work.finish...)
+	d.work.backends = append(w.backends, d.work.backends...)
+	for _, f := range w.finish {
+		d.held[f.ID] = true
+	}
+	for _, c := range w.claims {
+		c.done <- err
+	}
+	d.poke()
+	return false
+}
+
+// written notes what a transaction has done.
+func (d *database) written(w work) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	change := func(queue, state string, by int) {
+		key := [2]string{queue, state}
+		c := d.counts[key]
+		c.Events = max(0, c.Events+by)
+		d.counts[key] = c
+	}
+	for _, a := range w.adds {
+		change(a.rec.Queue, statePending, 1)
+		a.end(nil)
+	}
+	for _, b := range w.backends {
+		d.unsaid[b.Queue]--
+	}
+	for _, s := range d.queues { // which may have to be delivered sooner than they know
+		if len(w.adds)+len(w.finish) > 0 {
+			s.queue.poke()
+		}
+	}
+	for _, f := range w.finish {
+		delete(d.held, f.ID)
+		switch f.Outcome {
+		case Delivered:
+			change(f.Queue, statePending, -1)
+		case Dead:
+			change(f.Queue, statePending, -1)
+			change(f.Queue, stateDead, 1)
+		}
+	}
+	for _, c := range w.claims {
+		c.done <- nil
+	}
+	if len(w.adds) > 0 {
+		d.recoveredLocked()
+	}
+}
+
+func (d *database) failAdds(adds []*addition, err error) {
+	for _, a := range adds {
+		a.end(err)
+	}
+}
+
+func (d *database) failAddsLocked(err error) {
+	d.failAdds(d.work.adds, err)
+	d.work.adds = nil
+}
+
+// failedLocked says that events cannot be kept, once a minute, and recoveredLocked
+// that they are kept again.
+func (d *database) failedLocked(err error) {
+	d.failing = true
+	if time.Since(d.lastLine) >= errorInterval {
+		d.lastLine = time.Now()
+		d.logger.Error("events cannot be kept: while that is so, they pass to a backend that is up, and are refused with status 503 otherwise", zap.Error(err))
+	}
+}
+
+func (d *database) recoveredLocked() {
+	if d.failing {
+		d.failing = false
+		d.lastLine = time.Time{}
+		d.logger.Info("events are kept again")
+	}
+}
+
+// observe gives up a store that has turned out to be damaged.
+func (d *database) observe(store Store, err error) {
+	if !errors.Is(err, ErrDamaged) {
+		return
+	}
+	d.mu.Lock()
+	mine := d.store == store
+	if mine {
+		d.store, d.broken = nil, err
+	}
+	d.mu.Unlock()
+	if mine {
+		_ = store.Close()
+		d.moveAside(err)
+		d.poke()
+	}
+}
+
+// rescue opens the database that has taken the place of the one that was open, and
+// copies the events over that only the old one has.
+func (d *database) rescue(old Store) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	store, err := d.opener.Open(ctx)
+	if err == nil {
+		var copied int
+		copied, err = copyEvents(ctx, old, store, d.owner)
+		d.logger.Error("the database was deleted or replaced while it was open: what was in it was copied into the new one", zap.Int("events", copied), zap.Error(err))
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err != nil {
+		d.failedLocked(err)
+		if store != nil {
+			_ = store.Close()
+		}
+		return // the old one is still there, for this process
+	}
+	d.store = store
+	_ = old.Close()
+}
+
+// copyEvents copies all events from one store to another, and returns how many.
+func copyEvents(ctx context.Context, from, to Store, owner string) (copied int, err error) {
+	b := &Batch{Owner: owner}
+	flush := func() error {
+		if err := to.Apply(ctx, b); err != nil {
+			return err
+		}
+		copied += len(b.Add)
+		b = &Batch{Owner: owner}
+		return nil
+	}
+	var flushErr error
+	err = from.Select(ctx, Filter{}, true, func(r *Record) bool {
+		r.Delay, r.Lease = max(0, time.Until(r.Due)), max(0, time.Until(r.LeasedUntil))
+		if r.State == stateDead {
+			r.Lease = time.Minute // the finish needs one
+			b.Finish = append(b.Finish, Finish{ID: r.ID, Queue: r.Queue, Outcome: Dead, LastError: r.LastError})
+		}
+		b.Add = append(b.Add, r)
+		if len(b.Add) < maxBatch {
+			return true
+		}
+		flushErr = flush()
+		return flushErr == nil
+	})
+	if err = errors.Join(err, flushErr); err == nil {
+		err = flush()
+	}
+	return copied, err
+}
+
+// count counts what waits, and has room given back to the disk, for a small part of
+// the time.
+func (d *database) count() {
+	wait := time.Duration(0)
+	for {
+		select {
+		case <-time.After(wait):
+		case <-d.closing:
+			return
+		}
+		began := time.Now()
+		d.countOnce()
+		wait = max(countInterval, time.Duration(float64(time.Since(began))/countShare))
+		if d.opened() == nil {
+			wait = reopenInterval
+		}
+	}
+}
+
+func (d *database) countOnce() {
+	store := d.opened()
+	if store == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	counts, err := store.Counts(ctx)
+	if err != nil {
+		d.observe(store, err)
+		return
+	}
+	d.mu.Lock()
+	clear(d.counts)
+	for _, c := range counts {
+		d.counts[[2]string{c.Queue, c.State}] = c
+	}
+	d.showLocked()
+	d.mu.Unlock()
+	if tidier, ok := store.(interface {
+		Tidy(ctx context.Context) (more bool, err error)
+	}); ok {
+		for more := true; more && err == nil; {
+			more, err = tidier.Tidy(ctx)
+		}
+	}
+}
+
+// showLocked has the metrics show what waits, and the log of what no queue takes care.
+func (d *database) showLocked() {
+	damaged := 0
+	if finder, ok := d.opener.(interface{ damagedFiles() int }); ok {
+		damaged = finder.damagedFiles()
+	}
+	for name, s := range d.queues {
+		for _, state := range []string{statePending, stateDead} {
+			eventsGauge.WithLabelValues(name, state).Set(float64(d.counts[[2]string{name, state}].Events))
+		}
+		oldestGauge.WithLabelValues(name).Set(d.counts[[2]string{name, statePending}].Oldest.Seconds())
+		s.queue.metrics.damaged.Set(float64(damaged))
+	}
+	for key, c := range d.counts {
+		if _, configured := d.queues[c.Queue]; configured {
+			continue
+		}
+		eventsGauge.WithLabelValues(key[0], key[1]).Set(float64(c.Events))
+		if c.State == statePending && !d.strange[c.Queue] {
+			d.strange[c.Queue] = true
+			d.logger.Warn("events wait in a queue that is not configured: they stay", zap.String("queue", c.Queue), zap.Int("pending", c.Events))
+		}
+	}
+}

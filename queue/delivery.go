@@ -1,0 +1,588 @@
+package queue
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"runtime/debug"
+	"strconv"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+const (
+	// An event is attempted again after about as long as it has waited so far, as
+	// Postfix does it, within these bounds.
+	minBackoff = time.Second
+	maxBackoff = 5 * time.Minute
+
+	// jitter is by how much an interval is longer at most, as a part of it.
+	jitter = 0.2
+
+	// maxRetryAfter bounds what a backend may ask for.
+	maxRetryAfter = time.Hour
+
+	// downAfter is how many different events in a row must reach nobody for the
+	// backend to be taken to be down, and probeInterval the pause between two probes.
+	downAfter     = 5
+	probeInterval = time.Second
+
+	// pollInterval is how long an event may be due that another process has stored.
+	pollInterval = 2 * time.Second
+
+	// leaseMargin is how much longer than an attempt a lease is.
+	leaseMargin = 2 * time.Second
+)
+
+// queue delivers the events of one name in one database. It outlives the handlers of
+// a configuration: the one that was attached last delivers.
+type queue struct {
+	name    string
+	db      *database
+	metrics queueMetrics
+
+	wake    chan struct{}
+	ctx     context.Context // of all attempts
+	cancel  context.CancelFunc
+	running sync.WaitGroup // attempts and requests
+	stopped chan struct{}  // closed when the schedule has ended
+
+	mu       sync.Mutex
+	handlers []*Handler // attached, the latest last
+	lanes    lanes
+	breaker  breaker
+	closing  bool
+
+	refusedLine time.Time // when the log said that too many events wait
+}
+
+func newQueue(name string, db *database) *queue {
+	q := &queue{
+		name: name, db: db, metrics: newQueueMetrics(name),
+		wake: make(chan struct{}, 1), stopped: make(chan struct{}),
+	}
+	q.ctx, q.cancel = context.WithCancel(context.Background())
+	go q.schedule()
+	return q
+}
+
+// attach has a handler deliver, until detach.
+func (q *queue) attach(h *Handler) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.handlers = append(q.handlers, h)
+	q.lanes.limit = h.Concurrency
+	q.poke()
+}
+
+func (q *queue) detach(h *Handler) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i, attached := range q.handlers {
+		if attached == h {
+			q.handlers = append(q.handlers[:i:i], q.handlers[i+1:]...)
+			break
+		}
+	}
+	if n := len(q.handlers); n > 0 {
+		q.lanes.limit = q.handlers[n-1].Concurrency
+	}
+}
+
+// current returns the handler that delivers, or nil.
+func (q *queue) current() *Handler {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if n := len(q.handlers); n > 0 {
+		return q.handlers[n-1]
+	}
+	return nil
+}
+
+func (q *queue) poke() {
+	select {
+	case q.wake <- struct{}{}:
+	default:
+	}
+}
+
+// enter keeps the queue from being closed until leave.
+func (q *queue) enter() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closing {
+		return false
+	}
+	q.running.Add(1)
+	return true
+}
+
+func (q *queue) leave() { q.running.Done() }
+
+// close ends the schedule, and waits until grace is over for what is in flight. What
+// is left then is given back.
+func (q *queue) close(grace <-chan struct{}) {
+	q.mu.Lock()
+	q.closing = true
+	q.mu.Unlock()
+	q.poke()
+	<-q.stopped
+	done := make(chan struct{})
+	go func() {
+		q.running.Wait()
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-grace:
+	}
+	q.cancel()
+	<-done
+}
+
+// schedule is the goroutine that has due events delivered.
+func (q *queue) schedule() {
+	defer close(q.stopped)
+	for {
+		wait := q.next()
+		q.mu.Lock()
+		closing := q.closing
+		q.mu.Unlock()
+		if closing {
+			return
+		}
+		timer := time.NewTimer(wait)
+		select {
+		case <-q.wake:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// next starts what can be started, and returns how long it is until there may be more.
+func (q *queue) next() time.Duration {
+	h := q.current()
+	if h == nil {
+		return pollInterval
+	}
+	p, err := q.db.peek(q.name)
+	if err != nil {
+		return min(reopenInterval, pollInterval)
+	}
+	q.mu.Lock()
+	if !q.db.announcing(q.name) {
+		q.heardLocked(p.Down)
+	}
+	down := q.breaker.down
+	free := q.lanes.backlogLocked(q.breaker.allowed(q.lanes.limit))
+	q.mu.Unlock()
+	switch {
+	case p.Empty:
+		return pollInterval
+	case p.Wait > 0:
+		return min(p.Wait, pollInterval)
+	case free == 0:
+		return pollInterval // a lane that gets free pokes
+	}
+	claim := &Claim{Queue: q.name, Max: free, Lease: time.Duration(h.AttemptTimeout) + leaseMargin, Probe: down}
+	records, err := q.db.claim(claim)
+	if err != nil {
+		return min(reopenInterval, pollInterval)
+	}
+	for _, rec := range records {
+		q.mu.Lock()
+		q.lanes.enterBacklogLocked()
+		q.running.Add(1)
+		q.mu.Unlock()
+		go q.deliver(h, rec, time.Now())
+	}
+	switch {
+	case down:
+		return probeInterval / 2 // whose turn it is, the database knows
+	case len(records) == 0:
+		return minBackoff / 4 // another process was faster
+	}
+	return 0
+}
+
+// deliver makes one attempt at an event of the backlog.
+func (q *queue) deliver(h *Handler, rec *Record, claimed time.Time) {
+	defer q.running.Done()
+	defer func() {
+		q.mu.Lock()
+		defer q.mu.Unlock()
+		q.lanes.leaveLocked(true)
+		q.poke()
+	}()
+	r, err := decodeRequest(rec)
+	if err != nil {
+		h.logger.Error("a stored event is not what was stored: it was set aside", zap.String("id", rec.ID), zap.Error(err))
+		q.db.finish(nil, Finish{ID: rec.ID, Queue: q.name, Outcome: Dead, LastError: err.Error()})
+		return
+	}
+	result := q.attempt(h, r, rec)
+	q.settle(h, rec, result, rec.Age+time.Since(claimed), func(f Finish) { q.db.finish(nil, f) })
+}
+
+// result is what came of an attempt.
+type result struct {
+	answer      *answer
+	err         error         // nil if the backend took the event
+	unreachable bool          // whether that says more of the backend than of the event
+	retryAfter  time.Duration // what the backend asked for
+}
+
+// attempt runs the handlers of the deliver block.
+func (q *queue) attempt(h *Handler, r *request, rec *Record) (res result) {
+	ctx, cancel := context.WithTimeout(q.ctx, time.Duration(h.AttemptTimeout))
+	defer cancel()
+	res.answer = newAnswer()
+	began := time.Now()
+	unhandled := false
+	next := caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+		unhandled = true
+		return nil
+	})
+	err := func() (err error) {
+		// a proxy panics when an answer is cut short, and net/http is not here to recover
+		defer func() {
+			switch p := recover(); p {
+			case nil:
+			case http.ErrAbortHandler:
+				err = errors.New("the answer was cut short, or abort ended it")
+			default:
+				h.logger.Error("a handler panicked while an event was delivered", zap.String("id", rec.ID), zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+				err = errors.New("a handler panicked")
+			}
+		}()
+		return h.Routes.Compile(next).ServeHTTP(res.answer, r.prepare(ctx, h.server, res.answer, rec))
+	}()
+
+	status := res.answer.status
+	if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err); ok && status == 0 {
+		status = handlerErr.StatusCode
+	}
+	switch {
+	case ctx.Err() == context.DeadlineExceeded && (err != nil || res.answer.status/100 != 2):
+		res.err, res.unreachable = fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), true
+	case err != nil:
+		res.err = reason(err)
+	case unhandled && res.answer.status == 0:
+		res.err = errors.New("no directive of the deliver block took it")
+	case res.answer.status == 0:
+		res.err = errors.New("the backend gave no status")
+	case res.answer.status/100 != 2:
+		res.err = fmt.Errorf("status %d", res.answer.status)
+	}
+	if res.err != nil {
+		switch status {
+		case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout, http.StatusTooManyRequests:
+			res.unreachable = true
+		}
+		res.retryAfter = retryAfter(res.answer.header.Get("Retry-After"), time.Now())
+	}
+	if c := h.logger.Check(zapcore.DebugLevel, "attempt"); c != nil {
+		c.Write(zap.String("id", rec.ID), zap.Int("attempt", rec.Attempts), zap.Int("status", res.answer.status),
+			zap.Duration("duration", time.Since(began)), zap.Error(res.err))
+	}
+	return res
+}
+
+// reason returns what an error of a handler says, without the marks of Caddy's log.
+func reason(err error) error {
+	handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err)
+	switch {
+	case !ok:
+		return err
+	case handlerErr.Err == nil:
+		return fmt.Errorf("status %d", handlerErr.StatusCode)
+	default:
+		return fmt.Errorf("status %d: %w", handlerErr.StatusCode, handlerErr.Err)
+	}
+}
+
+// retryAfter returns the wait that a Retry-After field asks for (RFC 9110, 10.2.3).
+func retryAfter(value string, now time.Time) time.Duration {
+	if seconds, err := strconv.ParseUint(value, 10, 32); err == nil {
+		return min(time.Duration(seconds)*time.Second, maxRetryAfter)
+	}
+	if date, err := http.ParseTime(value); err == nil {
+		return min(max(0, date.Sub(now)), maxRetryAfter)
+	}
+	return 0
+}
+
+// backoff returns how long an event waits for its next attempt that has been queued
+// for that long.
+func backoff(age time.Duration) time.Duration {
+	wait := float64(min(max(age, minBackoff), maxBackoff))
+	return time.Duration(wait * (1 + jitter*rand.Float64()))
+}
+
+// settle draws the consequences of an attempt: for the event, which finish writes, and
+// for what is known of the backend.
+func (q *queue) settle(h *Handler, rec *Record, res result, age time.Duration, finish func(Finish)) {
+	if res.err == nil {
+		q.metrics.attempts[resultDelivered].Inc()
+		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Delivered})
+		q.reached(h)
+		return
+	}
+	if q.ctx.Err() != nil { // it was cut off by the end of this process
+		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Released})
+		return
+	}
+	if age >= time.Duration(h.MaxAge) {
+		h.logger.Error("an event is dead: the backend has not taken it for max_age", zap.String("id", rec.ID),
+			zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
+			zap.Int("attempts", rec.Attempts), zap.Duration("age", age), zap.Error(res.err))
+		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Dead, LastError: res.err.Error()})
+	} else {
+		after := max(backoff(age), res.retryAfter)
+		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Later, After: after, LastError: res.err.Error()})
+	}
+	if res.unreachable {
+		q.metrics.attempts[resultUnreachable].Inc()
+		q.unreached(h, rec.ID, res.err)
+	} else {
+		q.metrics.attempts[resultFailed].Inc()
+		q.reached(h)
+	}
+}
+
+// breaker knows whether the backend is down. While it is, there is one attempt at a
+// time; when it is back, as many as doubles with each that succeeds.
+type breaker struct {
+	down  bool
+	since time.Time
+	lost  map[string]bool // the events in a row that reached nobody
+	ramp  int             // how many attempts there may be at a time; 0 for no limit
+}
+
+// allowed returns how many attempts there may be at a time.
+func (b *breaker) allowed(limit int) int {
+	switch {
+	case b.down:
+		return 1
+	case b.ramp > 0:
+		return min(b.ramp, limit)
+	}
+	return limit
+}
+
+// reached notes that an attempt has reached the backend.
+func (q *queue) reached(h *Handler) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	b := &q.breaker
+	b.lost = nil
+	if b.ramp *= 2; b.ramp >= q.lanes.limit {
+		b.ramp = 0
+	}
+	if b.down {
+		q.upLocked(h)
+		q.db.announce(Backend{Queue: q.name})
+	}
+	q.poke()
+}
+
+func (q *queue) upLocked(h *Handler) {
+	b := &q.breaker
+	h.logger.Info("the backend is back", zap.String("queue", q.name), zap.Duration("down", time.Since(b.since)), zap.Int("pending", q.db.pending(q.name)))
+	b.down, b.ramp = false, 1
+	q.metrics.down.Set(0)
+}
+
+// unreached notes that an attempt has reached nobody.
+func (q *queue) unreached(h *Handler, id string, err error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	b := &q.breaker
+	if b.lost == nil {
+		b.lost = make(map[string]bool)
+	}
+	b.lost[id] = true
+	switch {
+	case b.down:
+		q.db.announce(Backend{Queue: q.name, Down: true, Probe: probeInterval})
+	case len(b.lost) >= downAfter:
+		q.downLocked(h, err)
+		q.db.announce(Backend{Queue: q.name, Down: true, Probe: probeInterval})
+	}
+}
+
+func (q *queue) downLocked(h *Handler, err error) {
+	q.breaker = breaker{down: true, since: time.Now()}
+	for _, turn := range q.lanes.waiting { // whose events are kept
+		turn <- false
+	}
+	q.lanes.waiting = nil
+	q.metrics.down.Set(1)
+	h.logger.Warn("the backend is down: events are kept, and one attempt is made at a time", zap.String("queue", q.name), zap.Error(err))
+}
+
+// heardLocked notes what another process says of the backend.
+func (q *queue) heardLocked(down bool) {
+	n := len(q.handlers)
+	switch {
+	case n == 0 || down == q.breaker.down:
+	case down:
+		q.downLocked(q.handlers[n-1], errors.New("another process says so"))
+	default:
+		q.upLocked(q.handlers[n-1])
+	}
+}
+
+// lanes are the attempts at a time. New events have the right of way, and a quarter
+// of them for themselves, so that they do not wait behind a backlog.
+type lanes struct {
+	limit   int
+	all     int         // in use
+	backlog int         // of which by the backlog
+	waiting []chan bool // each of which gets a lane, or none
+}
+
+// backlogLocked returns how many attempts at events of the backlog may begin now.
+func (l *lanes) backlogLocked(allowed int) int {
+	if len(l.waiting) > 0 {
+		return 0
+	}
+	most := allowed
+	if allowed > 1 {
+		most -= max(1, allowed/4)
+	}
+	return max(0, min(allowed-l.all, most-l.backlog))
+}
+
+func (l *lanes) enterBacklogLocked() {
+	l.all++
+	l.backlog++
+}
+
+// leaveLocked ends an attempt. Its lane goes to the new event that waits for the
+// longest, if there is one.
+func (l *lanes) leaveLocked(backlog bool) {
+	l.all--
+	if backlog {
+		l.backlog--
+	}
+	if len(l.waiting) > 0 && l.all < l.limit {
+		l.all++
+		l.waiting[0] <- true
+		l.waiting = l.waiting[1:]
+	}
+}
+
+// enterLive takes a lane for a new event. It returns false if there is none until
+// given is closed, and if the backend is down.
+func (q *queue) enterLive(given <-chan struct{}) bool {
+	q.mu.Lock()
+	if q.breaker.down {
+		q.mu.Unlock()
+		return false
+	}
+	if q.lanes.all < q.breaker.allowed(q.lanes.limit) && len(q.lanes.waiting) == 0 {
+		q.lanes.all++
+		q.mu.Unlock()
+		return true
+	}
+	turn := make(chan bool, 1)
+	q.lanes.waiting = append(q.lanes.waiting, turn)
+	q.mu.Unlock()
+	select {
+	case granted := <-turn:
+		return granted
+	case <-given:
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	for i, waiting := range q.lanes.waiting {
+		if waiting == turn {
+			q.lanes.waiting = append(q.lanes.waiting[:i:i], q.lanes.waiting[i+1:]...)
+			return false
+		}
+	}
+	return <-turn // its turn has come just then
+}
+
+func (q *queue) leaveLive() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.lanes.leaveLocked(false)
+	q.poke()
+}
+
+// live is a new event whose sender waits.
+type live struct {
+	addition  *addition       // nil if it is not to be kept
+	durable   <-chan struct{} // closed when it is known whether it is kept
+	attempted chan result     // nil if there is no attempt
+	given     chan struct{}   // closed when the sender waits no longer
+	stop      sync.Once
+}
+
+func (l *live) stopWaiting() { l.stop.Do(func() { close(l.given) }) }
+
+// live starts to keep a new event, and to deliver it.
+func (q *queue) live(h *Handler, r *request, rec *Record) *live {
+	l := &live{given: make(chan struct{})}
+	q.mu.Lock()
+	down := q.breaker.down
+	q.mu.Unlock()
+	if !down {
+		rec.Attempts, rec.Lease = 1, time.Duration(h.AttemptTimeout)+leaseMargin
+	}
+	if q.db.pending(q.name) < h.MaxEvents {
+		l.addition = q.db.add(rec, &q.metrics)
+		l.durable = l.addition.done
+	} else {
+		q.refused(h)
+		full := make(chan struct{})
+		close(full)
+		l.durable = full
+	}
+	if down {
+		q.db.hasten()
+		return l
+	}
+	l.attempted = make(chan result, 1)
+	q.running.Add(1)
+	go func() {
+		defer q.running.Done()
+		finish := func(f Finish) {
+			if l.addition != nil {
+				q.db.finish(l.addition, f)
+			}
+		}
+		if !q.enterLive(l.given) {
+			finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Unbegun})
+			l.attempted <- result{err: errors.New("no attempt was to be had")}
+			return
+		}
+		defer q.leaveLive()
+		began := time.Now()
+		res := q.attempt(h, r, &Record{ID: rec.ID, Received: rec.Received, Attempts: 1})
+		q.settle(h, rec, res, time.Since(began), finish)
+		l.attempted <- res
+	}()
+	return l
+}
+
+// refused notes that an event is not kept because too many are.
+func (q *queue) refused(h *Handler) {
+	q.metrics.stored[resultRefused].Inc()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if time.Since(q.refusedLine) >= errorInterval {
+		q.refusedLine = time.Now()
+		h.logger.Error("events are not kept: max_events wait", zap.String("queue", q.name), zap.Int("max_events", h.MaxEvents))
+	}
+}

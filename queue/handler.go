@@ -1,0 +1,285 @@
+// Package queue keeps webhooks that inkit_webhook has verified until the backend has
+// taken them. It is a Caddy HTTP handler, http.handlers.inkit_queue, with an app behind
+// it that nobody has to configure. Building it in brings inkit_webhook too.
+package queue
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"regexp"
+	"sync/atomic"
+	"time"
+
+	"github.com/google/uuid"
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook" // whose events it keeps
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+)
+
+func init() {
+	caddy.RegisterModule(Handler{})
+}
+
+// The defaults of the options.
+const (
+	defaultName           = "default"
+	defaultAnswerAfter    = 5 * time.Second
+	defaultAttemptTimeout = 30 * time.Second
+	defaultMaxAge         = 5 * 24 * time.Hour
+	defaultMaxEvents      = 1_000_000
+	defaultConcurrency    = 16
+)
+
+const (
+	// storeWait is how long the sender waits at least for an event to be durable.
+	storeWait = 5 * time.Second
+
+	// refusedFor is what a sender is told to wait whose event could not be kept.
+	refusedFor = "30"
+)
+
+// Handler keeps verified webhooks in a database until the backend has taken them.
+//
+// It needs an event that `inkit_webhook` has verified in front of it; otherwise the
+// error has HTTP status 500, and nothing is kept. The event is written to the database
+// and handed to the `routes` at the same time. If the backend takes it, the sender gets
+// the backend's own answer. If not, or not within `answer_after`, the sender gets status
+// 200 once the event is on the disk, and it is attempted again: after about as long as
+// it has waited so far, a second at least and five minutes at most. Only a status of 2xx
+// delivers. Each attempt carries the same `Idempotency-Key`.
+//
+// If an event cannot be kept, because the disk is full or `max_events` wait, the answer
+// of a backend that takes it still goes through. Otherwise the error has HTTP status 503,
+// with a `Retry-After` field. No sender is told 2xx of an event that is neither on the
+// disk nor taken.
+//
+// In the `routes`, the placeholders of `inkit_webhook` are there, and these:
+//
+// Placeholder | Description
+// ------------|-------------
+// `{http.inkit_queue.id}` | The name of the event in the database, and in the log
+// `{http.inkit_queue.attempt}` | The number of the attempt, starting at `1`
+// `{http.inkit_queue.received}` | When the event arrived, such as `2026-11-25T06:30:00Z`
+type Handler struct {
+	// The name of the queue, for logs, metrics and the database. Handlers of one name
+	// must be the same in all fields. Default: `default`.
+	Name string `json:"name,omitempty"`
+
+	// Where events are kept. Default: `{"module": "sqlite"}`, a file in Caddy's data
+	// directory.
+	StoreRaw json.RawMessage `json:"store,omitempty" caddy:"namespace=inkit_queue.stores inline_key=module"`
+
+	// How long the sender waits for the backend to take the event, before it is told
+	// that it is kept. With 0, it does not wait. Default: `5s`.
+	AnswerAfter *caddy.Duration `json:"answer_after,omitempty"`
+
+	// How long one attempt may take. Default: `30s`.
+	AttemptTimeout caddy.Duration `json:"attempt_timeout,omitempty"`
+
+	// How old an event may be and still be attempted. When the attempt after that
+	// fails, the event is set aside as dead. It stays in the database until an operator
+	// retries or drops it. Default: `5d`.
+	MaxAge caddy.Duration `json:"max_age,omitempty"`
+
+	// How many events may wait. While there are as many, further ones are not kept.
+	// Default: `1000000`.
+	MaxEvents int `json:"max_events,omitempty"`
+
+	// How many attempts there may be at a time. A quarter of them is for new events
+	// alone. Default: `16`.
+	Concurrency int `json:"concurrency,omitempty"`
+
+	// The handlers that deliver an event, such as `reverse_proxy`. Required.
+	Routes caddyhttp.RouteList `json:"routes,omitempty"`
+
+	opener  Opener
+	server  *caddyhttp.Server
+	logger  *zap.Logger
+	app     *App
+	started chan struct{} // closed when shared is there
+	shared  *atomic.Pointer[shared]
+}
+
+// CaddyModule returns the Caddy module information.
+func (Handler) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.handlers.inkit_queue",
+		New: func() caddy.Module { return new(Handler) },
+	}
+}
+
+// Provision sets the defaults, and tells the app of this handler. Nothing is opened
+// before the app starts.
+func (h *Handler) Provision(ctx caddy.Context) error {
+	h.logger = ctx.Logger()
+	h.started, h.shared = make(chan struct{}), new(atomic.Pointer[shared])
+	h.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if h.Name == "" {
+		h.Name = defaultName
+	}
+	if h.AnswerAfter == nil {
+		h.AnswerAfter = new(caddy.Duration)
+		*h.AnswerAfter = caddy.Duration(defaultAnswerAfter)
+	}
+	if h.AttemptTimeout == 0 {
+		h.AttemptTimeout = caddy.Duration(defaultAttemptTimeout)
+	}
+	if h.MaxAge == 0 {
+		h.MaxAge = caddy.Duration(defaultMaxAge)
+	}
+	if h.MaxEvents == 0 {
+		h.MaxEvents = defaultMaxEvents
+	}
+	if h.Concurrency == 0 {
+		h.Concurrency = defaultConcurrency
+	}
+	if h.StoreRaw == nil {
+		h.StoreRaw = json.RawMessage(`{"module":"sqlite"}`)
+	}
+	config, err := json.Marshal(h) // before modules are loaded, which takes their JSON away
+	if err != nil {
+		return err
+	}
+	store, err := ctx.LoadModule(h, "StoreRaw")
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	h.opener = store.(Opener)
+	if err := h.Routes.Provision(ctx); err != nil {
+		return fmt.Errorf("routes: %w", err)
+	}
+	app, err := ctx.App("inkit_queue")
+	if err != nil {
+		return err
+	}
+	h.app = app.(*App)
+	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+		return err
+	}
+	return h.app.register(h, string(config))
+}
+
+var nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
+
+// Validate refuses what means nothing.
+func (h *Handler) Validate() error {
+	switch {
+	case !nameForm.MatchString(h.Name):
+		return errors.New("name must be 1 to 64 of letters, digits, '.', '_' and '-'")
+	case *h.AnswerAfter < 0:
+		return errors.New("answer_after: must not be negative")
+	case h.AttemptTimeout < 0:
+		return errors.New("attempt_timeout: must not be negative")
+	case h.MaxAge < 0:
+		return errors.New("max_age: must not be negative")
+	case h.MaxEvents < 0:
+		return errors.New("max_events: must not be negative")
+	case h.Concurrency < 0:
+		return errors.New("concurrency: must not be negative")
+	case len(h.Routes) == 0:
+		return errors.New("routes: at least one is required")
+	}
+	return nil
+}
+
+// Cleanup gives up the database, which is closed when the last request is through.
+func (h *Handler) Cleanup() error {
+	if h.shared != nil {
+		if s := h.shared.Swap(nil); s != nil {
+			s.release(h.app)
+		}
+	}
+	return nil
+}
+
+// ServeHTTP keeps and delivers the event of a request. The next handler is not called.
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	e := event.FromContext(r.Context())
+	if e == nil {
+		return caddyhttp.Error(http.StatusInternalServerError, errors.New("there is no verified event: inkit_webhook must come before inkit_queue"))
+	}
+	q := h.enter(r)
+	if q == nil {
+		return refuse(w, errors.New("the queue is not open"))
+	}
+	defer q.leave()
+
+	now := time.Now()
+	id, err := uuid.NewV7()
+	if err != nil {
+		return err
+	}
+	stored := newRequest(r, e)
+	rec := &Record{
+		ID: id.String(), Queue: h.Name, State: statePending, Received: now,
+		EventType: e.Type(), ResourceID: e.ResourceID(),
+	}
+	if rec.Request, err = stored.encode(); err != nil {
+		return err
+	}
+	rec.Checksum = rec.checksum()
+	l := q.live(h, stored, rec)
+
+	answerAfter := time.NewTimer(time.Duration(*h.AnswerAfter))
+	defer answerAfter.Stop()
+	giveUp := time.NewTimer(max(storeWait, time.Duration(*h.AnswerAfter)))
+	defer giveUp.Stop()
+	durable, attempted := l.durable, l.attempted
+	waited, kept := *h.AnswerAfter == 0, false
+	for {
+		select {
+		case res := <-attempted:
+			if res.err == nil {
+				return res.answer.copyTo(w)
+			}
+			attempted = nil
+		case <-durable:
+			kept = l.addition != nil && l.addition.err == nil
+			durable = nil
+		case <-answerAfter.C:
+			waited = true
+			l.stopWaiting()
+		case <-giveUp.C:
+			if !kept {
+				return refuse(w, errors.New("the event could not be kept in time"))
+			}
+		case <-r.Context().Done():
+			l.stopWaiting()
+			return nil // nobody is there to be told; the event goes its way
+		}
+		switch {
+		case kept && (waited || attempted == nil):
+			w.WriteHeader(http.StatusOK)
+			return nil
+		case !kept && durable == nil && attempted == nil:
+			return refuse(w, errors.New("the event could not be kept, and the backend has not taken it"))
+		}
+	}
+}
+
+// enter waits for the app to have started, and returns the queue, or nil if it is not
+// there.
+func (h *Handler) enter(r *http.Request) *queue {
+	select {
+	case <-h.started:
+	case <-time.After(storeWait):
+		return nil
+	case <-r.Context().Done():
+		return nil
+	}
+	if s := h.shared.Load(); s != nil && s.queue.enter() {
+		return s.queue
+	}
+	return nil
+}
+
+func refuse(w http.ResponseWriter, err error) error {
+	w.Header().Set("Retry-After", refusedFor)
+	return caddyhttp.Error(http.StatusServiceUnavailable, err)
+}

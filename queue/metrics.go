@@ -1,0 +1,95 @@
+package queue
+
+import (
+	"errors"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// As those of inkit_webhook, the collectors are made once and join the registry of
+// each configuration.
+var (
+	eventsGauge = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "caddy_inkit_queue_events",
+		Help: "Events that are kept, by state: pending, or dead until an operator retries or drops them.",
+	}, []string{"queue", "state"})
+
+	oldestGauge = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "caddy_inkit_queue_oldest_age_seconds",
+		Help: "Age of the oldest pending event, 0 if there is none.",
+	}, []string{"queue"})
+
+	storedTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "caddy_inkit_queue_stored_total",
+		Help: "Counter of verified events by whether they were kept: stored, delivered before that, refused above max_events, or failed.",
+	}, []string{"queue", "result"})
+
+	attemptsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "caddy_inkit_queue_attempts_total",
+		Help: "Counter of attempts by result: delivered, failed for a reason of the event's own, or unreachable.",
+	}, []string{"queue", "result"})
+
+	storeSeconds = prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name:    "caddy_inkit_queue_store_seconds",
+		Help:    "Histogram of the time until an event was durable.",
+		Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
+	}, []string{"queue"})
+
+	backendDown = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "caddy_inkit_queue_backend_down",
+		Help: "Whether the backend is taken to be down: 1 or 0.",
+	}, []string{"queue"})
+
+	damagedFiles = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "caddy_inkit_queue_damaged_files",
+		Help: "Damaged databases that were moved aside and are still there.",
+	}, []string{"queue"})
+)
+
+// The results of keeping an event, and of an attempt.
+const (
+	resultStored    = "stored"
+	resultDelivered = "delivered"
+	resultRefused   = "refused"
+	resultFailed    = "failed"
+
+	resultUnreachable = "unreachable"
+)
+
+func registerMetrics(registry prometheus.Registerer) error {
+	for _, collector := range []prometheus.Collector{
+		eventsGauge, oldestGauge, storedTotal, attemptsTotal, storeSeconds, backendDown, damagedFiles,
+	} {
+		if err := registry.Register(collector); err != nil && !errors.As(err, new(prometheus.AlreadyRegisteredError)) {
+			return err
+		}
+	}
+	return nil
+}
+
+// queueMetrics are those of one queue. All are there from the start, at 0.
+type queueMetrics struct {
+	stored, attempts map[string]prometheus.Counter // by result
+	storeSeconds     prometheus.Observer
+	down, damaged    prometheus.Gauge
+}
+
+func newQueueMetrics(queue string) queueMetrics {
+	m := queueMetrics{
+		stored: make(map[string]prometheus.Counter), attempts: make(map[string]prometheus.Counter),
+		storeSeconds: storeSeconds.WithLabelValues(queue),
+		down:         backendDown.WithLabelValues(queue),
+		damaged:      damagedFiles.WithLabelValues(queue),
+	}
+	for _, result := range []string{resultStored, resultDelivered, resultRefused, resultFailed} {
+		m.stored[result] = storedTotal.WithLabelValues(queue, result)
+	}
+	for _, result := range []string{resultDelivered, resultFailed, resultUnreachable} {
+		m.attempts[result] = attemptsTotal.WithLabelValues(queue, result)
+	}
+	for _, state := range []string{statePending, stateDead} {
+		eventsGauge.WithLabelValues(queue, state)
+	}
+	oldestGauge.WithLabelValues(queue)
+	return m
+}

@@ -1,0 +1,228 @@
+package queue
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/url"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+)
+
+// request is what an attempt needs of the request that brought an event. Every
+// attempt is made from it, the first one too, so that all of them are the same.
+//
+// What does not come back is what only lived in the request: regular expressions that
+// matched, certificates of clients, and what a map directive in front of the queue has
+// set. Directives in the deliver block are not concerned.
+type request struct {
+	Method     string      `json:"method"`
+	Target     target      `json:"target"`   // as it is, rewrites included
+	Original   target      `json:"original"` // as it arrived
+	Proto      string      `json:"proto"`
+	Host       string      `json:"host"`
+	Header     http.Header `json:"header"`
+	RemoteAddr string      `json:"remote_addr"`
+	Local      *address    `json:"local,omitempty"`
+	TLS        *connection `json:"tls,omitempty"`
+
+	// Vars are the variables of the request that are plain values. The address of the
+	// client is one of them, as Caddy saw it then.
+	Vars map[string]any `json:"vars,omitempty"`
+
+	SecretName     string `json:"secret_name,omitempty"`
+	IdempotencyKey string `json:"idempotency_key,omitempty"`
+
+	body []byte
+}
+
+// target is what a URL holds in a request to a server. Its text alone would not do: a
+// path may start with two slashes.
+type target struct {
+	URI      string `json:"uri"`
+	Path     string `json:"path"`
+	RawPath  string `json:"raw_path,omitempty"`
+	RawQuery string `json:"raw_query,omitempty"`
+}
+
+func newTarget(uri string, u *url.URL) target {
+	return target{uri, u.Path, u.RawPath, u.RawQuery}
+}
+
+func (t target) url() *url.URL {
+	return &url.URL{Path: t.Path, RawPath: t.RawPath, RawQuery: t.RawQuery}
+}
+
+// address is a net.Addr that can be stored.
+type address struct {
+	Net  string `json:"network"`
+	Addr string `json:"address"`
+}
+
+func (a *address) Network() string { return a.Net }
+func (a *address) String() string  { return a.Addr }
+
+// connection is what placeholders and matchers ask of a TLS connection.
+type connection struct {
+	Version     uint16 `json:"version"`
+	CipherSuite uint16 `json:"cipher_suite"`
+	ServerName  string `json:"server_name,omitempty"`
+	Protocol    string `json:"protocol,omitempty"`
+	Early       bool   `json:"early,omitempty"` // it was early data, which can be replayed
+}
+
+// newRequest takes what is needed of a request, and of the event in it.
+func newRequest(r *http.Request, e *event.Event) *request {
+	original := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
+	stored := &request{
+		Method:         r.Method,
+		Target:         newTarget(r.RequestURI, r.URL),
+		Original:       newTarget(original.RequestURI, original.URL),
+		Proto:          r.Proto,
+		Host:           r.Host,
+		Header:         r.Header.Clone(),
+		RemoteAddr:     r.RemoteAddr,
+		Vars:           make(map[string]any),
+		SecretName:     e.SecretName,
+		IdempotencyKey: e.IdempotencyKey,
+		body:           e.Body,
+	}
+	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
+		stored.Local = &address{local.Network(), local.String()}
+	}
+	if r.TLS != nil {
+		stored.TLS = &connection{r.TLS.Version, r.TLS.CipherSuite, r.TLS.ServerName, r.TLS.NegotiatedProtocol, !r.TLS.HandshakeComplete}
+	}
+	vars, _ := r.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
+	for name, value := range vars {
+		switch value.(type) {
+		case string, bool, int, int64, float64:
+			stored.Vars[name] = value
+		}
+	}
+	delete(stored.Vars, "unhandled") // which is of one run of the handlers
+	return stored
+}
+
+// encode returns the stored form: the length of the head, the head as JSON, the body.
+func (r *request) encode() ([]byte, error) {
+	head, err := json.Marshal(r)
+	if err != nil {
+		return nil, err
+	}
+	encoded := binary.AppendUvarint(make([]byte, 0, binary.MaxVarintLen64+len(head)+len(r.body)), uint64(len(head)))
+	encoded = append(encoded, head...)
+	return append(encoded, r.body...), nil
+}
+
+// decodeRequest returns the request of a record, if it is the one that was stored.
+func decodeRequest(rec *Record) (*request, error) {
+	if !bytes.Equal(rec.Checksum, rec.checksum()) {
+		return nil, errors.New("the checksum does not match")
+	}
+	length, n := binary.Uvarint(rec.Request)
+	if n <= 0 || length > uint64(len(rec.Request)-n) {
+		return nil, errors.New("the stored request is cut short")
+	}
+	r := &request{body: rec.Request[n+int(length):]}
+	if err := json.Unmarshal(rec.Request[n:n+int(length)], r); err != nil {
+		return nil, errors.New("the stored request is not the JSON that it was") // whose error shows a part of it
+	}
+	if r.Header == nil {
+		r.Header = make(http.Header)
+	}
+	return r, nil
+}
+
+// prepare makes the request of one attempt. Nothing of it is shared with another.
+func (r *request) prepare(ctx context.Context, server *caddyhttp.Server, w http.ResponseWriter, rec *Record) *http.Request {
+	if r.Local != nil {
+		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(r.Local))
+	} else {
+		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(&address{"tcp", ""})) // Caddy's placeholders panic without
+	}
+	req := (&http.Request{
+		Method: r.Method, URL: r.Original.url(), RequestURI: r.Original.URI, Host: r.Host,
+		Proto: r.Proto, Header: r.Header.Clone(), RemoteAddr: r.RemoteAddr,
+		ContentLength: int64(len(r.body)),
+		Body:          io.NopCloser(bytes.NewReader(r.body)),
+		GetBody:       func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(r.body)), nil },
+	}).WithContext(ctx)
+	req.ProtoMajor, req.ProtoMinor, _ = http.ParseHTTPVersion(r.Proto)
+	if r.TLS != nil {
+		req.TLS = &tls.ConnectionState{
+			Version: r.TLS.Version, CipherSuite: r.TLS.CipherSuite, ServerName: r.TLS.ServerName,
+			NegotiatedProtocol: r.TLS.Protocol, HandshakeComplete: !r.TLS.Early,
+		}
+	}
+	repl := caddy.NewReplacer()
+	req = caddyhttp.PrepareRequest(req, repl, w, server)
+	req.URL, req.RequestURI = r.Target.url(), r.Target.URI
+	for name, value := range r.Vars {
+		caddyhttp.SetVar(req.Context(), name, value)
+	}
+	(&event.Event{Outcome: event.Verified, Body: r.body, SecretName: r.SecretName, IdempotencyKey: r.IdempotencyKey}).Attach(req.Context())
+	repl.Set("http.inkit_queue.id", rec.ID)
+	repl.Set("http.inkit_queue.attempt", rec.Attempts)
+	repl.Set("http.inkit_queue.received", rec.Received.UTC().Format(time.RFC3339))
+	return req
+}
+
+// maxAnswer is how many bytes of the body of a backend's answer are kept for the sender.
+const maxAnswer = 1 << 20
+
+// answer is the response writer of an attempt. It keeps what the backend says, and
+// does nothing with it.
+type answer struct {
+	header http.Header
+	sent   http.Header // as it was with the status
+	status int         // 0 if none was written
+	body   []byte
+	cut    bool // whether the body is longer than what is kept
+}
+
+func newAnswer() *answer { return &answer{header: make(http.Header)} }
+
+func (a *answer) Header() http.Header { return a.header }
+
+func (a *answer) WriteHeader(status int) {
+	if a.status == 0 && status >= 200 {
+		a.status, a.sent = status, a.header.Clone()
+	}
+}
+
+func (a *answer) Write(p []byte) (int, error) {
+	a.WriteHeader(http.StatusOK)
+	kept := p[:min(len(p), maxAnswer-len(a.body))]
+	a.body = append(a.body, kept...)
+	a.cut = a.cut || len(kept) < len(p)
+	return len(p), nil
+}
+
+// Flush is for handlers that stream.
+func (a *answer) Flush() {}
+
+// copyTo answers the sender as the backend did.
+func (a *answer) copyTo(w http.ResponseWriter) error {
+	header := w.Header()
+	for field, lines := range a.sent {
+		header[field] = lines
+	}
+	if a.cut {
+		header.Del("Content-Length")
+		a.body = nil // rather than a part of it that looks like all
+	}
+	w.WriteHeader(a.status)
+	_, err := w.Write(a.body)
+	return err
+}

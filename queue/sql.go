@@ -1,0 +1,382 @@
+package queue
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// schemaVersion is that of schema. A store migrates what is older, and does not touch
+// what is newer.
+const schemaVersion = 1
+
+// schema is what SQLite and PostgreSQL both have, but for the type of bytes. Times are
+// milliseconds since 1970. docs/queue.md explains the columns.
+//
+// The first index has the pending events in the order in which they are due, and with
+// it all that is asked often: what is due, how many there are, and since when.
+var schema = []string{
+	`CREATE TABLE inkit_queue_events (
+		id          TEXT    NOT NULL PRIMARY KEY,
+		queue       TEXT    NOT NULL,
+		state       TEXT    NOT NULL,
+		received    BIGINT  NOT NULL,
+		queued      BIGINT  NOT NULL,
+		due         BIGINT  NOT NULL,
+		lease       BIGINT,
+		owner       TEXT,
+		attempts    INTEGER NOT NULL,
+		last_error  TEXT    NOT NULL,
+		event_type  TEXT    NOT NULL,
+		resource_id TEXT    NOT NULL,
+		request     {bytes} NOT NULL,
+		checksum    {bytes} NOT NULL
+	)`,
+	`CREATE INDEX inkit_queue_due ON inkit_queue_events (queue, due, queued) WHERE state = 'pending'`,
+	`CREATE INDEX inkit_queue_dead ON inkit_queue_events (queue, queued) WHERE state = 'dead'`,
+	`CREATE TABLE inkit_queue_backends (
+		queue TEXT   NOT NULL PRIMARY KEY,
+		down  BIGINT,
+		probe BIGINT NOT NULL
+	)`,
+	`CREATE TABLE inkit_queue_schema (version INTEGER NOT NULL)`,
+	`INSERT INTO inkit_queue_schema VALUES (1)`,
+}
+
+// dialect is what differs between databases. The statements of this file hold
+// {bytes}, {now} and {skip} in its place.
+type dialect struct {
+	bytes string // the type
+	rows  int    // how many rows a statement may have
+	now   string // the clock, in milliseconds
+	skip  string // what has a claim pass over rows that another one has locked
+
+	// wrap says in terms of ErrFull and so on what an error of the driver means.
+	wrap func(error) error
+}
+
+// sqlStore is a Store on SQL.
+type sqlStore struct {
+	dialect
+	write, read *sql.DB
+}
+
+func (s *sqlStore) text(query string) string {
+	return strings.NewReplacer("{bytes}", s.bytes, "{now}", s.now, "{skip}", s.skip).Replace(query)
+}
+
+// migrate makes the schema if it is not there. It is for a transaction that keeps
+// others from doing the same.
+func (s *sqlStore) migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
+	if !exists {
+		for _, query := range schema {
+			if _, err := tx.ExecContext(ctx, s.text(query)); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	var version int
+	if err := tx.QueryRowContext(ctx, `SELECT version FROM inkit_queue_schema`).Scan(&version); err != nil {
+		return err
+	}
+	if version > schemaVersion {
+		return fmt.Errorf("%w: %d, and this one knows %d", ErrNewer, version, schemaVersion)
+	}
+	return nil
+}
+
+// Apply is of Store.
+func (s *sqlStore) Apply(ctx context.Context, b *Batch) error {
+	tx, err := s.write.BeginTx(ctx, nil)
+	if err != nil {
+		return s.wrap(err)
+	}
+	if err = s.apply(ctx, tx, b); err == nil {
+		err = tx.Commit()
+	}
+	if err != nil {
+		_ = tx.Rollback()
+		for _, claim := range b.Claims {
+			claim.Records = nil
+		}
+		return s.wrap(err)
+	}
+	return nil
+}
+
+func (s *sqlStore) apply(ctx context.Context, tx *sql.Tx, b *Batch) error {
+	if err := s.add(ctx, tx, b); err != nil {
+		return err
+	}
+	if err := s.finish(ctx, tx, b); err != nil {
+		return err
+	}
+	for _, backend := range b.Backends {
+		_, err := tx.ExecContext(ctx, s.text(`
+			INSERT INTO inkit_queue_backends (queue, down, probe)
+			VALUES ($1, CASE WHEN $2 THEN {now} END, {now} + CAST($3 AS BIGINT))
+			ON CONFLICT (queue) DO UPDATE SET
+				down = CASE WHEN $2 THEN COALESCE(inkit_queue_backends.down, {now}) END,
+				probe = {now} + CAST($3 AS BIGINT)`),
+			backend.Queue, backend.Down, backend.Probe.Milliseconds())
+		if err != nil {
+			return err
+		}
+	}
+	for _, claim := range b.Claims {
+		if err := s.claim(ctx, tx, b.Owner, claim); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// rows returns n rows of arguments for VALUES, each after a pattern in which ? stands
+// for an argument.
+func rows(n int, pattern string) string {
+	var b strings.Builder
+	arg := 0
+	for i := range n {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		for _, c := range []byte(pattern) {
+			if c != '?' {
+				b.WriteByte(c)
+				continue
+			}
+			arg++
+			fmt.Fprintf(&b, "$%d", arg)
+		}
+	}
+	return b.String()
+}
+
+func (s *sqlStore) add(ctx context.Context, tx *sql.Tx, b *Batch) error {
+	for start := 0; start < len(b.Add); start += s.rows {
+		records := b.Add[start:min(start+s.rows, len(b.Add))]
+		args := make([]any, 0, 12*len(records))
+		for _, r := range records {
+			var lease, owner any
+			delay := r.Delay
+			if r.Lease > 0 {
+				lease, owner, delay = r.Lease.Milliseconds(), b.Owner, r.Lease
+			}
+			args = append(args, r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
+				r.Attempts, r.LastError, r.EventType, r.ResourceID, r.Request, r.Checksum)
+		}
+		_, err := tx.ExecContext(ctx, s.text(`
+			INSERT INTO inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
+				attempts, last_error, event_type, resource_id, request, checksum) VALUES `+
+			rows(len(records), `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)), args...)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *sqlStore) finish(ctx context.Context, tx *sql.Tx, b *Batch) error {
+	var delivered, others []any
+	for _, f := range b.Finish {
+		switch f.Outcome {
+		case Delivered:
+			delivered = append(delivered, f.ID)
+		case Later:
+			others = append(others, f.ID, statePending, f.After.Milliseconds(), f.LastError, 0)
+		case Dead:
+			others = append(others, f.ID, stateDead, int64(0), f.LastError, 0)
+		case Released:
+			others = append(others, f.ID, statePending, int64(0), nil, 0)
+		case Unbegun:
+			others = append(others, f.ID, statePending, int64(0), nil, 1)
+		}
+	}
+	for start := 0; start < len(delivered); start += s.rows {
+		args := delivered[start:min(start+s.rows, len(delivered))]
+		if _, err := tx.ExecContext(ctx, `DELETE FROM inkit_queue_events WHERE id IN (`+rows(len(args), `?`)+`)`, args...); err != nil {
+			return err
+		}
+	}
+	// whoever has lost the lease has no say any more
+	const columns = 5
+	for start := 0; start < len(others); start += columns * s.rows {
+		args := others[start:min(start+columns*s.rows, len(others))]
+		values := rows(len(args)/columns, `(?, ?, CAST(? AS BIGINT), ?, CAST(? AS INTEGER))`)
+		args = append(args[:len(args):len(args)], b.Owner)
+		_, err := tx.ExecContext(ctx, s.text(`
+			UPDATE inkit_queue_events
+			SET state = v.column2, due = {now} + v.column3, lease = NULL, owner = NULL, last_error = COALESCE(v.column4, last_error), attempts = attempts - v.column5
+			FROM (VALUES `+values+`) AS v
+			WHERE id = v.column1 AND (owner IS NULL OR owner = $`+fmt.Sprint(len(args))+`)`), args...)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *Claim) error {
+	events := claim.Max
+	if claim.Probe {
+		result, err := tx.ExecContext(ctx, s.text(`
+			UPDATE inkit_queue_backends SET probe = {now} + CAST($2 AS BIGINT)
+			WHERE queue = $1 AND down IS NOT NULL AND probe <= {now}`), claim.Queue, claim.Lease.Milliseconds())
+		if err != nil {
+			return err
+		}
+		if n, err := result.RowsAffected(); n == 0 || err != nil {
+			return err
+		}
+		events = 1
+	}
+	rows, err := tx.QueryContext(ctx, s.text(`
+		UPDATE inkit_queue_events
+		SET due = {now} + CAST($3 AS BIGINT), lease = {now} + CAST($3 AS BIGINT), owner = $4, attempts = attempts + 1
+		WHERE id IN (
+			SELECT id FROM inkit_queue_events
+			WHERE queue = $1 AND state = 'pending' AND due <= {now}
+			ORDER BY due LIMIT $2 {skip})
+		RETURNING id, received, queued, attempts, event_type, resource_id, request, checksum, {now}`),
+		claim.Queue, events, claim.Lease.Milliseconds(), owner)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		r := &Record{Queue: claim.Queue, State: statePending}
+		var received, queued, now int64
+		if err := rows.Scan(&r.ID, &received, &queued, &r.Attempts, &r.EventType, &r.ResourceID, &r.Request, &r.Checksum, &now); err != nil {
+			return err
+		}
+		r.Received, r.Age = time.UnixMilli(received), time.Duration(now-queued)*time.Millisecond
+		claim.Records = append(claim.Records, r)
+	}
+	return rows.Err()
+}
+
+// Peek is of Store.
+func (s *sqlStore) Peek(ctx context.Context, queue string) (p Peek, err error) {
+	var due, down sql.NullInt64
+	var now int64
+	err = s.read.QueryRowContext(ctx, s.text(`SELECT
+		(SELECT due FROM inkit_queue_events WHERE queue = $1 AND state = 'pending' ORDER BY due LIMIT 1),
+		(SELECT down FROM inkit_queue_backends WHERE queue = $1), {now}`), queue).Scan(&due, &down, &now)
+	if err != nil {
+		return p, s.wrap(err)
+	}
+	p.Empty, p.Down = !due.Valid, down.Valid
+	p.Wait = max(0, time.Duration(due.Int64-now)*time.Millisecond)
+	return p, nil
+}
+
+// Counts is of Store.
+func (s *sqlStore) Counts(ctx context.Context) (counts []Count, err error) {
+	rows, err := s.read.QueryContext(ctx, s.text(`
+		SELECT queue, 'pending', count(*), {now} - min(queued) FROM inkit_queue_events WHERE state = 'pending' GROUP BY queue
+		UNION ALL
+		SELECT queue, 'dead', count(*), {now} - min(queued) FROM inkit_queue_events WHERE state = 'dead' GROUP BY queue`))
+	if err != nil {
+		return nil, s.wrap(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var c Count
+		var oldest int64
+		if err := rows.Scan(&c.Queue, &c.State, &c.Events, &oldest); err != nil {
+			return nil, s.wrap(err)
+		}
+		c.Oldest = time.Duration(max(0, oldest)) * time.Millisecond
+		counts = append(counts, c)
+	}
+	return counts, s.wrap(rows.Err())
+}
+
+// where returns the condition of a filter, and its arguments.
+func (f Filter) where() (condition string, args []any) {
+	conditions := []string{"TRUE"}
+	if f.Queue != "" {
+		args = append(args, f.Queue)
+		conditions = append(conditions, fmt.Sprintf("queue = $%d", len(args)))
+	}
+	if f.Dead {
+		conditions = append(conditions, "state = 'dead'")
+	}
+	if f.Due {
+		conditions = append(conditions, "state = 'pending' AND due <= {now}")
+	}
+	if f.IDs != nil {
+		marks := make([]string, len(f.IDs))
+		for i, id := range f.IDs {
+			args = append(args, id)
+			marks[i] = fmt.Sprintf("$%d", len(args))
+		}
+		conditions = append(conditions, "id IN ("+strings.Join(marks, ", ")+")")
+	}
+	return strings.Join(conditions, " AND "), args
+}
+
+// Select is of Store.
+func (s *sqlStore) Select(ctx context.Context, filter Filter, withRequest bool, f func(*Record) bool) error {
+	where, args := filter.where()
+	request := "NULL, NULL"
+	if withRequest {
+		request = "request, checksum"
+	}
+	rows, err := s.read.QueryContext(ctx, s.text(`
+		SELECT id, queue, state, received, queued, due, lease, attempts, last_error, event_type, resource_id, `+request+`
+		FROM inkit_queue_events WHERE `+where+` ORDER BY id`), args...)
+	if err != nil {
+		return s.wrap(err)
+	}
+	defer rows.Close()
+	for rows.Next() {
+		r := new(Record)
+		var received, queued, due int64
+		var lease sql.NullInt64
+		if err := rows.Scan(&r.ID, &r.Queue, &r.State, &received, &queued, &due, &lease, &r.Attempts, &r.LastError,
+			&r.EventType, &r.ResourceID, &r.Request, &r.Checksum); err != nil {
+			return s.wrap(err)
+		}
+		r.Received, r.Queued, r.Due = time.UnixMilli(received), time.UnixMilli(queued), time.UnixMilli(due)
+		if lease.Valid {
+			r.LeasedUntil = time.UnixMilli(lease.Int64)
+		}
+		if !f(r) {
+			return nil
+		}
+	}
+	return s.wrap(rows.Err())
+}
+
+// Retry is of Store. What is being delivered is left alone.
+func (s *sqlStore) Retry(ctx context.Context, filter Filter) (int, error) {
+	where, args := filter.where()
+	return s.exec(ctx, `
+		UPDATE inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
+		WHERE `+where+` AND (lease IS NULL OR lease <= {now})`, args)
+}
+
+// Drop is of Store.
+func (s *sqlStore) Drop(ctx context.Context, filter Filter) (int, error) {
+	where, args := filter.where()
+	return s.exec(ctx, `DELETE FROM inkit_queue_events WHERE `+where, args)
+}
+
+func (s *sqlStore) exec(ctx context.Context, query string, args []any) (int, error) {
+	result, err := s.write.ExecContext(ctx, s.text(query), args...)
+	if err != nil {
+		return 0, s.wrap(err)
+	}
+	n, err := result.RowsAffected()
+	return int(n), s.wrap(err)
+}
+
+// Close is of Store.
+func (s *sqlStore) Close() error {
+	return errors.Join(s.read.Close(), s.write.Close())
+}
