@@ -13,9 +13,11 @@ import (
 )
 
 const (
-	// linger is how long the first event of a batch waits for its backend. What a
-	// backend takes within it never goes to the disk. Nobody is answered meanwhile.
-	linger = 2 * time.Millisecond
+	// linger is how long an event is with its backend before it is written. What the
+	// backend takes within it never goes to the disk. Nobody is answered meanwhile: an
+	// event that has to be kept, because its attempt has failed or there is none, is
+	// written at once.
+	linger = 10 * time.Millisecond
 
 	// maxBatch is how many events one transaction adds.
 	maxBatch = 500
@@ -53,7 +55,6 @@ type database struct {
 	store    Store // nil while it is not open
 	broken   error // why it is not
 	work     work
-	hurry    bool // whether somebody waits for what is to be added
 	counts   map[[2]string]Count
 	held     map[string]bool // events that this process has, but the database does not say so
 	unsaid   map[string]int  // how many announcements of a queue are not written
@@ -74,7 +75,9 @@ type work struct {
 // addition is an event on its way into the database.
 type addition struct {
 	rec     *Record
+	request *request // which is encoded when it is written
 	began   time.Time
+	urgent  bool          // whether it is to be written without a wait
 	writing bool          // whether it is beyond being called back
 	done    chan struct{} // closed when err is known
 	err     error
@@ -134,9 +137,10 @@ func (d *database) poke() {
 	}
 }
 
-// add has an event written. If somebody waits for it, that is to be said by hasten.
-func (d *database) add(rec *Record, metrics *queueMetrics) *addition {
-	a := &addition{rec: rec, began: time.Now(), done: make(chan struct{}), metrics: metrics}
+// add has an event written: at once if there is no attempt at it, or when the attempt
+// has taken longer than linger.
+func (d *database) add(rec *Record, r *request, metrics *queueMetrics) *addition {
+	a := &addition{rec: rec, request: r, began: time.Now(), urgent: rec.Lease == 0, done: make(chan struct{}), metrics: metrics}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.store == nil && !errors.Is(d.broken, errNotOpen) {
@@ -146,14 +150,6 @@ func (d *database) add(rec *Record, metrics *queueMetrics) *addition {
 	d.work.adds = append(d.work.adds, a)
 	d.poke()
 	return a
-}
-
-// hasten has an event written without waiting for its backend.
-func (d *database) hasten() {
-	d.mu.Lock()
-	d.hurry = true
-	d.mu.Unlock()
-	d.poke()
 }
 
 // finish writes what became of an event. One that is not written yet is changed, or
@@ -181,8 +177,7 @@ func (d *database) finish(a *addition, f Finish) {
 		if f.Outcome == Unbegun {
 			a.rec.Attempts--
 		}
-		a.rec.Lease, a.rec.Delay, a.rec.LastError = 0, f.After, f.LastError
-		d.hurry = true
+		a.rec.Lease, a.rec.Delay, a.rec.LastError, a.urgent = 0, f.After, f.LastError, true
 		return
 	}
 }
@@ -277,9 +272,9 @@ func (d *database) run() {
 	defer close(d.closed)
 	for {
 		open := d.open()
-		wait := time.Hour
-		if !open {
-			wait = reopenInterval
+		wait := reopenInterval
+		if open {
+			wait = d.untilDue()
 		}
 		select {
 		case <-d.wake:
@@ -292,11 +287,8 @@ func (d *database) run() {
 			}
 			return
 		}
-		if open {
-			d.linger()
-			if !d.write() {
-				time.Sleep(50 * time.Millisecond)
-			}
+		if open && !d.write() {
+			time.Sleep(50 * time.Millisecond)
 		}
 	}
 }
@@ -347,57 +339,63 @@ func (d *database) moveAside(why error) {
 		zap.String("moved_to", name), zap.Error(why))
 }
 
-// linger waits for the backends of events that nobody waits for to be written.
-func (d *database) linger() {
+// untilDue returns how long it is until an event has been with its backend for long
+// enough.
+func (d *database) untilDue() time.Duration {
 	d.mu.Lock()
-	if d.hurry || len(d.work.adds) == 0 || len(d.work.finish)+len(d.work.backends)+len(d.work.claims) > 0 {
-		d.mu.Unlock()
-		return
+	defer d.mu.Unlock()
+	if len(d.work.adds) == 0 {
+		return time.Hour
 	}
-	timer := time.NewTimer(linger - time.Since(d.work.adds[0].began))
-	d.mu.Unlock()
-	defer timer.Stop()
-	for {
-		select {
-		case <-timer.C:
-			return
-		case <-d.closing:
-			return
-		case <-d.wake:
-			d.mu.Lock()
-			ready := d.hurry || len(d.work.adds) == 0
-			d.mu.Unlock()
-			if ready {
-				return
-			}
+	return linger - time.Since(d.work.adds[0].began)
+}
+
+// take returns the work of the next transaction, and the store to do it in, if it is
+// open.
+func (d *database) take() (w work, store Store) {
+	closing := false
+	select {
+	case <-d.closing:
+		closing = true
+	default:
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.store == nil {
+		return w, nil
+	}
+	all := d.work.adds
+	w, d.work = d.work, work{}
+	w.adds = nil
+	for _, a := range all {
+		ready := closing || a.urgent || time.Since(a.began) >= linger
+		if !ready || len(w.adds) == maxBatch {
+			d.work.adds = append(d.work.adds, a)
+			continue
 		}
+		a.writing = true
+		if err := a.seal(); err != nil {
+			a.end(err)
+			continue
+		}
+		w.adds = append(w.adds, a)
 	}
+	return w, d.store
+}
+
+// seal gives the record its request.
+func (a *addition) seal() (err error) {
+	a.rec.Request, err = a.request.encode()
+	a.rec.Checksum = a.rec.checksum()
+	return err
 }
 
 // write does what waits in one transaction, and reports whether it succeeded.
 func (d *database) write() bool {
-	d.mu.Lock()
-	store := d.store
-	w := d.work
-	d.work = work{}
-	if len(w.adds) > maxBatch {
-		d.work.adds = append(d.work.adds, w.adds[maxBatch:]...)
-		w.adds = w.adds[:maxBatch]
-		d.poke()
-	} else {
-		d.hurry = false
-	}
-	for _, a := range w.adds {
-		a.writing = true
-	}
-	d.mu.Unlock()
+	w, store := d.take()
 	if store == nil || len(w.adds)+len(w.finish)+len(w.backends)+len(w.claims) == 0 {
-		d.mu.Lock()
-		defer d.mu.Unlock()
-		d.work.finish = append(w.finish, d.work.finish...)
 		return true
 	}
-
 	b := &Batch{Owner: d.owner, Finish: w.finish, Backends: w.backends}
 	for _, a := range w.adds {
 		b.Add = append(b.Add, a.rec)
@@ -457,14 +455,12 @@ func (d *database) written(w work) {
 	for _, a := range w.adds {
 		change(a.rec.Queue, statePending, 1)
 		a.end(nil)
+		if a.rec.Lease == 0 {
+			d.pokeLocked(a.rec.Queue)
+		}
 	}
 	for _, b := range w.backends {
 		d.unsaid[b.Queue]--
-	}
-	for _, s := range d.queues { // which may have to be delivered sooner than they know
-		if len(w.adds)+len(w.finish) > 0 {
-			s.queue.poke()
-		}
 	}
 	for _, f := range w.finish {
 		delete(d.held, f.ID)
@@ -474,6 +470,8 @@ func (d *database) written(w work) {
 		case Dead:
 			change(f.Queue, statePending, -1)
 			change(f.Queue, stateDead, 1)
+		default:
+			d.pokeLocked(f.Queue)
 		}
 	}
 	for _, c := range w.claims {
@@ -481,6 +479,13 @@ func (d *database) written(w work) {
 	}
 	if len(w.adds) > 0 {
 		d.recoveredLocked()
+	}
+}
+
+// pokeLocked tells a queue that an event may be due sooner than it knows.
+func (d *database) pokeLocked(queue string) {
+	if s, ok := d.queues[queue]; ok {
+		s.queue.poke()
 	}
 }
 

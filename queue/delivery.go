@@ -61,6 +61,8 @@ type queue struct {
 	closing  bool
 
 	refusedLine time.Time // when the log said that too many events wait
+
+	probe time.Time // when to ask for the next probe; for the schedule alone
 }
 
 func newQueue(name string, db *database) *queue {
@@ -104,6 +106,12 @@ func (q *queue) current() *Handler {
 		return q.handlers[n-1]
 	}
 	return nil
+}
+
+func (q *queue) isDown() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return q.breaker.down
 }
 
 func (q *queue) poke() {
@@ -173,6 +181,9 @@ func (q *queue) next() time.Duration {
 	if h == nil {
 		return pollInterval
 	}
+	if wait := time.Until(q.probe); wait > 0 && q.isDown() {
+		return wait
+	}
 	p, err := q.db.peek(q.name)
 	if err != nil {
 		return min(reopenInterval, pollInterval)
@@ -183,6 +194,7 @@ func (q *queue) next() time.Duration {
 	}
 	down := q.breaker.down
 	free := q.lanes.backlogLocked(q.breaker.allowed(q.lanes.limit))
+	q.lanes.wanted = !p.Empty && p.Wait == 0 && free == 0
 	q.mu.Unlock()
 	switch {
 	case p.Empty:
@@ -205,8 +217,9 @@ func (q *queue) next() time.Duration {
 		go q.deliver(h, rec, time.Now())
 	}
 	switch {
-	case down:
-		return probeInterval / 2 // whose turn it is, the database knows
+	case down: // whose turn it is, the database knows
+		q.probe = time.Now().Add(probeInterval / 2)
+		return probeInterval / 2
 	case len(records) == 0:
 		return minBackoff / 4 // another process was faster
 	}
@@ -390,8 +403,8 @@ func (q *queue) reached(h *Handler) {
 	if b.down {
 		q.upLocked(h)
 		q.db.announce(Backend{Queue: q.name})
+		q.poke()
 	}
-	q.poke()
 }
 
 func (q *queue) upLocked(h *Handler) {
@@ -448,6 +461,7 @@ type lanes struct {
 	all     int         // in use
 	backlog int         // of which by the backlog
 	waiting []chan bool // each of which gets a lane, or none
+	wanted  bool        // whether the backlog waits for one
 }
 
 // backlogLocked returns how many attempts at events of the backlog may begin now.
@@ -517,7 +531,9 @@ func (q *queue) leaveLive() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.lanes.leaveLocked(false)
-	q.poke()
+	if q.lanes.wanted {
+		q.poke()
+	}
 }
 
 // live is a new event whose sender waits.
@@ -534,14 +550,12 @@ func (l *live) stopWaiting() { l.stop.Do(func() { close(l.given) }) }
 // live starts to keep a new event, and to deliver it.
 func (q *queue) live(h *Handler, r *request, rec *Record) *live {
 	l := &live{given: make(chan struct{})}
-	q.mu.Lock()
-	down := q.breaker.down
-	q.mu.Unlock()
+	down := q.isDown()
 	if !down {
 		rec.Attempts, rec.Lease = 1, time.Duration(h.AttemptTimeout)+leaseMargin
 	}
 	if q.db.pending(q.name) < h.MaxEvents {
-		l.addition = q.db.add(rec, &q.metrics)
+		l.addition = q.db.add(rec, r, &q.metrics)
 		l.durable = l.addition.done
 	} else {
 		q.refused(h)
@@ -550,7 +564,6 @@ func (q *queue) live(h *Handler, r *request, rec *Record) *live {
 		l.durable = full
 	}
 	if down {
-		q.db.hasten()
 		return l
 	}
 	l.attempted = make(chan result, 1)

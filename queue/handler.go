@@ -220,10 +220,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		ID: id.String(), Queue: h.Name, State: statePending, Received: now,
 		EventType: e.Type(), ResourceID: e.ResourceID(),
 	}
-	if rec.Request, err = stored.encode(); err != nil {
-		return err
-	}
-	rec.Checksum = rec.checksum()
 	l := q.live(h, stored, rec)
 
 	answerAfter := time.NewTimer(time.Duration(*h.AnswerAfter))
