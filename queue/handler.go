@@ -139,18 +139,13 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.Concurrency == 0 {
 		h.Concurrency = defaultConcurrency
 	}
-	if h.StoreRaw == nil {
-		h.StoreRaw = json.RawMessage(`{"module":"sqlite"}`)
-	}
 	config, err := json.Marshal(h) // before modules are loaded, which takes their JSON away
 	if err != nil {
 		return err
 	}
-	store, err := ctx.LoadModule(h, "StoreRaw")
-	if err != nil {
-		return fmt.Errorf("store: %w", err)
+	if h.opener, err = h.loadStore(ctx); err != nil {
+		return err
 	}
-	h.opener = store.(Opener)
 	if err := h.Routes.Provision(ctx); err != nil {
 		return fmt.Errorf("routes: %w", err)
 	}
@@ -163,6 +158,18 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	return h.app.register(h, string(config))
+}
+
+// loadStore sets up the database without opening it.
+func (h *Handler) loadStore(ctx caddy.Context) (Opener, error) {
+	if h.StoreRaw == nil {
+		h.StoreRaw = json.RawMessage(`{"module":"sqlite"}`)
+	}
+	store, err := ctx.LoadModule(h, "StoreRaw")
+	if err != nil {
+		return nil, fmt.Errorf("store: %w", err)
+	}
+	return store.(Opener), nil
 }
 
 var nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)

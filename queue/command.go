@@ -1,0 +1,335 @@
+package queue
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+	"unicode"
+
+	"github.com/spf13/cobra"
+
+	"github.com/caddyserver/caddy/v2"
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+)
+
+func init() {
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "inkit-queue",
+		Short: "Lists, shows, retries and drops the events of a queue",
+		Long: `
+Works on the database of inkit_queue, whether Caddy runs or not, and without its
+admin endpoint. Run it as the user that Caddy runs as: nobody else can read the
+file of SQLite.
+
+Without --db and --config, the database is inkit_queue.db in Caddy's data directory.
+With --config, it is each of those that the configuration names.
+`,
+		CobraFunc: func(cmd *cobra.Command) {
+			cmd.Args = cobra.NoArgs // or else an unknown command prints the help, with status 0
+			cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
+			var o origin
+			flags := cmd.PersistentFlags()
+			flags.StringVar(&o.db, "db", "", "File of SQLite")
+			flags.StringVar(&o.config, "config", "", "Configuration file that names the database")
+			flags.StringVar(&o.adapter, "adapter", "", "Config adapter of that file, if its name does not tell")
+			cmd.MarkFlagsMutuallyExclusive("db", "config")
+			cmd.AddCommand(listCommand(&o), showCommand(&o), retryCommand(&o), dropCommand(&o))
+			for _, sub := range cmd.Commands() {
+				sub.SilenceUsage = true
+			}
+		},
+	})
+}
+
+func listCommand(o *origin) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "list [--dead] [--json] [--db <file> | --config <file>]",
+		Short: "Lists the events that are kept, the oldest first",
+		Long: `
+Lists the events that are kept, the oldest first: a line for each, or with --json
+an object for each. An event that was delivered is not there any more.
+`,
+		Example: `  caddy inkit-queue list --dead`,
+		Args:    cobra.NoArgs,
+	}
+	dead := cmd.Flags().Bool("dead", false, "Only the dead ones")
+	asJSON := cmd.Flags().Bool("json", false, "One JSON object a line")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+		encoder := json.NewEncoder(os.Stdout)
+		if !*asJSON {
+			fmt.Fprintln(table, "ID\tSTATE\tRECEIVED\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
+		}
+		err := o.each(cmd.Context(), func(store Store) error {
+			var writeErr error
+			err := store.Select(cmd.Context(), Filter{Dead: *dead}, false, func(r *Record) bool {
+				l := newListed(r)
+				if *asJSON {
+					writeErr = encoder.Encode(l)
+				} else {
+					_, writeErr = fmt.Fprintln(table, printable(strings.Join([]string{
+						l.ID, l.State, l.Received, l.EventType, l.ResourceID, fmt.Sprint(l.Attempts), l.NextAttempt, l.LastError}, "\t"), '\t'))
+				}
+				return writeErr == nil
+			})
+			return errors.Join(err, writeErr)
+		})
+		return errors.Join(err, table.Flush())
+	}
+	return cmd
+}
+
+// listed is an event as the commands show it.
+type listed struct {
+	ID          string `json:"id"`
+	Queue       string `json:"queue"`
+	State       string `json:"state"`
+	Received    string `json:"received"`
+	EventType   string `json:"event_type"`
+	ResourceID  string `json:"resource_id"`
+	Attempts    int    `json:"attempts"`
+	NextAttempt string `json:"next_attempt,omitempty"` // of a pending one; while it is delivered, should that fail to end
+	LastError   string `json:"last_error,omitempty"`
+}
+
+func newListed(r *Record) listed {
+	l := listed{
+		ID: r.ID, Queue: r.Queue, State: r.State, Received: r.Received.UTC().Format(time.RFC3339),
+		EventType: r.EventType, ResourceID: r.ResourceID, Attempts: r.Attempts, LastError: r.LastError,
+	}
+	if r.State == statePending {
+		l.NextAttempt = r.Due.UTC().Format(time.RFC3339)
+	}
+	return l
+}
+
+func showCommand(o *origin) *cobra.Command {
+	return &cobra.Command{
+		Use:   "show <id> [--db <file> | --config <file>]",
+		Short: "Shows an event with its request",
+		Long: `
+Shows an event: its state, its last error, and the request with its header fields
+and its body. What a replay would need, the signature and credentials, is left out,
+and control characters are replaced.
+`,
+		Example: `  caddy inkit-queue show 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(cmd *cobra.Command, ids []string) error {
+			return o.eachID(cmd.Context(), ids, func(_ Store, r *Record) error {
+				stored, err := decodeRequest(r)
+				if err != nil {
+					return fmt.Errorf("%s: %w", r.ID, err)
+				}
+				for _, field := range []string{"Inkit-Signature", "Authorization", "Proxy-Authorization", "Cookie"} {
+					if _, ok := stored.Header[field]; ok {
+						stored.Header[field] = []string{"REDACTED"}
+					}
+				}
+				shown, err := json.MarshalIndent(struct {
+					listed
+					Request *request `json:"request"`
+				}{newListed(r), stored}, "", "  ")
+				if err != nil {
+					return err
+				}
+				fmt.Printf("%s\n\n%s\n", printable(string(shown), '\n'), strings.TrimSuffix(printable(string(stored.body), '\n', '\t'), "\n"))
+				return nil
+			})
+		},
+	}
+}
+
+func retryCommand(o *origin) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "retry <id>... | --dead [--db <file> | --config <file>]",
+		Short: "Has events attempted again at once",
+		Long: `
+Makes events pending and due, as if they had arrived just now: dead ones are
+attempted for max_age again. A running Caddy sees it within a few seconds. One that
+is being delivered is left alone.
+`,
+		Example: `  caddy inkit-queue retry --dead`,
+	}
+	dead := cmd.Flags().Bool("dead", false, "All dead events")
+	cmd.Args = func(_ *cobra.Command, ids []string) error {
+		if *dead == (len(ids) > 0) {
+			return errors.New("takes either events by their ids, or --dead")
+		}
+		return nil
+	}
+	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
+		if *dead {
+			return o.each(cmd.Context(), func(store Store) error {
+				n, err := store.Retry(cmd.Context(), Filter{Dead: true})
+				if err == nil {
+					fmt.Printf("%d dead events are pending\n", n)
+				}
+				return err
+			})
+		}
+		return o.eachID(cmd.Context(), ids, func(store Store, r *Record) error {
+			n, err := store.Retry(cmd.Context(), Filter{IDs: []string{r.ID}})
+			switch {
+			case err != nil:
+				return err
+			case n == 0:
+				return fmt.Errorf("%s is being delivered", r.ID)
+			}
+			fmt.Println("pending", r.ID)
+			return nil
+		})
+	}
+	return cmd
+}
+
+func dropCommand(o *origin) *cobra.Command {
+	return &cobra.Command{
+		Use:   "drop <id>... [--db <file> | --config <file>]",
+		Short: "Deletes events for good",
+		Long: `
+Deletes events, and prints what it has deleted. It does not ask, and nothing brings
+them back. A delivery that is under way goes on.
+`,
+		Example: `  caddy inkit-queue drop 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
+		Args:    cobra.MinimumNArgs(1),
+		RunE: func(cmd *cobra.Command, ids []string) error {
+			return o.eachID(cmd.Context(), ids, func(store Store, r *Record) error {
+				n, err := store.Drop(cmd.Context(), Filter{IDs: []string{r.ID}})
+				if n > 0 {
+					fmt.Println("dropped", printable(strings.TrimSpace(strings.Join([]string{r.ID, r.EventType, r.ResourceID}, " "))))
+				}
+				return err
+			})
+		},
+	}
+}
+
+// origin says which databases a command works on.
+type origin struct {
+	db, config, adapter string
+}
+
+// openers returns the databases, each of them once.
+func (o *origin) openers(ctx caddy.Context) (openers []Opener, err error) {
+	var configs []json.RawMessage
+	if o.config == "" {
+		configs = append(configs, json.RawMessage(`{}`))
+	} else {
+		config, _, _, err := caddycmd.LoadConfig(o.config, o.adapter)
+		if err != nil {
+			return nil, err
+		}
+		configs = queueConfigs(config)
+	}
+	for _, config := range configs {
+		h := new(Handler)
+		if err := json.Unmarshal(config, h); err != nil {
+			return nil, err
+		}
+		if o.db != "" {
+			h.StoreRaw, _ = json.Marshal(map[string]string{"module": "sqlite", "path": o.db})
+		}
+		opener, err := h.loadStore(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if !slices.ContainsFunc(openers, func(other Opener) bool { return other.Key() == opener.Key() }) {
+			openers = append(openers, opener)
+		}
+	}
+	if len(openers) == 0 {
+		return nil, errors.New("there is no inkit_queue in the configuration")
+	}
+	return openers, nil
+}
+
+// queueConfigs returns the JSON of all handlers of this module, wherever they stand.
+func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
+	var object map[string]json.RawMessage
+	var list []json.RawMessage
+	switch {
+	case json.Unmarshal(config, &object) == nil:
+		if string(object["handler"]) == `"inkit_queue"` {
+			found = append(found, config)
+		}
+		for _, value := range object {
+			found = append(found, queueConfigs(value)...)
+		}
+	case json.Unmarshal(config, &list) == nil:
+		for _, value := range list {
+			found = append(found, queueConfigs(value)...)
+		}
+	}
+	return found
+}
+
+// each calls f for each database.
+func (o *origin) each(ctx context.Context, f func(Store) error) error {
+	caddyCtx, cancel := caddy.NewContext(caddy.Context{Context: ctx})
+	defer cancel()
+	openers, err := o.openers(caddyCtx)
+	if err != nil {
+		return err
+	}
+	for _, opener := range openers {
+		if file, ok := opener.(*SQLite); ok { // which would make one
+			if _, err := os.Stat(file.Path); errors.Is(err, fs.ErrNotExist) {
+				return fmt.Errorf("there is no database %s: name it with --db", file.Path)
+			}
+		}
+		store, err := opener.Open(ctx)
+		if err != nil {
+			return fmt.Errorf("%s: %w", opener.Key(), err)
+		}
+		if err := errors.Join(f(store), store.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// eachID calls f for each event of ids. One that is in no database is an error, after
+// the others are through.
+func (o *origin) eachID(ctx context.Context, ids []string, f func(Store, *Record) error) error {
+	unknown := make(map[string]bool)
+	for _, id := range ids {
+		unknown[id] = true
+	}
+	var failed []error
+	err := o.each(ctx, func(store Store) error {
+		var records []*Record
+		err := store.Select(ctx, Filter{IDs: ids}, true, func(r *Record) bool {
+			records = append(records, r)
+			return true
+		})
+		for _, r := range records {
+			delete(unknown, r.ID)
+			failed = append(failed, f(store, r))
+		}
+		return err
+	})
+	for _, id := range ids {
+		if unknown[id] && err == nil {
+			failed = append(failed, fmt.Errorf("there is no event %s", printable(id)))
+		}
+	}
+	return errors.Join(append(failed, err)...)
+}
+
+// printable replaces what would have a terminal do something, except for the
+// characters in keep.
+func printable(s string, keep ...rune) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) || slices.Contains(keep, r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
+}
