@@ -9,6 +9,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 )
 
 func init() {
@@ -37,7 +39,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 
 	if d.NextArg() {
-		if _, ok := placeholderName(d.Val()); !ok {
+		if _, ok := placeholder.Name(d.Val()); !ok {
 			return d.Err("inkit_webhook: takes a placeholder in braces, any other secret goes into the block")
 		}
 		h.Secrets = append(h.Secrets, Secret{Value: d.Val()})
