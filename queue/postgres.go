@@ -148,6 +148,11 @@ const (
 	// there is time for the next, unless the connection string says otherwise.
 	connectTimeout = 2 * time.Second
 
+	// maxConnections is how many there may be, unless the connection string says
+	// otherwise. Two to four are in use; but each that hangs is there for 15 s more, until
+	// the driver has taken leave of it.
+	maxConnections = 20
+
 	// schemaLock is the advisory lock under which the schema is made: "inkit" in ASCII.
 	schemaLock = 0x696e6b6974
 
@@ -195,6 +200,9 @@ func (p *Postgres) parse() (*pgxpool.Config, error) {
 	config, err := pgxpool.ParseConfig(dsn)
 	if err != nil {
 		return nil, shownError{"dsn: " + parseFailure(err)}
+	}
+	if !strings.Contains(dsn, "pool_max_conns") {
+		config.MaxConns = maxConnections
 	}
 	c := config.ConnConfig
 	// No statement outlives its transaction, which pgbouncer may give to any server.
@@ -298,8 +306,8 @@ func postgresDialect(schema string) dialect {
 		tx:  &sql.TxOptions{Isolation: sql.LevelReadCommitted},
 		// What a role or a database has as its default may be less than durable; and with
 		// pgbouncer, only what is set for the transaction is sure to be set. If this Caddy
-		// vanishes, its locks must go some time.
-		begin: `SELECT set_config('idle_in_transaction_session_timeout', '10s', true),
+		// vanishes, its locks must go before the others have waited for too long.
+		begin: `SELECT set_config('idle_in_transaction_session_timeout', '2s', true),
 			CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write') THEN set_config('synchronous_commit', 'on', true) END`,
 		more: postgresSchema,
 	}
@@ -368,12 +376,12 @@ func (s *postgresStore) prepare(ctx context.Context) error {
 	}
 	if err == nil && !exists {
 		err = s.makeSchema(ctx, tx)
-		if isSQLState(err, "42501") {
-			return fmt.Errorf("%w: the role may not make the tables: run the SQL that caddy inkit-queue migrate --print shows", s.wrap(err))
-		}
 	}
 	if err == nil {
 		err = s.migrate(ctx, tx, exists)
+	}
+	if !exists && isSQLState(err, "42501") {
+		return fmt.Errorf("%w: the role may not make the tables: run the SQL that caddy inkit-queue migrate --print shows", s.wrap(err))
 	}
 	if err == nil {
 		err = tx.Commit()
@@ -628,7 +636,15 @@ func (s *postgresStore) Close() error {
 	s.cancel()
 	s.running.Wait()
 	err := s.write.Close()
-	s.pool.Close()
+	closed := make(chan struct{})
+	go func() {
+		s.pool.Close() // which waits for a server that does not answer
+		close(closed)
+	}()
+	select {
+	case <-closed:
+	case <-time.After(connectTimeout):
+	}
 	return err
 }
 

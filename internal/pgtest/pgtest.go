@@ -1,4 +1,4 @@
-//go:build unix
+//go:build linux
 
 // Package pgtest runs PostgreSQL and pgbouncer for a test.
 package pgtest
