@@ -324,8 +324,8 @@ var postgresSchema = []string{
 	`INSERT INTO {schema}inkit_queue_counts VALUES ('[]', 0, 0)`,
 }
 
-// migration returns the SQL that makes the tables.
-func (p *Postgres) migration() string {
+// Migration returns the SQL that makes the tables.
+func (p *Postgres) Migration() string {
 	var b strings.Builder
 	s := &sqlStore{dialect: postgresDialect(p.Schema)}
 	b.WriteString("BEGIN;\n")
@@ -392,9 +392,12 @@ func (s *postgresStore) prepare(ctx context.Context) error {
 	return s.check(ctx)
 }
 
-// exists reports whether the schema has been made.
+// exists reports whether the schema has been made. It does not ask to_regclass, which
+// remembers that a table was not there until the transaction ends.
 func (s *postgresStore) exists(ctx context.Context, tx *sql.Tx) (exists bool, err error) {
-	err = tx.QueryRowContext(ctx, `SELECT to_regclass($1) IS NOT NULL`, s.dialect.schema+"inkit_queue_schema").Scan(&exists)
+	err = tx.QueryRowContext(ctx, `SELECT EXISTS (
+		SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+		WHERE n.nspname = $1 AND c.relname = 'inkit_queue_schema')`, s.name).Scan(&exists)
 	return exists, err
 }
 

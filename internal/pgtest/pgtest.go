@@ -259,6 +259,24 @@ func (s *Server) Query(t testing.TB, database, statement string, args ...any) st
 	return value
 }
 
+// Mount makes a folder of the server's with room for as much as size says.
+func (s *Server) Mount(t testing.TB, dir, size string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("mounting takes root")
+	}
+	require.NoError(t, os.Mkdir(dir, 0o755))
+	out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size="+size, "none", dir).CombinedOutput()
+	if err != nil {
+		t.Skipf("nothing can be mounted here: %s", out)
+	}
+	t.Cleanup(func() {
+		s.Kill()
+		require.NoError(t, exec.Command("umount", dir).Run())
+	})
+	unprivileged(t, new(exec.Cmd), dir)
+}
+
 var databases struct {
 	sync.Mutex
 	last int
