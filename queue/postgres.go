@@ -135,7 +135,8 @@ func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 // Key is of Opener. It does not change with the value of a placeholder.
 func (p *Postgres) Key() string {
-	return fmt.Sprintf("postgres %x", sha256.Sum256([]byte(p.DSN+"\x00"+p.Schema)))
+	hash := sha256.Sum256([]byte(p.DSN + "\x00" + p.Schema))
+	return fmt.Sprintf("postgres %x", hash[:6])
 }
 
 const (

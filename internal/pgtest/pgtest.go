@@ -129,16 +129,21 @@ func Start(t testing.TB, options ...string) *Server {
 	return s
 }
 
-// Standby makes a copy of a server that follows it, and starts it.
-func (s *Server) Standby(t testing.TB, name string) *Server {
+// Standby makes a copy of a server that follows it, starts it, and has each commit wait
+// until it is on the disks of both.
+func (s *Server) Standby(t testing.TB) *Server {
 	t.Helper()
 	standby := &Server{t: t, Dir: newDir(t), options: s.options}
 	cmd := exec.Command(program(t, "pg_basebackup"), "-D", standby.data(), "-R", "-X", "stream", "-c", "fast", "--no-sync",
-		"-d", s.DSN("postgres")+"&application_name="+name)
+		"-d", s.DSN("postgres"))
 	unprivileged(t, cmd, standby.Dir)
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", out)
 	standby.Run()
+	s.Exec(t, "postgres", "ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()")
+	for deadline := time.Now().Add(30 * time.Second); s.Query(t, "postgres", "SELECT count(*)::text FROM pg_stat_replication WHERE sync_state = 'sync'") != "1"; time.Sleep(20 * time.Millisecond) {
+		require.True(t, time.Now().Before(deadline), "the standby does not follow: %s", standby.Log())
+	}
 	return standby
 }
 
