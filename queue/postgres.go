@@ -323,6 +323,11 @@ var postgresSchema = []string{
 		next    BIGINT NOT NULL
 	)`,
 	`INSERT INTO {schema}inkit_queue_counts VALUES ('[]', 0, 0)`,
+	`ALTER TABLE {schema}inkit_queue_events SET (
+		autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_cost_delay = 0,
+		autovacuum_analyze_scale_factor = 0, autovacuum_analyze_threshold = 10000,
+		toast.autovacuum_vacuum_scale_factor = 0, toast.autovacuum_vacuum_threshold = 10000, toast.autovacuum_vacuum_cost_delay = 0
+	)`,
 }
 
 // Migration returns the SQL that makes the tables.

@@ -34,6 +34,7 @@ func pgSize(full, quick int) int {
 type pgBackend struct {
 	addr   string
 	status func(id string, attempt int) int
+	quiet  bool // whether it notes nothing
 
 	mu       sync.Mutex
 	taken    map[string]int
@@ -63,6 +64,10 @@ func (b *pgBackend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	if err != nil || json.Unmarshal(body, &e) != nil {
 		w.WriteHeader(http.StatusBadRequest)
+		return
+	}
+	if b.quiet {
+		w.WriteHeader(b.status(e.ResourceID, 1))
 		return
 	}
 	b.mu.Lock()
@@ -388,7 +393,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	assert.NotEmpty(t, times)
 	assert.LessOrEqual(t, most, 2)
 	up.Store(true)
-	backend.hasAll(t, s.ids(), time.Minute)
+	backend.hasAll(t, s.ids(), 2*time.Minute) // one that was a probe waits for as long again as it has waited
 	t.Logf("%d attempts at most at a time", backend.most)
 	assert.LessOrEqual(t, backend.most, 2*16)
 	for _, c := range caddys {
@@ -421,6 +426,87 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 	began := time.Now()
 	backend.hasAll(t, s.ids(), 30*time.Second)
 	assert.Less(t, time.Since(began), attemptTimeout+2*time.Second+5*time.Second, "a lease, and 5 s")
+}
+
+// TestPostgresCost logs what Caddys accept, with a backend that takes each event at once
+// and with one that is down. The figures of docs/performance.md are those of E2E_LONG=1.
+func TestPostgresCost(t *testing.T) {
+	server := pgtest.Start(t)
+	var up atomic.Bool
+	backend := newPGBackend(t, func(string, int) int {
+		if up.Load() {
+			return http.StatusOK
+		}
+		return http.StatusServiceUnavailable
+	})
+	backend.quiet = true
+	site := func(store string) string {
+		return `
+http://{{addr}} {
+	handle /webhook {
+		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+		inkit_queue {
+			` + store + `
+			deliver {
+				reverse_proxy ` + backend.addr + `
+			}
+		}
+	}
+	error 404
+}`
+	}
+	for _, row := range []struct {
+		name  string
+		start func(t *testing.T) []*caddy
+	}{
+		{"no queue", func(t *testing.T) []*caddy {
+			return []*caddy{startCaddy(t, "", "http://{{addr}} {\n\thandle /webhook {\n\t\tinkit_webhook {env.INKIT_WEBHOOK_SECRET}\n\t\treverse_proxy "+backend.addr+"\n\t}\n\terror 404\n}")}
+		}},
+		{"SQLite", func(t *testing.T) []*caddy { return []*caddy{startCaddy(t, "", site(""))} }},
+		{"PostgreSQL", func(t *testing.T) []*caddy {
+			return []*caddy{startCaddy(t, "", site("store postgres {env.INKIT_QUEUE_DSN}"), "INKIT_QUEUE_DSN="+server.DSN(server.NewDatabase(t)))}
+		}},
+		{"PostgreSQL, two Caddys", func(t *testing.T) []*caddy {
+			dsn := "INKIT_QUEUE_DSN=" + server.DSN(server.NewDatabase(t))
+			return []*caddy{startCaddy(t, "", site("store postgres {env.INKIT_QUEUE_DSN}"), dsn), startCaddy(t, "", site("store postgres {env.INKIT_QUEUE_DSN}"), dsn)}
+		}},
+	} {
+		for _, takes := range []bool{true, false} {
+			if row.name == "no queue" && !takes {
+				continue // nothing is accepted
+			}
+			t.Run(fmt.Sprintf("%s, takes %v", row.name, takes), func(t *testing.T) {
+				up.Store(takes)
+				caddys := row.start(t)
+				if !takes {
+					s := newPGSender(t, caddys...)
+					for i := range 12 {
+						s.send(t.Context(), fmt.Sprint("first-", i), i)
+					}
+				}
+				line := ""
+				for _, senders := range []int{1, 8, 64} {
+					s := newPGSender(t, caddys...)
+					s.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
+					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(pgSize(4000, 200))*time.Millisecond)
+					began := time.Now()
+					var wg sync.WaitGroup
+					for i := range senders {
+						wg.Go(func() {
+							for n := i; ctx.Err() == nil; n++ {
+								s.send(ctx, fmt.Sprintf("cost-%d-%d", i, n), n)
+							}
+						})
+					}
+					wg.Wait()
+					cancel()
+					require.NotEmpty(t, s.ids())
+					line += fmt.Sprintf(" | %.0f, %v", float64(len(s.ids()))/time.Since(began).Seconds(), s.median().Round(100*time.Microsecond))
+				}
+				t.Logf("| %s, the backend takes events: %v%s |", row.name, takes, line)
+			})
+		}
+	}
 }
 
 // Whatever is wrong with the database, the other sites are served, and the log says
