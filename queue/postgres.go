@@ -315,7 +315,10 @@ func postgresDialect(schema string) dialect {
 }
 
 // postgresSchema is what PostgreSQL has beyond schema: the counts, which one Caddy
-// makes for all.
+// makes for all, and when to remove dead rows. BenchmarkPostgres measures it: with the
+// server's defaults, a look took 4.5 times as long after a million events as before,
+// and a count 73 times; with these, 1.5 and 2 times. A fillfactor would be of no use:
+// each update moves due, which is in an index, so that none is HOT.
 var postgresSchema = []string{
 	`CREATE TABLE {schema}inkit_queue_counts (
 		counts  TEXT   NOT NULL,

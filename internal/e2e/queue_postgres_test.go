@@ -8,6 +8,9 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -507,6 +510,53 @@ http://{{addr}} {
 			})
 		}
 	}
+}
+
+// TestPostgresExample runs examples/two-caddys as its README says.
+func TestPostgresExample(t *testing.T) {
+	for _, needed := range []string{"python3", "bash", "curl", "openssl"} {
+		if _, err := exec.LookPath(needed); err != nil {
+			t.Skip(needed + " is not installed")
+		}
+	}
+	server := pgtest.Start(t)
+	dir, err := filepath.Abs("../../examples/two-caddys")
+	require.NoError(t, err)
+	_, commands, _ := strings.Cut(readFile(t, dir+"/README.md"), "CREATE ROLE ")
+	role, commands, _ := strings.Cut(commands, "\"")
+	_, commands, _ = strings.Cut(commands, "CREATE DATABASE ")
+	database, _, _ := strings.Cut(commands, "\"")
+	server.Exec(t, "postgres", "CREATE ROLE "+role, "CREATE DATABASE "+database)
+	_, dsn, _ := strings.Cut(readFile(t, dir+"/README.md"), "INKIT_QUEUE_DSN='")
+	dsn, _, _ = strings.Cut(dsn, "'")
+	dsn = strings.Replace(dsn, "@localhost/", "@localhost:"+server.Port+"/", 1)
+
+	upstream := freeAddr(t)
+	backend := func() *process { return start(t, exec.Command("python3", dir+"/backend.py", port(upstream))) }
+	var caddys []*caddy
+	for range 2 {
+		c := newCaddy(t, "", "", "INKIT_QUEUE_DSN="+dsn, "UPSTREAM=localhost:"+port(upstream))
+		c.env = append(c.env, "PORT="+port(c.addr), "ADMIN="+c.admin)
+		writeFile(t, c.path("Caddyfile"), readFile(t, dir+"/Caddyfile"))
+		c.run()
+		waitFor(t, "Caddy answers", c.process, listening("localhost:"+port(c.addr)))
+		caddys = append(caddys, c)
+	}
+	// the README's way to send an event, to either
+	_, curl, _ := strings.Cut(readFile(t, dir+"/README.md"), "BODY=")
+	curl, _, _ = strings.Cut(curl, "```")
+	for i, c := range caddys {
+		cmd := exec.Command("bash", "-c", "BODY="+strings.Replace(curl, "doc_1", fmt.Sprint("doc_", i), 1))
+		cmd.Env = append(os.Environ(), "PORT="+port(c.addr))
+		out, err := cmd.CombinedOutput()
+		require.NoError(t, err, "%s", out)
+		require.Contains(t, string(out), "HTTP/1.1 200", "while there is no backend")
+	}
+	pgKill(caddys[0])
+	p := backend()
+	waitFor(t, "the other Caddy delivers both", p, func() bool {
+		return strings.Contains(p.output.String(), "doc_0 ") && strings.Contains(p.output.String(), "doc_1 ")
+	})
 }
 
 // Whatever is wrong with the database, the other sites are served, and the log says
