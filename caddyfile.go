@@ -5,12 +5,11 @@ import (
 	"strings"
 
 	"github.com/dustin/go-humanize"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 )
 
 func init() {

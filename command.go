@@ -13,11 +13,10 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 	"github.com/spf13/cobra"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 )
 
 func init() {

@@ -12,10 +12,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 )
 
 const (

@@ -579,9 +579,9 @@ func (s *postgresStore) listen(heard func(queue string)) (again bool) {
 		ctx, cancel := context.WithTimeout(s.ctx, time.Minute)
 		notification, err := conn.WaitForNotification(ctx)
 		cancel()
-		switch schema, queue, ok := "", "", false; {
+		switch {
 		case err == nil:
-			if schema, queue, ok = strings.Cut(notification.Payload, " "); ok && schema == s.name {
+			if queue, ok := strings.CutPrefix(notification.Payload, s.name+" "); ok {
 				heard(queue)
 			}
 		case conn.IsClosed():

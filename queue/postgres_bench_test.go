@@ -53,7 +53,7 @@ func BenchmarkPostgres(b *testing.B) {
 		require.NoError(b, err)
 		b.Cleanup(func() { _ = store.Close() })
 		server.Exec(b, name, fmt.Sprintf(`INSERT INTO inkit_queue_events
-			SELECT 'old-' || lpad(n::text, 9, '0'), 'default', 'pending', n, n, n, NULL, NULL, 0, '', 'DOCUMENT_CREATE_FINISHED', 'doc', decode(repeat('ab', 800), 'hex'), '\x00'
+			SELECT 'old-' || lpad(n::text, 9, '0'), 'default', 'pending', n, n + 0, n + 0, NULL::bigint, NULL, 0, '', 'DOCUMENT_CREATE_FINISHED', 'doc', decode(repeat('ab', 800), 'hex'), '\x00'
 			FROM generate_series(1, %d) n`, pending), "ANALYZE", "CHECKPOINT")
 		return store, name
 	}

@@ -239,6 +239,7 @@ func (p *proxy) dsn(dsn string) string {
 // A connection on which nothing comes back must be given up, whatever is on its way on
 // it, and the next transaction must succeed on another one.
 func TestPostgresConnectionThatHangs(t *testing.T) {
+	t.Parallel()
 	const giveUp = 5*time.Second + 1500*time.Millisecond // a timeout, and what else it takes
 	server := pgtest.Start(t, "fsync=off")
 	name := server.NewDatabase(t)
@@ -256,7 +257,7 @@ func TestPostgresConnectionThatHangs(t *testing.T) {
 				if err == nil {
 					defer store.Close()
 				} else {
-					assert.ErrorContains(t, err, "the server does not answer in time")
+					require.ErrorContains(t, err, "the server does not answer in time")
 					store, err = opener(p.dsn(server.DSN(name))).Open(t.Context())
 					require.NoError(t, err)
 					defer store.Close()

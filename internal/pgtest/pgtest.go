@@ -91,6 +91,11 @@ func unprivileged(t testing.TB, cmd *exec.Cmd, dir string) {
 	cmd.SysProcAttr.Credential = &syscall.Credential{Uid: uint32(uid), Gid: uint32(gid)}
 	cmd.Dir = dir
 	require.NoError(t, os.Chown(dir, uid, gid))
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	for _, entry := range entries { // what the test has put there
+		require.NoError(t, os.Chown(filepath.Join(dir, entry.Name()), uid, gid))
+	}
 }
 
 func newDir(t testing.TB) string {
@@ -120,7 +125,7 @@ func Start(t testing.TB, options ...string) *Server {
 	initdb := program(t, "initdb")
 	s := &Server{t: t, Dir: newDir(t), options: options}
 	password := filepath.Join(s.Dir, "password")
-	require.NoError(t, os.WriteFile(password, []byte(Password), 0o644))
+	require.NoError(t, os.WriteFile(password, []byte(Password), 0o600))
 	cmd := exec.Command(initdb, "-D", s.data(), "-U", "postgres", "--pwfile", password, "-A", "scram-sha-256", "-E", "UTF8", "--locale", "C", "--no-sync")
 	unprivileged(t, cmd, s.Dir)
 	out, err := cmd.CombinedOutput()
@@ -156,7 +161,7 @@ func (s *Server) Run() {
 		s.Port = freePort(s.t)
 		s.t.Cleanup(s.Kill)
 	}
-	args := []string{"-D", s.data(), "-p", s.Port, "-h", "127.0.0.1", "-k", s.Dir}
+	args := slices.Grow([]string{"-D", s.data(), "-p", s.Port, "-h", "127.0.0.1", "-k", s.Dir}, 2*len(s.options))
 	for _, option := range s.options {
 		args = append(args, "-c", option)
 	}
@@ -310,9 +315,9 @@ func (s *Server) Bouncer(t testing.TB) (port string) {
 	}
 	dir, port := newDir(t), freePort(t)
 	users := filepath.Join(dir, "users.txt")
-	require.NoError(t, os.WriteFile(users, []byte(`"postgres" "`+Password+"\"\n"), 0o644))
+	require.NoError(t, os.WriteFile(users, []byte(`"postgres" "`+Password+"\"\n"), 0o600))
 	config := filepath.Join(dir, "pgbouncer.ini")
-	require.NoError(t, os.WriteFile(config, []byte(fmt.Sprintf(`[databases]
+	require.NoError(t, os.WriteFile(config, fmt.Appendf(nil, `[databases]
 * = host=127.0.0.1 port=%s
 [pgbouncer]
 listen_addr = 127.0.0.1
@@ -322,7 +327,7 @@ auth_type = scram-sha-256
 auth_file = %s
 pool_mode = transaction
 default_pool_size = 3
-`, s.Port, port, users)), 0o644))
+`, s.Port, port, users), 0o600))
 	cmd := exec.Command(path, config)
 	unprivileged(t, cmd, dir)
 	output, exited := new(buffer), make(chan struct{})
