@@ -19,6 +19,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -27,8 +28,6 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 )
 
 func init() {
@@ -421,9 +420,15 @@ func (s *postgresStore) makeSchema(ctx context.Context, tx *sql.Tx) error {
 
 // rights are what the role needs.
 var rights = []struct{ table, right string }{
-	{"inkit_queue_events", "SELECT"}, {"inkit_queue_events", "INSERT"}, {"inkit_queue_events", "UPDATE"}, {"inkit_queue_events", "DELETE"},
-	{"inkit_queue_backends", "SELECT"}, {"inkit_queue_backends", "INSERT"}, {"inkit_queue_backends", "UPDATE"},
-	{"inkit_queue_counts", "SELECT"}, {"inkit_queue_counts", "UPDATE"},
+	{"inkit_queue_events", "SELECT"},
+	{"inkit_queue_events", "INSERT"},
+	{"inkit_queue_events", "UPDATE"},
+	{"inkit_queue_events", "DELETE"},
+	{"inkit_queue_backends", "SELECT"},
+	{"inkit_queue_backends", "INSERT"},
+	{"inkit_queue_backends", "UPDATE"},
+	{"inkit_queue_counts", "SELECT"},
+	{"inkit_queue_counts", "UPDATE"},
 }
 
 // check says what the role lacks now, and not when it is needed, and refuses a table

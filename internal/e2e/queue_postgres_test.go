@@ -19,10 +19,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
 )
 
 // pgSize is one size at full length and another one otherwise.
