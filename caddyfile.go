@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/dustin/go-humanize"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
@@ -37,7 +38,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 
 	if d.NextArg() {
-		if _, ok := placeholderName(d.Val()); !ok {
+		if _, ok := placeholder.Name(d.Val()); !ok {
 			return d.Err("inkit_webhook: takes a placeholder in braces, any other secret goes into the block")
 		}
 		h.Secrets = append(h.Secrets, Secret{Value: d.Val()})

@@ -13,6 +13,7 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 	"github.com/spf13/cobra"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
@@ -222,7 +223,7 @@ func printable(s string) string {
 // space or quotes around one are the cause of a mismatch.
 func commandSecrets(files ...string) (secrets []Secret, err error) {
 	for _, file := range slices.DeleteFunc(files, func(file string) bool { return file == "" }) {
-		value, err := readSecretFile(file)
+		value, err := placeholder.ReadFile(file)
 		if err != nil {
 			return nil, fmt.Errorf("secret-file: %s: %w", file, err)
 		}

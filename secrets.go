@@ -5,8 +5,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -14,10 +12,9 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
-
-	"github.com/caddyserver/caddy/v2"
 )
 
 const (
@@ -25,7 +22,6 @@ const (
 	reloadWait        = 2 * time.Second        // how long a request waits for one before it is refused
 	reloadLogInterval = time.Minute            // the pause between two lines on a secret that cannot be read
 	loadWait          = 10 * time.Second       // how long reading one secret may take at a load
-	maxSecretFile     = 1 << 20                // in bytes
 	previousAge       = 10 * time.Second       // how long a value stays good when another is found, which may be half written
 )
 
@@ -63,7 +59,7 @@ func newKeyring(secrets []Secret, reloads []prometheus.Counter, logger *zap.Logg
 		if values[i].Value, err = resolveInTime(secret.Value); err != nil {
 			return nil, fmt.Errorf("secret %s: %w", secret.Name, err)
 		}
-		name, ok := placeholderName(secret.Value)
+		name, ok := placeholder.Name(secret.Value)
 		k.changeable = k.changeable || ok && !strings.HasPrefix(name, "env.")
 	}
 	return k, k.use(values)
@@ -224,8 +220,8 @@ func resolveInTime(value string) (secret string, err error) {
 // resolve returns the secret that a configured value stands for. The errors show
 // no part of either.
 func resolve(value string) (secret string, err error) {
-	if name, ok := placeholderName(value); ok {
-		secret, err = lookUp(name)
+	if name, ok := placeholder.Name(value); ok {
+		secret, err = placeholder.Value(name)
 	} else {
 		secret, err = value, checkLiteral(value)
 	}
@@ -236,58 +232,6 @@ func resolve(value string) (secret string, err error) {
 		if mistake.form.MatchString(secret) {
 			return "", errors.New(mistake.message)
 		}
-	}
-	return secret, nil
-}
-
-// placeholderName returns what stands between the braces if value is exactly one
-// placeholder.
-func placeholderName(value string) (name string, ok bool) {
-	name = strings.TrimSuffix(strings.TrimPrefix(value, "{"), "}")
-	return name, value == "{"+name+"}" && name != "" && !strings.ContainsAny(name, "{}")
-}
-
-// lookUp returns the value of a placeholder. The replacer alone takes a variable that
-// is unset and a file that is missing for known, and cuts a file that is too large.
-func lookUp(name string) (string, error) {
-	if strings.HasPrefix(name, "http.") {
-		return "", errors.New("placeholder belongs to a request, and secrets are resolved before there is one")
-	}
-	if file, ok := strings.CutPrefix(name, "file."); ok {
-		if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() { // a pipe would have it wait
-			return "", errors.New("file cannot be read: is not a regular file")
-		}
-		return readSecretFile(file)
-	}
-	secret, known := caddy.NewReplacer().GetString(name)
-	switch {
-	case !known:
-		return "", errors.New("placeholder is not known")
-	case strings.Trim(secret, "\r\n") != "":
-		return secret, nil
-	case strings.HasPrefix(name, "env."):
-		return "", errors.New("environment variable is unset or empty")
-	}
-	return "", errors.New("placeholder is empty")
-}
-
-// readSecretFile returns what a file holds, without the newline at its end, as
-// the placeholder {file.*} does. The errors do not show the file's name.
-func readSecretFile(name string) (string, error) {
-	var content []byte
-	file, err := os.Open(name)
-	if err == nil {
-		defer file.Close()
-		content, err = io.ReadAll(io.LimitReader(file, maxSecretFile+1))
-	}
-	secret := strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
-	switch {
-	case err != nil: // an fs.PathError
-		return "", fmt.Errorf("file cannot be read: %w", errors.Unwrap(err))
-	case len(content) > maxSecretFile:
-		return "", errors.New("file is larger than 1 MiB")
-	case strings.Trim(secret, "\r\n") == "":
-		return "", errors.New("file is empty")
 	}
 	return secret, nil
 }

@@ -19,6 +19,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 )
 
 // confidential stands in every value that must not show in an error.
@@ -178,7 +180,7 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			path := writeFile(t, filepath.Join(t.TempDir(), "secret"), tt.text)
 			require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: "{file." + path + "}"}}}), tt.message)
-			if _, ok := placeholderName(tt.text); !ok {
+			if _, ok := placeholder.Name(tt.text); !ok {
 				require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: tt.text}}}), tt.message, "as a literal, too")
 			}
 			// and at every later reading, where the last good one stays

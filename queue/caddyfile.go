@@ -20,7 +20,7 @@ func init() {
 //
 //	inkit_queue [<matcher>] {
 //		name            <name>
-//		store           sqlite [<path>]
+//		store           sqlite [<path>] | postgres [<placeholder>] { ... }
 //		answer_after    <duration>
 //		attempt_timeout <duration>
 //		max_age         <duration>
@@ -84,6 +84,9 @@ func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
 		return d.Err("store: takes the kind of a database")
 	}
 	kind := d.Val()
+	if !nameForm.MatchString(kind) { // and may be a connection string, which no error shows
+		return d.Err("store: takes the kind of a database first, such as sqlite or postgres")
+	}
 	module, err := caddyfile.UnmarshalModule(d, "inkit_queue.stores."+kind)
 	if err != nil {
 		return d.Errf("store: %v", err)

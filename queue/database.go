@@ -28,6 +28,11 @@ const (
 	// reopenInterval is the pause between two tries to open a database.
 	reopenInterval = time.Second
 
+	// minPause is the pause after a transaction that has failed, which doubles with each
+	// up to maxPause.
+	minPause = 50 * time.Millisecond
+	maxPause = 500 * time.Millisecond
+
 	// countInterval is the pause between two counts of what waits, and countShare the
 	// part of the time that they may take.
 	countInterval = 5 * time.Second
@@ -62,6 +67,18 @@ type database struct {
 	strange  map[string]bool // queues that are not configured, of which the log says so
 	lastLine time.Time       // when an error was logged
 	failing  bool            // whether events cannot be kept
+}
+
+// listener is a store that other machines use too, and that calls heard when one of
+// them says that something is due in a queue; with an empty name, in any.
+type listener interface {
+	Listen(heard func(queue string))
+}
+
+// sharer is a store in which one process counts for all: pause says how long it is
+// until the next count, by what the last one has taken.
+type sharer interface {
+	SharedCounts(ctx context.Context, pause func(took time.Duration) time.Duration) ([]Count, error)
 }
 
 // work is what waits for the next transaction.
@@ -223,6 +240,9 @@ func (d *database) look(c *Claim, why error) (records []*Record, err error) {
 	if store == nil || c.Probe {
 		return nil, why
 	}
+	if _, ok := store.(listener); ok && !errors.Is(why, ErrFull) {
+		return nil, why // as all others on that database would deliver the same
+	}
 	err = store.Select(context.Background(), Filter{Queue: c.Queue, Due: true}, true, func(r *Record) bool {
 		d.mu.Lock()
 		defer d.mu.Unlock()
@@ -270,6 +290,7 @@ func (d *database) pending(queue string) int {
 // run is the goroutine that writes.
 func (d *database) run() {
 	defer close(d.closed)
+	pause := minPause
 	for {
 		open := d.open()
 		wait := reopenInterval
@@ -287,8 +308,14 @@ func (d *database) run() {
 			}
 			return
 		}
-		if open && !d.write() {
-			time.Sleep(50 * time.Millisecond)
+		if !open {
+			continue
+		}
+		if d.write() {
+			pause = minPause
+		} else {
+			time.Sleep(pause)
+			pause = min(2*pause, maxPause)
 		}
 	}
 }
@@ -310,6 +337,9 @@ func (d *database) open() bool {
 	d.store, d.broken = store, err
 	if err == nil {
 		d.recoveredLocked()
+		if l, ok := store.(listener); ok {
+			l.Listen(d.heard)
+		}
 		return true
 	}
 	d.store = nil // and not an interface that holds nil
@@ -489,6 +519,18 @@ func (d *database) pokeLocked(queue string) {
 	}
 }
 
+// heard tells a queue, or all, what another process says: that an event is due, or that
+// the backend is back.
+func (d *database) heard(queue string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for name, s := range d.queues {
+		if queue == "" || queue == name {
+			s.queue.poke()
+		}
+	}
+}
+
 func (d *database) failAdds(adds []*addition, err error) {
 	for _, a := range adds {
 		a.end(err)
@@ -603,11 +645,16 @@ func (d *database) count() {
 		}
 		began := time.Now()
 		d.countOnce()
-		wait = max(countInterval, time.Duration(float64(time.Since(began))/countShare))
+		wait = countPause(time.Since(began))
 		if d.opened() == nil {
 			wait = reopenInterval
 		}
 	}
+}
+
+// countPause returns how long to wait after a count that has taken so long.
+func countPause(took time.Duration) time.Duration {
+	return max(countInterval, time.Duration(float64(took)/countShare))
 }
 
 func (d *database) countOnce() {
@@ -617,7 +664,13 @@ func (d *database) countOnce() {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	counts, err := store.Counts(ctx)
+	var counts []Count
+	var err error
+	if sharer, ok := store.(sharer); ok {
+		counts, err = sharer.SharedCounts(ctx, countPause)
+	} else {
+		counts, err = store.Counts(ctx)
+	}
 	if err != nil {
 		d.observe(store, err)
 		return

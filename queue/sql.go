@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -19,7 +20,7 @@ const schemaVersion = 1
 // The first index has the pending events in the order in which they are due, and with
 // it all that is asked often: what is due, how many there are, and since when.
 var schema = []string{
-	`CREATE TABLE inkit_queue_events (
+	`CREATE TABLE {schema}inkit_queue_events (
 		id          TEXT    NOT NULL PRIMARY KEY,
 		queue       TEXT    NOT NULL,
 		state       TEXT    NOT NULL,
@@ -35,24 +36,28 @@ var schema = []string{
 		request     {bytes} NOT NULL,
 		checksum    {bytes} NOT NULL
 	)`,
-	`CREATE INDEX inkit_queue_due ON inkit_queue_events (queue, due, queued) WHERE state = 'pending'`,
-	`CREATE INDEX inkit_queue_dead ON inkit_queue_events (queue, queued) WHERE state = 'dead'`,
-	`CREATE TABLE inkit_queue_backends (
+	`CREATE INDEX inkit_queue_due ON {schema}inkit_queue_events (queue, due, queued) WHERE state = 'pending'`,
+	`CREATE INDEX inkit_queue_dead ON {schema}inkit_queue_events (queue, queued) WHERE state = 'dead'`,
+	`CREATE TABLE {schema}inkit_queue_backends (
 		queue TEXT   NOT NULL PRIMARY KEY,
 		down  BIGINT,
 		probe BIGINT NOT NULL
 	)`,
-	`CREATE TABLE inkit_queue_schema (version INTEGER NOT NULL)`,
-	`INSERT INTO inkit_queue_schema VALUES (1)`,
+	`CREATE TABLE {schema}inkit_queue_schema (version INTEGER NOT NULL)`,
+	`INSERT INTO {schema}inkit_queue_schema VALUES (1)`,
 }
 
 // dialect is what differs between databases. The statements of this file hold
-// {bytes}, {now} and {skip} in its place.
+// {bytes}, {schema}, {now} and {skip} in its place.
 type dialect struct {
-	bytes string // the type
-	rows  int    // how many rows a statement may have
-	now   string // the clock, in milliseconds
-	skip  string // what has a claim pass over rows that another one has locked
+	bytes  string         // the type
+	schema string         // what stands before the names of tables
+	rows   int            // how many rows a statement may have
+	now    string         // the clock, in milliseconds: stable in a statement
+	skip   string         // what has a claim pass over rows that another one has locked
+	begin  string         // the first statement of a transaction that writes, if there is one
+	tx     *sql.TxOptions // of such a transaction
+	more   []string       // what it has beyond schema
 
 	// wrap says in terms of ErrFull and so on what an error of the driver means.
 	wrap func(error) error
@@ -62,17 +67,33 @@ type dialect struct {
 type sqlStore struct {
 	dialect
 	write, read *sql.DB
+
+	// last is what else a transaction does, or nil.
+	last func(ctx context.Context, tx *sql.Tx, b *Batch) error
 }
 
 func (s *sqlStore) text(query string) string {
-	return strings.NewReplacer("{bytes}", s.bytes, "{now}", s.now, "{skip}", s.skip).Replace(query)
+	return strings.NewReplacer("{bytes}", s.bytes, "{schema}", s.schema, "{now}", s.now, "{skip}", s.skip).Replace(query)
+}
+
+// begin begins a transaction that writes.
+func (s *sqlStore) begin(ctx context.Context) (*sql.Tx, error) {
+	tx, err := s.write.BeginTx(ctx, s.tx)
+	if err != nil || s.dialect.begin == "" {
+		return tx, err
+	}
+	if _, err = tx.ExecContext(ctx, s.dialect.begin); err != nil {
+		_ = tx.Rollback()
+		return nil, err
+	}
+	return tx, nil
 }
 
 // migrate makes the schema if it is not there. It is for a transaction that keeps
 // others from doing the same.
 func (s *sqlStore) migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
 	if !exists {
-		for _, query := range schema {
+		for _, query := range slices.Concat(schema, s.more) {
 			if _, err := tx.ExecContext(ctx, s.text(query)); err != nil {
 				return err
 			}
@@ -80,22 +101,28 @@ func (s *sqlStore) migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
 		return nil
 	}
 	var version int
-	if err := tx.QueryRowContext(ctx, `SELECT version FROM inkit_queue_schema`).Scan(&version); err != nil {
+	if err := tx.QueryRowContext(ctx, s.text(`SELECT version FROM {schema}inkit_queue_schema`)).Scan(&version); err != nil {
 		return err
 	}
-	if version > schemaVersion {
+	switch {
+	case version > schemaVersion:
 		return fmt.Errorf("%w: %d, and this one knows %d", ErrNewer, version, schemaVersion)
+	case version < schemaVersion:
+		return fmt.Errorf("%w: %d, and this one needs %d", ErrOlder, version, schemaVersion)
 	}
 	return nil
 }
 
 // Apply is of Store.
 func (s *sqlStore) Apply(ctx context.Context, b *Batch) error {
-	tx, err := s.write.BeginTx(ctx, nil)
+	tx, err := s.begin(ctx)
 	if err != nil {
 		return s.wrap(err)
 	}
-	if err = s.apply(ctx, tx, b); err == nil {
+	if err = s.apply(ctx, tx, b); err == nil && s.last != nil {
+		err = s.last(ctx, tx, b)
+	}
+	if err == nil {
 		err = tx.Commit()
 	}
 	if err != nil {
@@ -117,10 +144,10 @@ func (s *sqlStore) apply(ctx context.Context, tx *sql.Tx, b *Batch) error {
 	}
 	for _, backend := range b.Backends {
 		_, err := tx.ExecContext(ctx, s.text(`
-			INSERT INTO inkit_queue_backends (queue, down, probe)
+			INSERT INTO {schema}inkit_queue_backends AS b (queue, down, probe)
 			VALUES ($1, CASE WHEN $2 THEN {now} END, {now} + CAST($3 AS BIGINT))
 			ON CONFLICT (queue) DO UPDATE SET
-				down = CASE WHEN $2 THEN COALESCE(inkit_queue_backends.down, {now}) END,
+				down = CASE WHEN $2 THEN COALESCE(b.down, {now}) END,
 				probe = {now} + CAST($3 AS BIGINT)`),
 			backend.Queue, backend.Down, backend.Probe.Milliseconds())
 		if err != nil {
@@ -133,6 +160,12 @@ func (s *sqlStore) apply(ctx context.Context, tx *sql.Tx, b *Batch) error {
 		}
 	}
 	return nil
+}
+
+// plain returns a text as every database takes it: UTF-8, and no NUL. A single event
+// with another one would have its whole batch fail, each time.
+func plain(text string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
 }
 
 // rows returns n rows of arguments for VALUES, each after a pattern in which ? stands
@@ -167,10 +200,10 @@ func (s *sqlStore) add(ctx context.Context, tx *sql.Tx, b *Batch) error {
 				lease, owner, delay = r.Lease.Milliseconds(), b.Owner, r.Lease
 			}
 			args = append(args, r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
-				r.Attempts, r.LastError, r.EventType, r.ResourceID, r.Request, r.Checksum)
+				r.Attempts, plain(r.LastError), plain(r.EventType), plain(r.ResourceID), r.Request, r.Checksum)
 		}
 		_, err := tx.ExecContext(ctx, s.text(`
-			INSERT INTO inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
+			INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
 				attempts, last_error, event_type, resource_id, request, checksum) VALUES `+
 			rows(len(records), `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)), args...)
 		if err != nil {
@@ -187,9 +220,9 @@ func (s *sqlStore) finish(ctx context.Context, tx *sql.Tx, b *Batch) error {
 		case Delivered:
 			delivered = append(delivered, f.ID)
 		case Later:
-			others = append(others, f.ID, statePending, f.After.Milliseconds(), f.LastError, 0)
+			others = append(others, f.ID, statePending, f.After.Milliseconds(), plain(f.LastError), 0)
 		case Dead:
-			others = append(others, f.ID, stateDead, int64(0), f.LastError, 0)
+			others = append(others, f.ID, stateDead, int64(0), plain(f.LastError), 0)
 		case Released:
 			others = append(others, f.ID, statePending, int64(0), nil, 0)
 		case Unbegun:
@@ -198,7 +231,7 @@ func (s *sqlStore) finish(ctx context.Context, tx *sql.Tx, b *Batch) error {
 	}
 	for start := 0; start < len(delivered); start += s.rows {
 		args := delivered[start:min(start+s.rows, len(delivered))]
-		if _, err := tx.ExecContext(ctx, `DELETE FROM inkit_queue_events WHERE id IN (`+rows(len(args), `?`)+`)`, args...); err != nil {
+		if _, err := tx.ExecContext(ctx, s.text(`DELETE FROM {schema}inkit_queue_events WHERE id IN (`+rows(len(args), `?`)+`)`), args...); err != nil {
 			return err
 		}
 	}
@@ -209,7 +242,7 @@ func (s *sqlStore) finish(ctx context.Context, tx *sql.Tx, b *Batch) error {
 		values := rows(len(args)/columns, `(?, ?, CAST(? AS BIGINT), ?, CAST(? AS INTEGER))`)
 		args = append(args[:len(args):len(args)], b.Owner)
 		_, err := tx.ExecContext(ctx, s.text(`
-			UPDATE inkit_queue_events
+			UPDATE {schema}inkit_queue_events
 			SET state = v.column2, due = {now} + v.column3, lease = NULL, owner = NULL, last_error = COALESCE(v.column4, last_error), attempts = attempts - v.column5
 			FROM (VALUES `+values+`) AS v
 			WHERE id = v.column1 AND (owner IS NULL OR owner = $`+fmt.Sprint(len(args))+`)`), args...)
@@ -224,7 +257,7 @@ func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *C
 	events := claim.Max
 	if claim.Probe {
 		result, err := tx.ExecContext(ctx, s.text(`
-			UPDATE inkit_queue_backends SET probe = {now} + CAST($2 AS BIGINT)
+			UPDATE {schema}inkit_queue_backends SET probe = {now} + CAST($2 AS BIGINT)
 			WHERE queue = $1 AND down IS NOT NULL AND probe <= {now}`), claim.Queue, claim.Lease.Milliseconds())
 		if err != nil {
 			return err
@@ -235,12 +268,13 @@ func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *C
 		events = 1
 	}
 	rows, err := tx.QueryContext(ctx, s.text(`
-		UPDATE inkit_queue_events
-		SET due = {now} + CAST($3 AS BIGINT), lease = {now} + CAST($3 AS BIGINT), owner = $4, attempts = attempts + 1
-		WHERE id IN (
-			SELECT id FROM inkit_queue_events
+		WITH picked AS MATERIALIZED (
+			SELECT id FROM {schema}inkit_queue_events
 			WHERE queue = $1 AND state = 'pending' AND due <= {now}
 			ORDER BY due LIMIT $2 {skip})
+		UPDATE {schema}inkit_queue_events
+		SET due = {now} + CAST($3 AS BIGINT), lease = {now} + CAST($3 AS BIGINT), owner = $4, attempts = attempts + 1
+		WHERE id IN (SELECT id FROM picked)
 		RETURNING id, received, queued, attempts, event_type, resource_id, request, checksum, {now}`),
 		claim.Queue, events, claim.Lease.Milliseconds(), owner)
 	if err != nil {
@@ -264,8 +298,8 @@ func (s *sqlStore) Peek(ctx context.Context, queue string) (p Peek, err error) {
 	var due, down sql.NullInt64
 	var now int64
 	err = s.read.QueryRowContext(ctx, s.text(`SELECT
-		(SELECT due FROM inkit_queue_events WHERE queue = $1 AND state = 'pending' ORDER BY due LIMIT 1),
-		(SELECT down FROM inkit_queue_backends WHERE queue = $1), {now}`), queue).Scan(&due, &down, &now)
+		(SELECT due FROM {schema}inkit_queue_events WHERE queue = $1 AND state = 'pending' ORDER BY due LIMIT 1),
+		(SELECT down FROM {schema}inkit_queue_backends WHERE queue = $1), {now}`), queue).Scan(&due, &down, &now)
 	if err != nil {
 		return p, s.wrap(err)
 	}
@@ -277,9 +311,9 @@ func (s *sqlStore) Peek(ctx context.Context, queue string) (p Peek, err error) {
 // Counts is of Store.
 func (s *sqlStore) Counts(ctx context.Context) (counts []Count, err error) {
 	rows, err := s.read.QueryContext(ctx, s.text(`
-		SELECT queue, 'pending', count(*), {now} - min(queued) FROM inkit_queue_events WHERE state = 'pending' GROUP BY queue
+		SELECT queue, 'pending', count(*), {now} - min(queued) FROM {schema}inkit_queue_events WHERE state = 'pending' GROUP BY queue
 		UNION ALL
-		SELECT queue, 'dead', count(*), {now} - min(queued) FROM inkit_queue_events WHERE state = 'dead' GROUP BY queue`))
+		SELECT queue, 'dead', count(*), {now} - min(queued) FROM {schema}inkit_queue_events WHERE state = 'dead' GROUP BY queue`))
 	if err != nil {
 		return nil, s.wrap(err)
 	}
@@ -309,7 +343,9 @@ func (f Filter) where() (condition string, args []any) {
 	if f.Due {
 		conditions = append(conditions, "state = 'pending' AND due <= {now}")
 	}
-	if f.IDs != nil {
+	if f.IDs != nil && len(f.IDs) == 0 {
+		conditions = append(conditions, "FALSE")
+	} else if f.IDs != nil {
 		marks := make([]string, len(f.IDs))
 		for i, id := range f.IDs {
 			args = append(args, id)
@@ -327,9 +363,11 @@ func (s *sqlStore) Select(ctx context.Context, filter Filter, withRequest bool, 
 	if withRequest {
 		request = "request, checksum"
 	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	rows, err := s.read.QueryContext(ctx, s.text(`
 		SELECT id, queue, state, received, queued, due, lease, attempts, last_error, event_type, resource_id, `+request+`
-		FROM inkit_queue_events WHERE `+where+` ORDER BY id`), args...)
+		FROM {schema}inkit_queue_events WHERE `+where+` ORDER BY id`), args...)
 	if err != nil {
 		return s.wrap(err)
 	}
@@ -347,6 +385,7 @@ func (s *sqlStore) Select(ctx context.Context, filter Filter, withRequest bool, 
 			r.LeasedUntil = time.UnixMilli(lease.Int64)
 		}
 		if !f(r) {
+			cancel() // or else a driver may read what is left
 			return nil
 		}
 	}
@@ -357,22 +396,30 @@ func (s *sqlStore) Select(ctx context.Context, filter Filter, withRequest bool, 
 func (s *sqlStore) Retry(ctx context.Context, filter Filter) (int, error) {
 	where, args := filter.where()
 	return s.exec(ctx, `
-		UPDATE inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
+		UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
 		WHERE `+where+` AND (lease IS NULL OR lease <= {now})`, args)
 }
 
 // Drop is of Store.
 func (s *sqlStore) Drop(ctx context.Context, filter Filter) (int, error) {
 	where, args := filter.where()
-	return s.exec(ctx, `DELETE FROM inkit_queue_events WHERE `+where, args)
+	return s.exec(ctx, `DELETE FROM {schema}inkit_queue_events WHERE `+where, args)
 }
 
 func (s *sqlStore) exec(ctx context.Context, query string, args []any) (int, error) {
-	result, err := s.write.ExecContext(ctx, s.text(query), args...)
+	tx, err := s.begin(ctx)
+	if err != nil {
+		return 0, s.wrap(err)
+	}
+	defer func() { _ = tx.Rollback() }()
+	result, err := tx.ExecContext(ctx, s.text(query), args...)
 	if err != nil {
 		return 0, s.wrap(err)
 	}
 	n, err := result.RowsAffected()
+	if err == nil {
+		err = tx.Commit()
+	}
 	return int(n), s.wrap(err)
 }
 

@@ -156,6 +156,10 @@ var (
 	// ErrNewer says that a later version of this module made the database.
 	ErrNewer = errors.New("the database has the schema of a later version")
 
+	// ErrOlder says that a version of this module made the database that this one cannot
+	// migrate from.
+	ErrOlder = errors.New("the database has the schema of an older version, which this one cannot migrate")
+
 	// ErrReplaced says that the database is not the one any more that was opened.
 	ErrReplaced = errors.New("the database was deleted or replaced while it was open")
 )

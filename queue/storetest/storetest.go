@@ -160,6 +160,17 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		require.NoError(t, store.Close())
 		assert.Equal(t, map[string]int{"default pending": 3}, counts(t, open(t, db)))
 	})
+	test("texts that no database takes are kept as far as they are texts", func(t *testing.T, store queue.Store) {
+		r := record("a")
+		r.EventType, r.ResourceID = "a\x00b", "\xff\xfe"
+		add(t, store, r, record("b"))
+		claim(t, store, "me", 2, time.Minute)
+		finish(t, store, "me",
+			queue.Finish{ID: "a", Outcome: queue.Later, After: time.Hour, LastError: "status 500: \xc3(\x00"},
+			queue.Finish{ID: "b", Outcome: queue.Dead, LastError: "\x00"})
+		row := find(t, store, "a")
+		assert.Equal(t, []string{"a\uFFFDb", "\uFFFD", "status 500: \uFFFD(\uFFFD"}, []string{row.EventType, row.ResourceID, row.LastError})
+	})
 	test("claims give the events that are due, those first that are due for the longest", func(t *testing.T, store queue.Store) {
 		add(t, store, records(3, func(i int, r *queue.Record) { r.Delay = time.Hour })...)
 		assert.Empty(t, claim(t, store, "me", 10, time.Minute))

@@ -1,0 +1,586 @@
+//go:build linux
+
+package e2e
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// pgSize is one size at full length and another one otherwise.
+func pgSize(full, quick int) int {
+	if long {
+		return full
+	}
+	return quick
+}
+
+// pgBackend is a backend that notes what it has taken, and what it was asked.
+type pgBackend struct {
+	addr   string
+	status func(id string, attempt int) int
+	quiet  bool // whether it notes nothing
+
+	mu       sync.Mutex
+	taken    map[string]int
+	attempts map[string]int
+	keys     map[string]map[string]bool // of each request of the sender
+	times    []time.Time                // of attempts
+	now      int                        // attempts at this moment
+	most     int                        // and at most
+}
+
+// newPGBackend starts one. The status is what it answers to an attempt at an event.
+func newPGBackend(t *testing.T, status func(id string, attempt int) int) *pgBackend {
+	t.Helper()
+	b := &pgBackend{addr: freeAddr(t), status: status, taken: make(map[string]int), attempts: make(map[string]int), keys: make(map[string]map[string]bool)}
+	server := &http.Server{Addr: b.addr, Handler: b}
+	go func() { _ = server.ListenAndServe() }()
+	waitFor(t, "the backend listens", nil, listening(b.addr))
+	t.Cleanup(func() { _ = server.Close() })
+	return b
+}
+
+func (b *pgBackend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	body, err := io.ReadAll(r.Body)
+	var e struct {
+		ResourceID string `json:"resource_id"`
+		Sent       int    `json:"sent"` // how often the sender has sent it
+	}
+	if err != nil || json.Unmarshal(body, &e) != nil {
+		w.WriteHeader(http.StatusBadRequest)
+		return
+	}
+	if b.quiet {
+		w.WriteHeader(b.status(e.ResourceID, 1))
+		return
+	}
+	b.mu.Lock()
+	b.attempts[e.ResourceID]++
+	attempt := b.attempts[e.ResourceID]
+	sent := fmt.Sprint(e.ResourceID, " ", e.Sent)
+	if b.keys[sent] == nil {
+		b.keys[sent] = make(map[string]bool)
+	}
+	b.keys[sent][r.Header.Get("Idempotency-Key")] = true
+	b.times = append(b.times, time.Now())
+	b.now++
+	b.most = max(b.most, b.now)
+	b.mu.Unlock()
+	status := b.status(e.ResourceID, attempt)
+	b.mu.Lock()
+	b.now--
+	if status == http.StatusOK {
+		b.taken[e.ResourceID]++
+	}
+	b.mu.Unlock()
+	w.WriteHeader(status)
+}
+
+// missing returns those of ids that the backend has not taken.
+func (b *pgBackend) missing(ids []string) (missing []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, id := range ids {
+		if b.taken[id] == 0 {
+			missing = append(missing, id)
+		}
+	}
+	return missing
+}
+
+// hasAll waits until the backend has taken all of ids, and each event under one key.
+func (b *pgBackend) hasAll(t *testing.T, ids []string, within time.Duration) {
+	t.Helper()
+	require.NotEmpty(t, ids)
+	began := time.Now()
+	for len(b.missing(ids)) > 0 && time.Since(began) < within {
+		time.Sleep(50 * time.Millisecond)
+	}
+	missing := b.missing(ids)
+	require.Empty(t, missing[:min(10, len(missing))], "%d of %d events that were answered 2xx are lost", len(missing), len(ids))
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for sent, keys := range b.keys {
+		require.Len(t, keys, 1, sent)
+		require.NotContains(t, keys, "", sent)
+	}
+	doubles := 0
+	for _, id := range ids {
+		doubles += b.taken[id] - 1
+	}
+	t.Logf("%d events were answered 2xx: 0 lost, %d taken twice, the last %v after the last was accepted", len(ids), doubles, time.Since(began).Round(time.Millisecond))
+}
+
+// pgCaddy starts a Caddy with a queue in a database.
+func pgCaddy(t *testing.T, backend, dsn, options string) *caddy {
+	t.Helper()
+	return startCaddy(t, "grace_period 5s", `
+http://{{addr}} {
+	handle /webhook {
+		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+		inkit_queue {
+			store postgres {env.INKIT_QUEUE_DSN}
+			`+options+`
+			deliver {
+				reverse_proxy `+backend+`
+			}
+		}
+	}
+	handle /other {
+		respond "the other site"
+	}
+	error 404
+}`, "INKIT_QUEUE_DSN="+dsn)
+}
+
+// pgSender sends events to Caddys in turn, and goes on to the next when one does not
+// take an event.
+type pgSender struct {
+	urls   []string
+	client *http.Client
+
+	mu       sync.Mutex
+	accepted []string
+	times    []time.Duration
+}
+
+func newPGSender(t *testing.T, caddys ...*caddy) *pgSender {
+	t.Helper()
+	s := &pgSender{client: &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 32}}}
+	for _, c := range caddys {
+		s.urls = append(s.urls, "http://"+c.addr+"/webhook")
+	}
+	t.Cleanup(s.client.CloseIdleConnections)
+	return s
+}
+
+// send sends an event until a Caddy takes it, or until ctx ends.
+func (s *pgSender) send(ctx context.Context, id string, first int) bool {
+	for i := first; ctx.Err() == nil; i++ {
+		body := fmt.Appendf(nil, `{"event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"%s","sent":%d}`, id, i-first)
+		began := time.Now()
+		got, err := send(ctx, s.client, s.urls[i%len(s.urls)], body, int64(len(body)), sign(secret, body))
+		if err == nil && got.status/100 == 2 {
+			s.mu.Lock()
+			s.accepted = append(s.accepted, id)
+			s.times = append(s.times, time.Since(began))
+			s.mu.Unlock()
+			return true
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return false
+}
+
+// sendAll sends n events, 8 at a time. done is closed at the end.
+func (s *pgSender) sendAll(ctx context.Context, name string, n int) (done chan struct{}) {
+	done = make(chan struct{})
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for i := int(next.Add(1)); i <= n; i = int(next.Add(1)) {
+				s.send(ctx, fmt.Sprintf("%s-%05d", name, i), i)
+			}
+		})
+	}
+	go func() {
+		wg.Wait()
+		close(done)
+	}()
+	return done
+}
+
+func (s *pgSender) ids() []string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.accepted)
+}
+
+func (s *pgSender) median() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	times := slices.Sorted(slices.Values(s.times))
+	return times[len(times)/2]
+}
+
+// sometimes is a backend that often does not take an event at the first attempt.
+func sometimes(id string, attempt int) int {
+	time.Sleep(2 * time.Millisecond)
+	if attempt == 1 && strings.HasSuffix(id, "3") {
+		return http.StatusInternalServerError
+	}
+	if attempt == 1 && strings.HasSuffix(id, "7") {
+		time.Sleep(300 * time.Millisecond)
+	}
+	return http.StatusOK
+}
+
+// kill is what a machine does that dies.
+func pgKill(c *caddy) {
+	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
+	<-c.exited
+}
+
+func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
+	server := pgtest.Start(t)
+	dsn := server.DSN(server.NewDatabase(t))
+	backend := newPGBackend(t, sometimes)
+	const options = "answer_after 100ms\nattempt_timeout 3s"
+	caddys := []*caddy{
+		pgCaddy(t, backend.addr, dsn, options),
+		pgCaddy(t, backend.addr, strings.Replace(dsn, server.Port, server.Bouncer(t), 1), options), // one of them behind a pooler
+	}
+	s := newPGSender(t, caddys...)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	events := pgSize(10_000, 600)
+	done := s.sendAll(ctx, "killed", events)
+	for i := range pgSize(20, 4) {
+		before := len(s.ids())
+		waitFor(t, "events are accepted", nil, func() bool { return len(s.ids()) >= min(events, before+events/30) })
+		pgKill(caddys[i%2])
+		caddys[i%2].start()
+	}
+	<-done
+	require.Len(t, s.ids(), events)
+	backend.hasAll(t, s.ids(), time.Minute)
+}
+
+func TestPostgresThatFails(t *testing.T) {
+	server := pgtest.Start(t)
+	name := server.NewDatabase(t)
+	var takes atomic.Bool
+	backend := newPGBackend(t, func(id string, attempt int) int {
+		if strings.HasPrefix(id, "kept") && !takes.Load() {
+			return http.StatusInternalServerError // so that it is in the database or nowhere
+		}
+		return sometimes(id, attempt)
+	})
+	const options = "answer_after 100ms\nattempt_timeout 3s"
+	caddys := []*caddy{pgCaddy(t, backend.addr, server.DSN(name), options), pgCaddy(t, backend.addr, server.DSN(name), options)}
+	s := newPGSender(t, caddys...)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	defer cancel()
+	pause := time.Duration(pgSize(30, 6)) * time.Second
+	for _, tt := range []struct {
+		name string
+		fail func()
+	}{
+		{"restarted", func() { server.Stop(); server.Run() }},
+		{"killed", func() { server.Kill(); server.Run() }},
+		{"ended for a while", func() { server.Stop(); time.Sleep(pause); server.Run() }},
+		{"stopped for a while", func() { server.Signal(syscall.SIGSTOP); time.Sleep(pause); server.Signal(syscall.SIGCONT) }},
+	} {
+		load, stop := context.WithCancel(ctx)
+		before := len(s.ids())
+		done := s.sendAll(load, tt.name, 1_000_000)
+		kept := s.sendAll(load, "kept "+tt.name, 1_000_000)
+		waitFor(t, "events are accepted", nil, func() bool { return len(s.ids()) >= before+100 })
+		tt.fail()
+		began := time.Now()
+		for i, c := range caddys {
+			one := newPGSender(t, c)
+			require.True(t, one.send(ctx, fmt.Sprintf("kept after %s %d", tt.name, i), 0))
+			s.mu.Lock()
+			s.accepted = append(s.accepted, one.accepted...)
+			s.mu.Unlock()
+		}
+		took := time.Since(began)
+		t.Logf("%s: accepts %v after its return", tt.name, took.Round(time.Millisecond))
+		assert.Less(t, took, 5*time.Second, tt.name)
+		stop()
+		<-done
+		<-kept
+	}
+	takes.Store(true)
+	backend.hasAll(t, s.ids(), 2*time.Minute)
+}
+
+func TestPostgresStandbyThatTakesOver(t *testing.T) {
+	primary := pgtest.Start(t)
+	name := primary.NewDatabase(t)
+	standby := primary.Standby(t)
+	dsn := strings.Replace(primary.DSN(name), primary.Port, primary.Port+",127.0.0.1:"+standby.Port, 1)
+	var takes atomic.Bool
+	backend := newPGBackend(t, func(id string, attempt int) int {
+		if !takes.Load() {
+			return http.StatusInternalServerError
+		}
+		return http.StatusOK
+	})
+	const options = "answer_after 100ms\nattempt_timeout 3s"
+	caddys := []*caddy{pgCaddy(t, backend.addr, dsn, options), pgCaddy(t, backend.addr, dsn, options)}
+	s := newPGSender(t, caddys...)
+	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
+	defer cancel()
+	done := s.sendAll(ctx, "replicated", pgSize(5_000, 500))
+	waitFor(t, "events are accepted", nil, func() bool { return len(s.ids()) >= 200 })
+	primary.Kill()
+	before := len(s.ids())
+	standby.Exec(t, "postgres", "SELECT pg_promote()")
+	began := time.Now()
+	waitFor(t, "events are accepted", nil, func() bool { return len(s.ids()) > before })
+	t.Logf("accepts %v after the standby has taken over", time.Since(began).Round(time.Millisecond))
+	<-done
+	require.Len(t, s.ids(), pgSize(5_000, 500))
+	takes.Store(true)
+	backend.hasAll(t, s.ids(), 2*time.Minute)
+}
+
+func TestPostgresBackendThatIsDown(t *testing.T) {
+	server := pgtest.Start(t)
+	dsn := server.DSN(server.NewDatabase(t))
+	var up atomic.Bool
+	backend := newPGBackend(t, func(string, int) int {
+		if !up.Load() {
+			return http.StatusServiceUnavailable
+		}
+		time.Sleep(5 * time.Millisecond)
+		return http.StatusOK
+	})
+	caddys := []*caddy{pgCaddy(t, backend.addr, dsn, ""), pgCaddy(t, backend.addr, dsn, "")}
+	s := newPGSender(t, caddys...)
+	down := time.Now()
+	for i := range 12 { // until both know
+		s.send(t.Context(), fmt.Sprint("first-", i), i)
+	}
+	for _, c := range caddys {
+		waitFor(t, "the metrics say that the backend is down", nil, func() bool {
+			return strings.Contains(c.get("http://"+c.admin+"/metrics"), `caddy_inkit_queue_backend_down{queue="default"} 1`)
+		})
+	}
+	backend.mu.Lock()
+	backend.times = nil
+	backend.mu.Unlock()
+	s.times = nil
+	<-s.sendAll(t.Context(), "waiting", pgSize(5_000, 500))
+	median := s.median()
+	t.Logf("the median of %d accepted: %v", len(s.times), median.Round(100*time.Microsecond))
+	assert.Less(t, median, 100*time.Millisecond)
+	time.Sleep(time.Until(down.Add(time.Duration(pgSize(60, 8)) * time.Second))) // that long it is down
+	backend.mu.Lock()
+	times := slices.Clone(backend.times)
+	backend.most = 0
+	backend.mu.Unlock()
+	most := 0
+	for i := range times {
+		n := 0
+		for _, other := range times[i:] {
+			if other.Sub(times[i]) < time.Second {
+				n++
+			}
+		}
+		most = max(most, n)
+	}
+	t.Logf("%d attempts while it was down, %d at most in a second", len(times), most)
+	assert.NotEmpty(t, times)
+	assert.LessOrEqual(t, most, 2)
+	up.Store(true)
+	backend.hasAll(t, s.ids(), 2*time.Minute) // one that was a probe waits for as long again as it has waited
+	t.Logf("%d attempts at most at a time", backend.most)
+	assert.LessOrEqual(t, backend.most, 2*16)
+	for _, c := range caddys {
+		waitFor(t, "the metrics say that the backend is up", nil, func() bool {
+			return strings.Contains(c.get("http://"+c.admin+"/metrics"), `caddy_inkit_queue_backend_down{queue="default"} 0`)
+		})
+	}
+}
+
+func TestPostgresCaddyThatDiesForGood(t *testing.T) {
+	server := pgtest.Start(t)
+	dsn := server.DSN(server.NewDatabase(t))
+	const attemptTimeout = 4 * time.Second
+	backend := newPGBackend(t, func(id string, attempt int) int {
+		if attempt == 1 {
+			time.Sleep(attemptTimeout) // what the one Caddy has begun does not end
+			return http.StatusInternalServerError
+		}
+		return http.StatusOK
+	})
+	options := "answer_after 100ms\nattempt_timeout " + attemptTimeout.String()
+	one := pgCaddy(t, backend.addr, dsn, options)
+	pgCaddy(t, backend.addr, dsn, options)
+	s := newPGSender(t, one)
+	<-s.sendAll(t.Context(), "orphan", 12)
+	require.Len(t, s.ids(), 12)
+	require.Len(t, backend.attempts, 12, "it has begun to deliver each")
+	require.Equal(t, 12, backend.now, "and has delivered none")
+	pgKill(one)
+	began := time.Now()
+	backend.hasAll(t, s.ids(), 30*time.Second)
+	assert.Less(t, time.Since(began), attemptTimeout+2*time.Second+5*time.Second, "a lease, and 5 s")
+}
+
+// TestPostgresCost logs what Caddys accept, with a backend that takes each event at once
+// and with one that is down. The figures of docs/performance.md are those of E2E_LONG=1.
+func TestPostgresCost(t *testing.T) {
+	server := pgtest.Start(t)
+	var up atomic.Bool
+	backend := newPGBackend(t, func(string, int) int {
+		if up.Load() {
+			return http.StatusOK
+		}
+		return http.StatusServiceUnavailable
+	})
+	backend.quiet = true
+	site := func(store string) string {
+		return `
+http://{{addr}} {
+	handle /webhook {
+		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+		inkit_queue {
+			` + store + `
+			deliver {
+				reverse_proxy ` + backend.addr + `
+			}
+		}
+	}
+	error 404
+}`
+	}
+	for _, row := range []struct {
+		name  string
+		start func(t *testing.T) []*caddy
+	}{
+		{"no queue", func(t *testing.T) []*caddy {
+			return []*caddy{startCaddy(t, "", "http://{{addr}} {\n\thandle /webhook {\n\t\tinkit_webhook {env.INKIT_WEBHOOK_SECRET}\n\t\treverse_proxy "+backend.addr+"\n\t}\n\terror 404\n}")}
+		}},
+		{"SQLite", func(t *testing.T) []*caddy { return []*caddy{startCaddy(t, "", site(""))} }},
+		{"PostgreSQL", func(t *testing.T) []*caddy {
+			return []*caddy{startCaddy(t, "", site("store postgres {env.INKIT_QUEUE_DSN}"), "INKIT_QUEUE_DSN="+server.DSN(server.NewDatabase(t)))}
+		}},
+		{"PostgreSQL, two Caddys", func(t *testing.T) []*caddy {
+			dsn := "INKIT_QUEUE_DSN=" + server.DSN(server.NewDatabase(t))
+			return []*caddy{startCaddy(t, "", site("store postgres {env.INKIT_QUEUE_DSN}"), dsn), startCaddy(t, "", site("store postgres {env.INKIT_QUEUE_DSN}"), dsn)}
+		}},
+	} {
+		for _, takes := range []bool{true, false} {
+			if row.name == "no queue" && !takes {
+				continue // nothing is accepted
+			}
+			t.Run(fmt.Sprintf("%s, takes %v", row.name, takes), func(t *testing.T) {
+				up.Store(takes)
+				caddys := row.start(t)
+				if !takes {
+					s := newPGSender(t, caddys...)
+					for i := range 12 {
+						s.send(t.Context(), fmt.Sprint("first-", i), i)
+					}
+				}
+				line := ""
+				for _, senders := range []int{1, 8, 64} {
+					s := newPGSender(t, caddys...)
+					s.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
+					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(pgSize(4000, 200))*time.Millisecond)
+					began := time.Now()
+					var wg sync.WaitGroup
+					for i := range senders {
+						wg.Go(func() {
+							for n := i; ctx.Err() == nil; n++ {
+								s.send(ctx, fmt.Sprintf("cost-%d-%d", i, n), n)
+							}
+						})
+					}
+					wg.Wait()
+					cancel()
+					require.NotEmpty(t, s.ids())
+					line += fmt.Sprintf(" | %.0f, %v", float64(len(s.ids()))/time.Since(began).Seconds(), s.median().Round(100*time.Microsecond))
+				}
+				t.Logf("| %s, the backend takes events: %v%s |", row.name, takes, line)
+			})
+		}
+	}
+}
+
+// TestPostgresExample runs examples/two-caddys as its README says.
+func TestPostgresExample(t *testing.T) {
+	for _, needed := range []string{"python3", "bash", "curl", "openssl"} {
+		if _, err := exec.LookPath(needed); err != nil {
+			t.Skip(needed + " is not installed")
+		}
+	}
+	server := pgtest.Start(t)
+	dir, err := filepath.Abs("../../examples/two-caddys")
+	require.NoError(t, err)
+	_, commands, _ := strings.Cut(readFile(t, dir+"/README.md"), "CREATE ROLE ")
+	role, commands, _ := strings.Cut(commands, "\"")
+	_, commands, _ = strings.Cut(commands, "CREATE DATABASE ")
+	database, _, _ := strings.Cut(commands, "\"")
+	server.Exec(t, "postgres", "CREATE ROLE "+role, "CREATE DATABASE "+database)
+	_, dsn, _ := strings.Cut(readFile(t, dir+"/README.md"), "INKIT_QUEUE_DSN='")
+	dsn, _, _ = strings.Cut(dsn, "'")
+	dsn = strings.Replace(dsn, "@localhost/", "@localhost:"+server.Port+"/", 1)
+
+	upstream := freeAddr(t)
+	backend := func() *process { return start(t, exec.Command("python3", dir+"/backend.py", port(upstream))) }
+	var caddys []*caddy
+	for range 2 {
+		c := newCaddy(t, "", "", "INKIT_QUEUE_DSN="+dsn, "UPSTREAM=localhost:"+port(upstream))
+		c.env = append(c.env, "PORT="+port(c.addr), "ADMIN="+c.admin)
+		writeFile(t, c.path("Caddyfile"), readFile(t, dir+"/Caddyfile"))
+		c.run()
+		waitFor(t, "Caddy answers", c.process, listening("localhost:"+port(c.addr)))
+		caddys = append(caddys, c)
+	}
+	// the README's way to send an event, to either
+	_, curl, _ := strings.Cut(readFile(t, dir+"/README.md"), "BODY=")
+	curl, _, _ = strings.Cut(curl, "```")
+	for i, c := range caddys {
+		cmd := exec.Command("bash", "-c", "BODY="+strings.Replace(curl, "doc_1", fmt.Sprint("doc_", i), 1))
+		cmd.Env = append(os.Environ(), "PORT="+port(c.addr))
+		out, err := cmd.CombinedOutput()
+		require.NoError(t, err, "%s", out)
+		require.Contains(t, string(out), "HTTP/1.1 200", "while there is no backend")
+	}
+	pgKill(caddys[0])
+	p := backend()
+	waitFor(t, "the other Caddy delivers both", p, func() bool {
+		return strings.Contains(p.output.String(), "doc_0 ") && strings.Contains(p.output.String(), "doc_1 ")
+	})
+}
+
+// Whatever is wrong with the database, the other sites are served, and the log says
+// what it is.
+func TestPostgresThatIsNotThere(t *testing.T) {
+	server := pgtest.Start(t)
+	name := server.NewDatabase(t)
+	backend := newPGBackend(t, func(string, int) int { return http.StatusServiceUnavailable })
+	server.Exec(t, name, "CREATE ROLE late LOGIN PASSWORD 'another'", "GRANT CREATE ON SCHEMA public TO late")
+	c := pgCaddy(t, backend.addr, strings.Replace(server.DSN(name), "//postgres:", "//late:", 1), "")
+	require.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
+	waitFor(t, "a line in the log", c.process, func() bool {
+		return strings.Contains(c.output.String(), `"error":"the server refuses the role: wrong password, or none"`)
+	})
+	body := event("refused")
+	got := post(t, "http://"+c.addr+"/webhook", body, sign(secret, body))
+	require.Equal(t, http.StatusServiceUnavailable, got.status)
+	require.NotEmpty(t, got.header.Get("Retry-After"))
+	assert.NotContains(t, c.output.String(), pgtest.Password)
+	assert.NotContains(t, c.output.String(), "late")
+
+	server.Exec(t, name, "ALTER ROLE late PASSWORD '"+pgtest.Password+"'")
+	s := newPGSender(t, c)
+	began := time.Now()
+	require.True(t, s.send(t.Context(), "accepted", 0), "without a reload")
+	assert.Less(t, time.Since(began), 5*time.Second)
+	assert.NotContains(t, c.output.String(), pgtest.Password)
+}

@@ -1,0 +1,67 @@
+// Package placeholder reads secrets from where a configuration says they are. No error
+// shows a part of one.
+package placeholder
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+const maxFile = 1 << 20 // in bytes
+
+// Name returns what stands between the braces if value is exactly one
+// placeholder.
+func Name(value string) (name string, ok bool) {
+	name = strings.TrimSuffix(strings.TrimPrefix(value, "{"), "}")
+	return name, value == "{"+name+"}" && name != "" && !strings.ContainsAny(name, "{}")
+}
+
+// Value returns the value of a placeholder. The replacer alone takes a variable that
+// is unset and a file that is missing for known, and cuts a file that is too large.
+func Value(name string) (string, error) {
+	if strings.HasPrefix(name, "http.") {
+		return "", errors.New("placeholder belongs to a request, and secrets are resolved before there is one")
+	}
+	if file, ok := strings.CutPrefix(name, "file."); ok {
+		if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() { // a pipe would have it wait
+			return "", errors.New("file cannot be read: is not a regular file")
+		}
+		return ReadFile(file)
+	}
+	secret, known := caddy.NewReplacer().GetString(name)
+	switch {
+	case !known:
+		return "", errors.New("placeholder is not known")
+	case strings.Trim(secret, "\r\n") != "":
+		return secret, nil
+	case strings.HasPrefix(name, "env."):
+		return "", errors.New("environment variable is unset or empty")
+	}
+	return "", errors.New("placeholder is empty")
+}
+
+// ReadFile returns what a file holds, without the newline at its end, as
+// the placeholder {file.*} does. The errors do not show the file's name.
+func ReadFile(name string) (string, error) {
+	var content []byte
+	file, err := os.Open(name)
+	if err == nil {
+		defer file.Close()
+		content, err = io.ReadAll(io.LimitReader(file, maxFile+1))
+	}
+	secret := strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
+	switch {
+	case err != nil: // an fs.PathError
+		return "", fmt.Errorf("file cannot be read: %w", errors.Unwrap(err))
+	case len(content) > maxFile:
+		return "", errors.New("file is larger than 1 MiB")
+	case strings.Trim(secret, "\r\n") == "":
+		return "", errors.New("file is empty")
+	}
+	return secret, nil
+}
