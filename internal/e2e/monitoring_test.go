@@ -9,6 +9,8 @@ import (
 	"net/url"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -20,17 +22,80 @@ import (
 
 const monitoring = "../../examples/monitoring"
 
+// TestAlertRules runs the rules' own tests, and then with every rule broken in one
+// way: each alert has a case that fires and one that must not, so that they fail.
 func TestAlertRules(t *testing.T) {
+	t.Parallel()
 	promtool, err := exec.LookPath("promtool")
 	if err != nil {
 		t.Skip("promtool is not installed")
 	}
-	for _, args := range [][]string{{"check", "rules", "alerts.yml"}, {"test", "rules", "alerts.test.yml"}, {"check", "config", "prometheus.yml"}} {
+	run := func(dir string, args ...string) (string, error) {
 		cmd := exec.Command(promtool, args...)
-		cmd.Dir = monitoring
+		cmd.Dir = dir
 		out, err := cmd.CombinedOutput()
-		require.NoError(t, err, "%s", out)
-		assert.Contains(t, string(out), "SUCCESS")
+		return string(out), err
+	}
+	for _, args := range [][]string{{"check", "rules", "alerts.yml"}, {"test", "rules", "alerts.test.yml"}, {"check", "config", "prometheus.yml"}} {
+		out, err := run(monitoring, args...)
+		require.NoError(t, err, out)
+		assert.Contains(t, out, "SUCCESS")
+	}
+
+	rules := readFile(t, monitoring+"/alerts.yml")
+	dir := t.TempDir()
+	writeFile(t, dir+"/alerts.test.yml", readFile(t, monitoring+"/alerts.test.yml"))
+	ruleForm := regexp.MustCompile(`(?s)- alert: (\w+)\n +(expr: .+?\n)        (?:for|labels):`)
+	alerts := ruleForm.FindAllStringSubmatch(rules, -1)
+	require.Len(t, alerts, strings.Count(rules, "- alert:"))
+	linesOf := func(expr string) (lines []string) {
+		for line := range strings.Lines(strings.TrimPrefix(strings.TrimPrefix(expr, "expr: "), "|\n")) {
+			lines = append(lines, strings.TrimSpace(line))
+		}
+		return lines
+	}
+	// broken returns what the tests say of rules whose expressions are changed
+	broken := func(change func(lines []string) []string) string {
+		changed := rules
+		for _, alert := range alerts {
+			const indent = "\n          "
+			require.Equal(t, 1, strings.Count(changed, alert[2]))
+			changed = strings.Replace(changed, alert[2], "expr: |"+indent+strings.Join(change(linesOf(alert[2])), indent)+"\n", 1)
+		}
+		writeFile(t, dir+"/alerts.yml", changed)
+		out, err := run(dir, "check", "rules", "alerts.yml")
+		require.NoError(t, err, out)
+		out, err = run(dir, "test", "rules", "alerts.test.yml")
+		require.Error(t, err, "nothing fails")
+		return out
+	}
+	never := broken(func([]string) []string { return []string{"vector(0) > 0"} })
+	always := broken(func(lines []string) []string {
+		return append(lines, "or", `label_replace(vector(1), "always", "yes", "", "")`)
+	})
+	for _, alert := range alerts {
+		failed := `alertname: ` + alert[1] + `, time: \w+, \n +exp:\[`
+		assert.Regexp(t, failed+`\n +0:`, never, "no case has %s fire", alert[1])
+		assert.Regexp(t, failed+`\], \n`, always, "there is no case in which %s must not fire", alert[1])
+	}
+	for i := 1; i < 7; i += 2 { // the line of an operator, which is left out with the one that follows
+		var without string
+		for _, alert := range alerts {
+			lines := linesOf(alert[2])
+			if i >= len(lines) {
+				continue
+			}
+			require.Contains(t, []string{"and", "or", "unless"}, lines[i])
+			if without == "" {
+				without = broken(func(lines []string) []string {
+					if i < len(lines) {
+						lines = slices.Delete(lines, i, i+2)
+					}
+					return lines
+				})
+			}
+			assert.Contains(t, without, "alertname: "+alert[1]+",", "no case needs its %s", lines[i])
+		}
 	}
 }
 
