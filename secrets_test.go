@@ -13,14 +13,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 )
 
 // confidential stands in every value that must not show in an error.

@@ -15,8 +15,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 func init() {
@@ -75,7 +76,8 @@ an object for each. An event that was delivered is not there any more.
 					writeErr = encoder.Encode(l)
 				} else {
 					_, writeErr = fmt.Fprintln(table, printable(strings.Join([]string{
-						l.ID, l.State, l.Received, l.EventType, l.ResourceID, fmt.Sprint(l.Attempts), l.NextAttempt, l.LastError}, "\t"), '\t'))
+						l.ID, l.State, l.Received, l.EventType, l.ResourceID, fmt.Sprint(l.Attempts), l.NextAttempt, l.LastError,
+					}, "\t"), '\t'))
 				}
 				return writeErr == nil
 			})

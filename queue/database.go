@@ -500,7 +500,7 @@ func (d *database) written(w work) {
 		case Dead:
 			change(f.Queue, statePending, -1)
 			change(f.Queue, stateDead, 1)
-		default:
+		case Later, Released, Unbegun:
 			d.pokeLocked(f.Queue)
 		}
 	}

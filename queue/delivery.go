@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"runtime/debug"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -238,7 +239,7 @@ func (q *queue) deliver(h *Handler, rec *Record, claimed time.Time) {
 	r, err := decodeRequest(rec)
 	if err != nil {
 		h.logger.Error("a stored event is not what was stored: it was set aside", zap.String("id", rec.ID), zap.Error(err))
-		q.db.finish(nil, Finish{ID: rec.ID, Queue: q.name, Outcome: Dead, LastError: err.Error()})
+		q.db.finish(nil, Finish{ID: rec.ID, Queue: q.name, Outcome: Dead, LastError: lastError(err)})
 		return
 	}
 	result := q.attempt(h, r, rec)
@@ -340,6 +341,18 @@ func backoff(age time.Duration) time.Duration {
 	return time.Duration(wait * (1 + jitter*rand.Float64()))
 }
 
+// maxError is how many bytes of the last error are kept with an event.
+const maxError = 300
+
+// lastError returns what is kept of an error: a line that a terminal can show.
+func lastError(err error) string {
+	text := printable(err.Error())
+	if len(text) > maxError {
+		text = strings.ToValidUTF8(text[:maxError], "") + "..."
+	}
+	return text
+}
+
 // settle draws the consequences of an attempt: for the event, which finish writes, and
 // for what is known of the backend.
 func (q *queue) settle(h *Handler, rec *Record, res result, age time.Duration, finish func(Finish)) {
@@ -357,10 +370,10 @@ func (q *queue) settle(h *Handler, rec *Record, res result, age time.Duration, f
 		h.logger.Error("an event is dead: the backend has not taken it for max_age", zap.String("id", rec.ID),
 			zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
 			zap.Int("attempts", rec.Attempts), zap.Duration("age", age), zap.Error(res.err))
-		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Dead, LastError: res.err.Error()})
+		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Dead, LastError: lastError(res.err)})
 	} else {
 		after := max(backoff(age), res.retryAfter)
-		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Later, After: after, LastError: res.err.Error()})
+		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Later, After: after, LastError: lastError(res.err)})
 	}
 	if res.unreachable {
 		q.metrics.attempts[resultUnreachable].Inc()
@@ -567,9 +580,7 @@ func (q *queue) live(h *Handler, r *request, rec *Record) *live {
 		return l
 	}
 	l.attempted = make(chan result, 1)
-	q.running.Add(1)
-	go func() {
-		defer q.running.Done()
+	q.running.Go(func() {
 		finish := func(f Finish) {
 			if l.addition != nil {
 				q.db.finish(l.addition, f)
@@ -585,7 +596,7 @@ func (q *queue) live(h *Handler, r *request, rec *Record) *live {
 		res := q.attempt(h, r, &Record{ID: rec.ID, Received: rec.Received, Attempts: 1})
 		q.settle(h, rec, res, time.Since(began), finish)
 		l.attempted <- res
-	}()
+	})
 	return l
 }
 

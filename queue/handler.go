@@ -13,13 +13,12 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook" // whose events it keeps
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook" // whose events it keeps
-	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 )
 
 func init() {

@@ -8,10 +8,9 @@ import (
 	"testing"
 	"time"
 
-	"github.com/stretchr/testify/require"
-
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue"
+	"github.com/stretchr/testify/require"
 )
 
 // BenchmarkPostgres measures transactions of 16 events, with few and with many events

@@ -17,16 +17,15 @@ import (
 	"testing"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/storetest"
 	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue"
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/storetest"
 )
 
 func TestPostgresIsAStore(t *testing.T) {

@@ -8,15 +8,16 @@ import (
 	"encoding/json"
 	"errors"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/url"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 )
 
 // request is what an attempt needs of the request that brought an event. Every
@@ -215,9 +216,7 @@ func (a *answer) Flush() {}
 // copyTo answers the sender as the backend did.
 func (a *answer) copyTo(w http.ResponseWriter) error {
 	header := w.Header()
-	for field, lines := range a.sent {
-		header[field] = lines
-	}
+	maps.Copy(header, a.sent)
 	if a.cut {
 		header.Del("Content-Length")
 		a.body = nil // rather than a part of it that looks like all

@@ -240,7 +240,7 @@ func (s *sqlStore) finish(ctx context.Context, tx *sql.Tx, b *Batch) error {
 	for start := 0; start < len(others); start += columns * s.rows {
 		args := others[start:min(start+columns*s.rows, len(others))]
 		values := rows(len(args)/columns, `(?, ?, CAST(? AS BIGINT), ?, CAST(? AS INTEGER))`)
-		args = append(args[:len(args):len(args)], b.Owner)
+		args = append(slices.Clip(args), b.Owner)
 		_, err := tx.ExecContext(ctx, s.text(`
 			UPDATE {schema}inkit_queue_events
 			SET state = v.column2, due = {now} + v.column3, lease = NULL, owner = NULL, last_error = COALESCE(v.column4, last_error), attempts = attempts - v.column5

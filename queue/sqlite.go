@@ -13,10 +13,11 @@ import (
 	"sync"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
 
 func init() {
@@ -143,10 +144,8 @@ func (s *SQLite) Open(ctx context.Context) (Store, error) {
 }
 
 func openSQLite(path string, connections int, pragmas ...string) (*sql.DB, error) {
-	dsn := path + fmt.Sprintf("?_txlock=immediate&_pragma=busy_timeout(%d)", busyTimeout.Milliseconds())
-	for _, pragma := range pragmas {
-		dsn += "&_pragma=" + pragma
-	}
+	pragmas = append(pragmas, fmt.Sprintf("busy_timeout(%d)", busyTimeout.Milliseconds()))
+	dsn := path + "?_txlock=immediate&_pragma=" + strings.Join(pragmas, "&_pragma=")
 	db, err := sql.Open("sqlite", dsn)
 	if err != nil {
 		return nil, err

@@ -5,10 +5,9 @@ import (
 	"path/filepath"
 	"testing"
 
-	"github.com/stretchr/testify/require"
-
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/storetest"
+	"github.com/stretchr/testify/require"
 )
 
 func TestSQLiteIsAStore(t *testing.T) {

@@ -11,10 +11,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue"
 )
 
 // Database is one that is empty.
@@ -402,7 +401,10 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 			wg.Go(func() {
 				for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
 					c := &queue.Claim{Queue: "default", Max: 7, Lease: time.Hour}
-					assert.NoError(t, store.Apply(context.Background(), &queue.Batch{Owner: fmt.Sprint("owner-", i), Claims: []*queue.Claim{c}}))
+					if err := store.Apply(context.Background(), &queue.Batch{Owner: fmt.Sprint("owner-", i), Claims: []*queue.Claim{c}}); err != nil {
+						t.Error(err)
+						return
+					}
 					mu.Lock()
 					for _, r := range c.Records {
 						claimed[r.ID]++
