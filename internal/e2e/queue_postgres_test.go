@@ -4,9 +4,7 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -23,111 +21,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
-
-// pgSize is one size at full length and another one otherwise.
-func pgSize(full, quick int) int {
-	if long {
-		return full
-	}
-	return quick
-}
-
-// pgBackend is a backend that notes what it has taken, and what it was asked.
-type pgBackend struct {
-	addr   string
-	status func(id string, attempt int) int
-	quiet  bool // whether it notes nothing
-
-	mu       sync.Mutex
-	taken    map[string]int
-	attempts map[string]int
-	keys     map[string]map[string]bool // of each request of the sender
-	times    []time.Time                // of attempts
-	now      int                        // attempts at this moment
-	most     int                        // and at most
-}
-
-// newPGBackend starts one. The status is what it answers to an attempt at an event.
-func newPGBackend(t *testing.T, status func(id string, attempt int) int) *pgBackend {
-	t.Helper()
-	b := &pgBackend{addr: freeAddr(t), status: status, taken: make(map[string]int), attempts: make(map[string]int), keys: make(map[string]map[string]bool)}
-	server := &http.Server{Addr: b.addr, Handler: b}
-	go func() { _ = server.ListenAndServe() }()
-	waitFor(t, "the backend listens", nil, listening(b.addr))
-	t.Cleanup(func() { _ = server.Close() })
-	return b
-}
-
-func (b *pgBackend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	var e struct {
-		ResourceID string `json:"resource_id"`
-		Sent       int    `json:"sent"` // how often the sender has sent it
-	}
-	if err != nil || json.Unmarshal(body, &e) != nil {
-		w.WriteHeader(http.StatusBadRequest)
-		return
-	}
-	if b.quiet {
-		w.WriteHeader(b.status(e.ResourceID, 1))
-		return
-	}
-	b.mu.Lock()
-	b.attempts[e.ResourceID]++
-	attempt := b.attempts[e.ResourceID]
-	sent := fmt.Sprint(e.ResourceID, " ", e.Sent)
-	if b.keys[sent] == nil {
-		b.keys[sent] = make(map[string]bool)
-	}
-	b.keys[sent][r.Header.Get("Idempotency-Key")] = true
-	b.times = append(b.times, time.Now())
-	b.now++
-	b.most = max(b.most, b.now)
-	b.mu.Unlock()
-	status := b.status(e.ResourceID, attempt)
-	b.mu.Lock()
-	b.now--
-	if status == http.StatusOK {
-		b.taken[e.ResourceID]++
-	}
-	b.mu.Unlock()
-	w.WriteHeader(status)
-}
-
-// missing returns those of ids that the backend has not taken.
-func (b *pgBackend) missing(ids []string) (missing []string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, id := range ids {
-		if b.taken[id] == 0 {
-			missing = append(missing, id)
-		}
-	}
-	return missing
-}
-
-// hasAll waits until the backend has taken all of ids, and each event under one key.
-func (b *pgBackend) hasAll(t *testing.T, ids []string, within time.Duration) {
-	t.Helper()
-	require.NotEmpty(t, ids)
-	began := time.Now()
-	for len(b.missing(ids)) > 0 && time.Since(began) < within {
-		time.Sleep(50 * time.Millisecond)
-	}
-	missing := b.missing(ids)
-	require.Empty(t, missing[:min(10, len(missing))], "%d of %d events that were answered 2xx are lost", len(missing), len(ids))
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for sent, keys := range b.keys {
-		require.Len(t, keys, 1, sent)
-		require.NotContains(t, keys, "", sent)
-	}
-	doubles := 0
-	for _, id := range ids {
-		doubles += b.taken[id] - 1
-	}
-	t.Logf("%d events were answered 2xx: 0 lost, %d taken twice, the last %v after the last was accepted", len(ids), doubles, time.Since(began).Round(time.Millisecond))
-}
 
 // pgCaddy starts a Caddy with a queue in a database.
 func pgCaddy(t *testing.T, backend, dsn, options string) *caddy {
@@ -151,113 +44,24 @@ http://{{addr}} {
 }`, "INKIT_QUEUE_DSN="+dsn)
 }
 
-// pgSender sends events to Caddys in turn, and goes on to the next when one does not
-// take an event.
-type pgSender struct {
-	urls   []string
-	client *http.Client
-
-	mu       sync.Mutex
-	accepted []string
-	times    []time.Duration
-}
-
-func newPGSender(t *testing.T, caddys ...*caddy) *pgSender {
-	t.Helper()
-	s := &pgSender{client: &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 32}}}
-	for _, c := range caddys {
-		s.urls = append(s.urls, "http://"+c.addr+"/webhook")
-	}
-	t.Cleanup(s.client.CloseIdleConnections)
-	return s
-}
-
-// send sends an event until a Caddy takes it, or until ctx ends.
-func (s *pgSender) send(ctx context.Context, id string, first int) bool {
-	for i := first; ctx.Err() == nil; i++ {
-		body := fmt.Appendf(nil, `{"event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"%s","sent":%d}`, id, i-first)
-		began := time.Now()
-		got, err := send(ctx, s.client, s.urls[i%len(s.urls)], body, int64(len(body)), sign(secret, body))
-		if err == nil && got.status/100 == 2 {
-			s.mu.Lock()
-			s.accepted = append(s.accepted, id)
-			s.times = append(s.times, time.Since(began))
-			s.mu.Unlock()
-			return true
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	return false
-}
-
-// sendAll sends n events, 8 at a time. done is closed at the end.
-func (s *pgSender) sendAll(ctx context.Context, name string, n int) (done chan struct{}) {
-	done = make(chan struct{})
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	for range 8 {
-		wg.Go(func() {
-			for i := int(next.Add(1)); i <= n; i = int(next.Add(1)) {
-				s.send(ctx, fmt.Sprintf("%s-%05d", name, i), i)
-			}
-		})
-	}
-	go func() {
-		wg.Wait()
-		close(done)
-	}()
-	return done
-}
-
-func (s *pgSender) ids() []string {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.Clone(s.accepted)
-}
-
-func (s *pgSender) median() time.Duration {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	times := slices.Sorted(slices.Values(s.times))
-	return times[len(times)/2]
-}
-
-// sometimes is a backend that often does not take an event at the first attempt.
-func sometimes(id string, attempt int) int {
-	time.Sleep(2 * time.Millisecond)
-	if attempt == 1 && strings.HasSuffix(id, "3") {
-		return http.StatusInternalServerError
-	}
-	if attempt == 1 && strings.HasSuffix(id, "7") {
-		time.Sleep(300 * time.Millisecond)
-	}
-	return http.StatusOK
-}
-
-// kill is what a machine does that dies.
-func pgKill(c *caddy) {
-	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
-	<-c.exited
-}
-
 func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
 	server := pgtest.Start(t)
 	dsn := server.DSN(server.NewDatabase(t))
-	backend := newPGBackend(t, sometimes)
+	backend := newTaker(t, sometimes)
 	const options = "answer_after 100ms\nattempt_timeout 3s"
 	caddys := []*caddy{
 		pgCaddy(t, backend.addr, dsn, options),
 		pgCaddy(t, backend.addr, strings.Replace(dsn, server.Port, server.Bouncer(t), 1), options), // one of them behind a pooler
 	}
-	s := newPGSender(t, caddys...)
+	s := newSender(t, caddys...)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
-	events := pgSize(10_000, 600)
+	events := size(10_000, 600)
 	done := s.sendAll(ctx, "killed", events)
-	for i := range pgSize(20, 4) {
+	for i := range size(20, 4) {
 		before := len(s.ids())
 		waitFor(t, "events are accepted", nil, func() bool { return len(s.ids()) >= min(events, before+events/30) })
-		pgKill(caddys[i%2])
+		killHard(caddys[i%2])
 		caddys[i%2].start()
 	}
 	<-done
@@ -269,7 +73,7 @@ func TestPostgresThatFails(t *testing.T) {
 	server := pgtest.Start(t)
 	name := server.NewDatabase(t)
 	var takes atomic.Bool
-	backend := newPGBackend(t, func(id string, attempt int) int {
+	backend := newTaker(t, func(id string, attempt int) int {
 		if strings.HasPrefix(id, "kept") && !takes.Load() {
 			return http.StatusInternalServerError // so that it is in the database or nowhere
 		}
@@ -277,10 +81,10 @@ func TestPostgresThatFails(t *testing.T) {
 	})
 	const options = "answer_after 100ms\nattempt_timeout 3s"
 	caddys := []*caddy{pgCaddy(t, backend.addr, server.DSN(name), options), pgCaddy(t, backend.addr, server.DSN(name), options)}
-	s := newPGSender(t, caddys...)
+	s := newSender(t, caddys...)
 	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
 	defer cancel()
-	pause := time.Duration(pgSize(30, 6)) * time.Second
+	pause := time.Duration(size(30, 6)) * time.Second
 	for _, tt := range []struct {
 		name string
 		fail func()
@@ -298,7 +102,7 @@ func TestPostgresThatFails(t *testing.T) {
 		tt.fail()
 		began := time.Now()
 		for i, c := range caddys {
-			one := newPGSender(t, c)
+			one := newSender(t, c)
 			require.True(t, one.send(ctx, fmt.Sprintf("kept after %s %d", tt.name, i), 0))
 			s.mu.Lock()
 			s.accepted = append(s.accepted, one.accepted...)
@@ -321,7 +125,7 @@ func TestPostgresStandbyThatTakesOver(t *testing.T) {
 	standby := primary.Standby(t)
 	dsn := strings.Replace(primary.DSN(name), primary.Port, primary.Port+",127.0.0.1:"+standby.Port, 1)
 	var takes atomic.Bool
-	backend := newPGBackend(t, func(id string, attempt int) int {
+	backend := newTaker(t, func(id string, attempt int) int {
 		if !takes.Load() {
 			return http.StatusInternalServerError
 		}
@@ -329,10 +133,10 @@ func TestPostgresStandbyThatTakesOver(t *testing.T) {
 	})
 	const options = "answer_after 100ms\nattempt_timeout 3s"
 	caddys := []*caddy{pgCaddy(t, backend.addr, dsn, options), pgCaddy(t, backend.addr, dsn, options)}
-	s := newPGSender(t, caddys...)
+	s := newSender(t, caddys...)
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
-	done := s.sendAll(ctx, "replicated", pgSize(5_000, 500))
+	done := s.sendAll(ctx, "replicated", size(5_000, 500))
 	waitFor(t, "events are accepted", nil, func() bool { return len(s.ids()) >= 200 })
 	primary.Kill()
 	before := len(s.ids())
@@ -341,7 +145,7 @@ func TestPostgresStandbyThatTakesOver(t *testing.T) {
 	waitFor(t, "events are accepted", nil, func() bool { return len(s.ids()) > before })
 	t.Logf("accepts %v after the standby has taken over", time.Since(began).Round(time.Millisecond))
 	<-done
-	require.Len(t, s.ids(), pgSize(5_000, 500))
+	require.Len(t, s.ids(), size(5_000, 500))
 	takes.Store(true)
 	backend.hasAll(t, s.ids(), 2*time.Minute)
 }
@@ -350,7 +154,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	server := pgtest.Start(t)
 	dsn := server.DSN(server.NewDatabase(t))
 	var up atomic.Bool
-	backend := newPGBackend(t, func(string, int) int {
+	backend := newTaker(t, func(string, int) int {
 		if !up.Load() {
 			return http.StatusServiceUnavailable
 		}
@@ -358,7 +162,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 		return http.StatusOK
 	})
 	caddys := []*caddy{pgCaddy(t, backend.addr, dsn, ""), pgCaddy(t, backend.addr, dsn, "")}
-	s := newPGSender(t, caddys...)
+	s := newSender(t, caddys...)
 	down := time.Now()
 	for i := range 12 { // until both know
 		s.send(t.Context(), fmt.Sprint("first-", i), i)
@@ -372,11 +176,11 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	backend.times = nil
 	backend.mu.Unlock()
 	s.times = nil
-	<-s.sendAll(t.Context(), "waiting", pgSize(5_000, 500))
+	<-s.sendAll(t.Context(), "waiting", size(5_000, 500))
 	median := s.median()
 	t.Logf("the median of %d accepted: %v", len(s.times), median.Round(100*time.Microsecond))
 	assert.Less(t, median, 100*time.Millisecond)
-	time.Sleep(time.Until(down.Add(time.Duration(pgSize(60, 8)) * time.Second))) // that long it is down
+	time.Sleep(time.Until(down.Add(time.Duration(size(60, 8)) * time.Second))) // that long it is down
 	backend.mu.Lock()
 	times := slices.Clone(backend.times)
 	backend.most = 0
@@ -409,7 +213,7 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 	server := pgtest.Start(t)
 	dsn := server.DSN(server.NewDatabase(t))
 	const attemptTimeout = 4 * time.Second
-	backend := newPGBackend(t, func(id string, attempt int) int {
+	backend := newTaker(t, func(id string, attempt int) int {
 		if attempt == 1 {
 			time.Sleep(attemptTimeout) // what the one Caddy has begun does not end
 			return http.StatusInternalServerError
@@ -419,12 +223,12 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 	options := "answer_after 100ms\nattempt_timeout " + attemptTimeout.String()
 	one := pgCaddy(t, backend.addr, dsn, options)
 	pgCaddy(t, backend.addr, dsn, options)
-	s := newPGSender(t, one)
+	s := newSender(t, one)
 	<-s.sendAll(t.Context(), "orphan", 12)
 	require.Len(t, s.ids(), 12)
 	require.Len(t, backend.attempts, 12, "it has begun to deliver each")
 	require.Equal(t, 12, backend.now, "and has delivered none")
-	pgKill(one)
+	killHard(one)
 	began := time.Now()
 	backend.hasAll(t, s.ids(), 30*time.Second)
 	assert.Less(t, time.Since(began), attemptTimeout+2*time.Second+5*time.Second, "a lease, and 5 s")
@@ -435,7 +239,7 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 func TestPostgresCost(t *testing.T) {
 	server := pgtest.Start(t)
 	var up atomic.Bool
-	backend := newPGBackend(t, func(string, int) int {
+	backend := newTaker(t, func(string, int) int {
 		if up.Load() {
 			return http.StatusOK
 		}
@@ -481,16 +285,16 @@ http://{{addr}} {
 				up.Store(takes)
 				caddys := row.start(t)
 				if !takes {
-					s := newPGSender(t, caddys...)
+					s := newSender(t, caddys...)
 					for i := range 12 {
 						s.send(t.Context(), fmt.Sprint("first-", i), i)
 					}
 				}
 				line := ""
 				for _, senders := range []int{1, 8, 64} {
-					s := newPGSender(t, caddys...)
+					s := newSender(t, caddys...)
 					s.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
-					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(pgSize(4000, 200))*time.Millisecond)
+					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(size(4000, 200))*time.Millisecond)
 					began := time.Now()
 					var wg sync.WaitGroup
 					for i := range senders {
@@ -551,7 +355,7 @@ func TestPostgresExample(t *testing.T) {
 		require.NoError(t, err, "%s", out)
 		require.Contains(t, string(out), "HTTP/1.1 200", "while there is no backend")
 	}
-	pgKill(caddys[0])
+	killHard(caddys[0])
 	p := backend()
 	waitFor(t, "the other Caddy delivers both", p, func() bool {
 		return strings.Contains(p.output.String(), "doc_0 ") && strings.Contains(p.output.String(), "doc_1 ")
@@ -563,7 +367,7 @@ func TestPostgresExample(t *testing.T) {
 func TestPostgresThatIsNotThere(t *testing.T) {
 	server := pgtest.Start(t)
 	name := server.NewDatabase(t)
-	backend := newPGBackend(t, func(string, int) int { return http.StatusServiceUnavailable })
+	backend := newTaker(t, func(string, int) int { return http.StatusServiceUnavailable })
 	server.Exec(t, name, "CREATE ROLE late LOGIN PASSWORD 'another'", "GRANT CREATE ON SCHEMA public TO late")
 	c := pgCaddy(t, backend.addr, strings.Replace(server.DSN(name), "//postgres:", "//late:", 1), "")
 	require.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
@@ -578,7 +382,7 @@ func TestPostgresThatIsNotThere(t *testing.T) {
 	assert.NotContains(t, c.output.String(), "late")
 
 	server.Exec(t, name, "ALTER ROLE late PASSWORD '"+pgtest.Password+"'")
-	s := newPGSender(t, c)
+	s := newSender(t, c)
 	began := time.Now()
 	require.True(t, s.send(t.Context(), "accepted", 0), "without a reload")
 	assert.Less(t, time.Since(began), 5*time.Second)
