@@ -23,7 +23,7 @@ import (
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "inkit-queue",
-		Short: "Lists, shows, retries and drops the events of a queue",
+		Short: "Lists, shows, retries, drops and moves the events of a queue",
 		Long: `
 Works on the database of inkit_queue, whether Caddy runs or not, and without its
 admin endpoint. Run it as the user that Caddy runs as: nobody else can read the
@@ -41,7 +41,7 @@ With --config, it is each of those that the configuration names.
 			flags.StringVar(&o.config, "config", "", "Configuration file that names the database")
 			flags.StringVar(&o.adapter, "adapter", "", "Config adapter of that file, if its name does not tell")
 			cmd.MarkFlagsMutuallyExclusive("db", "config")
-			cmd.AddCommand(listCommand(&o), showCommand(&o), retryCommand(&o), dropCommand(&o))
+			cmd.AddCommand(listCommand(&o), showCommand(&o), retryCommand(&o), dropCommand(&o), migrateCommand(&o), moveCommand(&o))
 			for _, sub := range cmd.Commands() {
 				sub.SilenceUsage = true
 			}
@@ -65,10 +65,12 @@ an object for each. An event that was delivered is not there any more.
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 		encoder := json.NewEncoder(os.Stdout)
-		if !*asJSON {
-			fmt.Fprintln(table, "ID\tSTATE\tRECEIVED\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
-		}
+		headed := *asJSON
 		err := o.each(cmd.Context(), func(store Store) error {
+			if !headed {
+				headed = true
+				fmt.Fprintln(table, "ID\tSTATE\tRECEIVED\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
+			}
 			var writeErr error
 			err := store.Select(cmd.Context(), Filter{Dead: *dead}, false, func(r *Record) bool {
 				l := newListed(r)
@@ -213,12 +215,111 @@ them back. A delivery that is under way goes on.
 	}
 }
 
+func migrateCommand(o *origin) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "migrate [--print] [--db <file> | --config <file>]",
+		Short: "Makes the tables of a database",
+		Long: `
+Makes the tables of the database, which Caddy does too when it starts. With --print,
+it shows the SQL for PostgreSQL, and connects to nothing: for a role that may make
+tables, where that of Caddy may not.
+`,
+		Example: `  caddy inkit-queue migrate --print --config Caddyfile | psql -d inkit`,
+		Args:    cobra.NoArgs,
+	}
+	show := cmd.Flags().Bool("print", false, "Show the SQL for PostgreSQL")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		openers, done, err := o.load(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer done()
+		shown := false
+		for _, opener := range openers {
+			if migrator, ok := opener.(interface{ Migration() string }); *show && ok {
+				shown = true
+				fmt.Print(migrator.Migration())
+			}
+			if !*show {
+				store, err := opener.Open(cmd.Context())
+				if err != nil {
+					return fmt.Errorf("%s: %w", opener.Key(), err)
+				}
+				if err := store.Close(); err != nil {
+					return err
+				}
+				fmt.Println("the tables are there:", printable(opener.Key()))
+			}
+		}
+		if *show && !shown {
+			return errors.New("no store of the configuration is in PostgreSQL")
+		}
+		return nil
+	}
+	return cmd
+}
+
+func moveCommand(o *origin) *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "move [--from <file>] --config <file>",
+		Short: "Moves events from SQLite into the database of a configuration",
+		Long: `
+Moves all events from a file of SQLite into the database that the configuration
+names. An event is in the one or in the other, or for a moment in both: if the
+command is cut short, run it again. One that is being delivered is left where it is.
+The age of an event counts anew.
+`,
+		Example: `  caddy inkit-queue move --config Caddyfile`,
+		Args:    cobra.NoArgs,
+	}
+	file := cmd.Flags().String("from", "", "File of SQLite (default: the default one)")
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if o.config == "" {
+			return errors.New("--config is needed: it names the database to move to")
+		}
+		var to Store
+		return o.each(cmd.Context(), func(store Store) error {
+			if to != nil {
+				return errors.New("the configuration names several databases: it is not known which to move to")
+			}
+			to = store
+			return (&origin{db: *file}).each(cmd.Context(), func(from Store) error {
+				var left int
+				moved, err := copyEvents(cmd.Context(), from, to, "move", func(r *Record) bool {
+					if r.LeasedUntil.After(time.Now()) {
+						left++
+						return false
+					}
+					return true
+				}, func(ids []string) error {
+					_, err := from.Drop(cmd.Context(), Filter{IDs: ids})
+					return err
+				})
+				fmt.Printf("%d events were moved\n", moved)
+				if left > 0 {
+					fmt.Printf("%d are being delivered, and were left: run this again when that has ended\n", left)
+				}
+				return err
+			})
+		})
+	}
+	return cmd
+}
+
 // origin says which databases a command works on.
 type origin struct {
 	db, config, adapter string
 }
 
-// openers returns the databases, each of them once.
+// load returns the databases, each of them once, until done is called.
+func (o *origin) load(ctx context.Context) (openers []Opener, done func(), err error) {
+	caddyCtx, cancel := caddy.NewContext(caddy.Context{Context: ctx})
+	if openers, err = o.openers(caddyCtx); err != nil {
+		cancel()
+	}
+	return openers, cancel, err
+}
+
 func (o *origin) openers(ctx caddy.Context) (openers []Opener, err error) {
 	var configs []json.RawMessage
 	if o.config == "" {
@@ -274,12 +375,11 @@ func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
 
 // each calls f for each database.
 func (o *origin) each(ctx context.Context, f func(Store) error) error {
-	caddyCtx, cancel := caddy.NewContext(caddy.Context{Context: ctx})
-	defer cancel()
-	openers, err := o.openers(caddyCtx)
+	openers, done, err := o.load(ctx)
 	if err != nil {
 		return err
 	}
+	defer done()
 	for _, opener := range openers {
 		if file, ok := opener.(*SQLite); ok { // which would make one
 			if _, err := os.Stat(file.Path); errors.Is(err, fs.ErrNotExist) {

@@ -583,11 +583,29 @@ func (d *database) observe(store Store, err error) {
 func (d *database) rescue(old Store) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	store, err := d.opener.Open(ctx)
+	moved := true
+	var err error
+	if leaver, ok := old.(interface {
+		leave(ctx context.Context) (moved bool, err error)
+	}); ok {
+		moved, err = leaver.leave(ctx)
+	}
+	if err == nil && !moved { // only its log was gone, which is of no use any more
+		_ = old.Close()
+		d.mu.Lock()
+		d.store, d.broken = nil, errNotOpen
+		d.mu.Unlock()
+		d.poke()
+		d.logger.Error("the write-ahead log of the database was deleted while it was open: nothing is lost")
+		return
+	}
+	var store Store
+	var copied int
 	if err == nil {
-		var copied int
-		copied, err = copyEvents(ctx, old, store, d.owner)
-		d.logger.Error("the database was deleted or replaced while it was open: what was in it was copied into the new one", zap.Int("events", copied), zap.Error(err))
+		store, err = d.opener.Open(ctx)
+	}
+	if err == nil {
+		copied, err = copyEvents(ctx, old, store, d.owner, nil, nil)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -600,21 +618,33 @@ func (d *database) rescue(old Store) {
 	}
 	d.store = store
 	_ = old.Close()
+	d.logger.Error("the database was deleted or replaced while it was open: what was in it was copied into the new one", zap.Int("events", copied))
 }
 
-// copyEvents copies all events from one store to another, and returns how many.
-func copyEvents(ctx context.Context, from, to Store, owner string) (copied int, err error) {
+// copyEvents copies events from one store to another, and returns how many: those that
+// are wanted, or all. It calls after with the ids of those that are copied.
+func copyEvents(ctx context.Context, from, to Store, owner string, wanted func(*Record) bool, after func(ids []string) error) (copied int, err error) {
 	b := &Batch{Owner: owner}
 	flush := func() error {
 		if err := to.Apply(ctx, b); err != nil {
 			return err
 		}
 		copied += len(b.Add)
+		ids := make([]string, len(b.Add))
+		for i, r := range b.Add {
+			ids[i] = r.ID
+		}
 		b = &Batch{Owner: owner}
-		return nil
+		if after == nil || len(ids) == 0 {
+			return nil
+		}
+		return after(ids)
 	}
 	var flushErr error
 	err = from.Select(ctx, Filter{}, true, func(r *Record) bool {
+		if wanted != nil && !wanted(r) {
+			return true
+		}
 		r.Delay, r.Lease = max(0, time.Until(r.Due)), max(0, time.Until(r.LeasedUntil))
 		if r.State == stateDead {
 			r.Lease = time.Minute // the finish needs one

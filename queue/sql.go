@@ -205,7 +205,8 @@ func (s *sqlStore) add(ctx context.Context, tx *sql.Tx, b *Batch) error {
 		_, err := tx.ExecContext(ctx, s.text(`
 			INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
 				attempts, last_error, event_type, resource_id, request, checksum) VALUES `+
-			rows(len(records), `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)), args...)
+			rows(len(records), `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)+`
+			ON CONFLICT (id) DO NOTHING`), args...)
 		if err != nil {
 			return err
 		}

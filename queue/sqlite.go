@@ -99,6 +99,7 @@ type sqliteStore struct {
 	sqlStore
 	path string
 	file os.FileInfo // as it was opened
+	log  os.FileInfo // the write-ahead log, likewise
 
 	mu       sync.Mutex
 	full     bool      // whether the reserve is given up
@@ -135,16 +136,19 @@ func (s *SQLite) Open(ctx context.Context) (Store, error) {
 	if store.read, err = openSQLite(s.Path, 2, "query_only(1)"); err != nil {
 		return nil, errors.Join(err, store.write.Close())
 	}
-	if err = store.prepare(ctx); err != nil {
+	if err = store.prepare(ctx); err == nil {
+		store.log, err = os.Stat(s.Path + "-wal")
+	}
+	if err != nil {
 		_ = store.Close()
-		return nil, err
+		return nil, withoutPath(err)
 	}
 	store.full = !store.makeReserve()
 	return store, nil
 }
 
 func openSQLite(path string, connections int, pragmas ...string) (*sql.DB, error) {
-	pragmas = append(pragmas, fmt.Sprintf("busy_timeout(%d)", busyTimeout.Milliseconds()))
+	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busyTimeout.Milliseconds())}, pragmas...)
 	dsn := path + "?_txlock=immediate&_pragma=" + strings.Join(pragmas, "&_pragma=")
 	db, err := sql.Open("sqlite", dsn)
 	if err != nil {
@@ -214,9 +218,34 @@ func (s *sqliteStore) Apply(ctx context.Context, b *Batch) error {
 	return err
 }
 
-func (s *sqliteStore) isThere() bool {
-	info, err := os.Stat(s.path)
-	return err == nil && os.SameFile(info, s.file)
+func (s *sqliteStore) isThere() bool { return isFile(s.path, s.file) && isFile(s.path+"-wal", s.log) }
+
+func isFile(path string, file os.FileInfo) bool {
+	info, err := os.Stat(path)
+	return err == nil && os.SameFile(info, file)
+}
+
+// leave prepares for another database at the path, and reports whether there is or can
+// be one. What is in the log goes into the file, wherever that is now. The log must not
+// be there any more then: SQLite would take it to be that of the other database.
+func (s *sqliteStore) leave(ctx context.Context) (moved bool, err error) {
+	var busy, pages, copied int
+	err = s.write.QueryRowContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`).Scan(&busy, &pages, &copied)
+	switch {
+	case err != nil:
+		return false, wrapSQLite(err)
+	case busy != 0:
+		return false, errors.New("the database is locked")
+	case isFile(s.path, s.file):
+		return false, nil
+	case isFile(s.path+"-wal", s.log):
+		for _, suffix := range []string{"-wal", "-shm"} {
+			if err := os.Remove(s.path + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return false, withoutPath(err)
+			}
+		}
+	}
+	return true, nil
 }
 
 // hasRoom reports whether there is room to add events, that is, for the reserve.

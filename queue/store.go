@@ -122,7 +122,8 @@ type Filter struct {
 type Store interface {
 	// Apply does all of a batch in this order, or nothing. When it returns without an
 	// error, all of it is on the disk. If the error is that of a connection, nobody
-	// knows. Of the events of Finish, it leaves alone those that another owner has.
+	// knows. It adds no event that is there already. Of the events of Finish, it leaves
+	// alone those that another owner has.
 	Apply(ctx context.Context, b *Batch) error
 
 	// Peek changes nothing, and costs little however many events there are.

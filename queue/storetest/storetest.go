@@ -273,16 +273,28 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 	test("all of a batch or nothing", func(t *testing.T, store queue.Store) {
 		add(t, store, record("a"), record("b"))
 		c := &queue.Claim{Queue: "default", Max: 1, Lease: time.Minute}
+		without := record("d")
+		without.Request = nil
 		err := store.Apply(t.Context(), &queue.Batch{
-			Owner: "me", Add: []*queue.Record{record("c"), record("b")}, Claims: []*queue.Claim{c},
+			Owner: "me", Add: []*queue.Record{record("c"), without}, Claims: []*queue.Claim{c},
 			Finish: []queue.Finish{{ID: "a", Outcome: queue.Delivered}},
 		})
-		require.Error(t, err, "there is a b")
+		require.Error(t, err, "there is no request")
 		assert.NotContains(t, err.Error(), "DOCUMENT", "no part of an event")
 		assert.Empty(t, c.Records)
 		assert.Nil(t, find(t, store, "c"))
 		assert.NotNil(t, find(t, store, "a"))
 		add(t, store, record("c"))
+	})
+	test("an event that is there already", func(t *testing.T, store queue.Store) {
+		add(t, store, record("a"))
+		finish(t, store, "me", queue.Finish{ID: "a", Outcome: queue.Dead, LastError: "status 404"})
+		again := record("a")
+		again.Request = []byte("another")
+		add(t, store, again, record("b"))
+		assert.Equal(t, "status 404", find(t, store, "a").LastError)
+		assert.NotEqual(t, "another", string(find(t, store, "a").Request))
+		assert.NotNil(t, find(t, store, "b"))
 	})
 	test("a context that has ended", func(t *testing.T, store queue.Store) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -399,7 +411,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 				}
 			})
 			wg.Go(func() {
-				for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); {
+				for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 					c := &queue.Claim{Queue: "default", Max: 7, Lease: time.Hour}
 					if err := store.Apply(context.Background(), &queue.Batch{Owner: fmt.Sprint("owner-", i), Claims: []*queue.Claim{c}}); err != nil {
 						t.Error(err)

@@ -1,0 +1,376 @@
+//go:build linux
+
+package e2e
+
+import (
+	"bytes"
+	"database/sql"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	_ "modernc.org/sqlite" // to look into the database, and to hold a lock
+)
+
+// tmpfs mounts a file system in memory of that size in a folder.
+func tmpfs(t *testing.T, dir, options string) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("only root can mount a file system")
+	}
+	require.NoError(t, os.MkdirAll(dir, 0o700))
+	if err := syscall.Mount("none", dir, "tmpfs", 0, options); err != nil {
+		t.Skip("no file system can be mounted here: " + err.Error())
+	}
+	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
+}
+
+// logged waits for a line of the log.
+func (c *caddy) logged(text string) {
+	c.t.Helper()
+	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })
+}
+
+// switchable is a backend that takes events while it is told to.
+func switchable(t *testing.T) (b *taker, up *atomic.Bool) {
+	t.Helper()
+	up = new(atomic.Bool)
+	return newTaker(t, func(id string, attempt int) int {
+		if !up.Load() {
+			return http.StatusServiceUnavailable
+		}
+		return all(id, attempt)
+	}), up
+}
+
+// once sends an event once, and returns the answer.
+func (s *sender) once(t *testing.T, id string) answer {
+	t.Helper()
+	s.mu.Lock()
+	s.tries++
+	body := fmt.Appendf(nil, `{"event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"%s","sent":%d}`, id, s.tries)
+	s.mu.Unlock()
+	got := post(t, s.urls[0], body, sign(secret, body))
+	if got.status/100 == 2 {
+		s.mu.Lock()
+		s.accepted = append(s.accepted, id)
+		s.mu.Unlock()
+	}
+	return got
+}
+
+// refused asserts what a sender is told whose event is neither kept nor taken.
+func refused(t *testing.T, got answer) {
+	t.Helper()
+	assert.Equal(t, http.StatusServiceUnavailable, got.status)
+	assert.Equal(t, "30", got.header.Get("Retry-After"))
+}
+
+const cannotBeKept = "events cannot be kept"
+
+func TestQueueOnADiskThatIsFull(t *testing.T) {
+	backend, up := switchable(t)
+	c := newQueueCaddy(t, backend.addr, "")
+	tmpfs(t, c.path("queue"), "size=4m")
+	c.start()
+	s := newSender(t, c)
+	large := strings.Repeat("x", 20_000)
+	accepted := 0
+	for got := s.once(t, "first"); got.status == http.StatusOK; got = s.once(t, fmt.Sprint(large, accepted)) {
+		accepted++
+		require.Less(t, accepted, 400, "8 MB in 4 MiB")
+	}
+	t.Logf("%d events of 20 kB were accepted", accepted)
+	assert.Greater(t, accepted, 50)
+	refused(t, s.once(t, large+"more"))
+	c.logged(cannotBeKept)
+	assert.NotEqual(t, "0", c.metric(`caddy_inkit_queue_stored_total{queue="default",result="failed"}`))
+
+	up.Store(true)
+	waitFor(t, "an event passes to a backend that is up again, though the disk is full", c.process, func() bool {
+		return s.once(t, large+"passes").status == http.StatusOK
+	})
+	backend.hasAll(t, s.ids(), time.Minute)
+	waitFor(t, "nothing waits", c.process, func() bool {
+		return c.metric(`caddy_inkit_queue_events{queue="default",state="pending"}`) == "0"
+	})
+	up.Store(false)
+	waitFor(t, "it accepts again, without a restart", c.process, func() bool {
+		return s.once(t, large+"again").status == http.StatusOK
+	})
+	c.logged("events are kept again")
+	for i := range 20 {
+		assert.Equal(t, http.StatusOK, s.once(t, fmt.Sprint(large, "again-", i)).status)
+	}
+	up.Store(true)
+	backend.hasAll(t, s.ids(), time.Minute)
+}
+
+func TestQueueWhoseFolderCannotBeWritten(t *testing.T) {
+	backend, up := switchable(t)
+	c := newQueueCaddy(t, backend.addr, "")
+	tmpfs(t, c.path("queue"), "size=4m,mode=0500")
+	require.NoError(t, syscall.Mount("none", c.path("queue"), "tmpfs", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""))
+	c.start()
+	s := newSender(t, c)
+	assert.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
+	refused(t, s.once(t, "refused"))
+	c.logged(cannotBeKept)
+	up.Store(true)
+	assert.Equal(t, http.StatusOK, s.once(t, "passes").status)
+	up.Store(false)
+	refused(t, s.once(t, "refused again"))
+
+	require.NoError(t, syscall.Mount("none", c.path("queue"), "tmpfs", syscall.MS_REMOUNT, ""))
+	waitFor(t, "it accepts, without a restart", c.process, func() bool { return s.once(t, "kept").status == http.StatusOK })
+	up.Store(true)
+	backend.hasAll(t, s.ids(), time.Minute)
+}
+
+func TestQueueWhoseDatabaseGoesAway(t *testing.T) {
+	remove := func(t *testing.T, db string) {
+		t.Helper()
+		for _, suffix := range []string{"-wal", "-shm", ""} {
+			require.NoError(t, os.Remove(db+suffix))
+		}
+	}
+	for _, tt := range []struct {
+		name string
+		away func(t *testing.T, db string)
+	}{
+		{"deleted", remove},
+		{"deleted with its folder", func(t *testing.T, db string) { require.NoError(t, os.RemoveAll(filepath.Dir(db))) }},
+		{"replaced by an empty one", func(t *testing.T, db string) {
+			remove(t, db)
+			require.NoError(t, os.WriteFile(db, nil, 0o600))
+		}},
+		{"replaced by another one of its kind", func(t *testing.T, db string) {
+			other := filepath.Join(t.TempDir(), "other.db")
+			copyDatabase(t, db, other)
+			remove(t, db)
+			require.NoError(t, os.Rename(other, db))
+		}},
+		{"renamed", func(t *testing.T, db string) { require.NoError(t, os.Rename(db, db+".old")) }},
+		{"without its log", func(t *testing.T, db string) { require.NoError(t, os.Remove(db+"-wal")) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			backend, up := switchable(t)
+			c := queueCaddy(t, backend.addr, "")
+			s := newSender(t, c)
+			for i := range 10 {
+				require.Equal(t, http.StatusOK, s.once(t, fmt.Sprint("before-", i)).status)
+			}
+			tt.away(t, c.path("queue/events.db"))
+			for i := range 10 {
+				s.once(t, fmt.Sprint("after-", i)) // whatever it says must be true
+			}
+			assert.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
+			c.logged("was deleted")
+			waitFor(t, "it accepts", c.process, func() bool { return s.once(t, "kept").status == http.StatusOK })
+			// what was acknowledged is in the file that is there now
+			killHard(c)
+			c.start()
+			up.Store(true)
+			backend.hasAll(t, s.ids(), time.Minute)
+		})
+	}
+}
+
+// copyDatabase copies a database with its log, as it is at a moment.
+func copyDatabase(t *testing.T, from, to string) {
+	t.Helper()
+	for _, suffix := range []string{"", "-wal"} {
+		content, err := os.ReadFile(from + suffix)
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(to+suffix, content, 0o600))
+	}
+}
+
+func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
+	backend, up := switchable(t)
+	c := queueCaddy(t, backend.addr, "")
+	s := newSender(t, c)
+	require.Equal(t, http.StatusOK, s.once(t, "before").status)
+	db, err := sql.Open("sqlite", c.path("queue/events.db")+"?_txlock=immediate")
+	require.NoError(t, err)
+	defer db.Close()
+	tx, err := db.Begin()
+	require.NoError(t, err)
+	refused(t, s.once(t, "refused"))
+	c.logged(cannotBeKept)
+	up.Store(true)
+	waitFor(t, "an event passes", c.process, func() bool { return s.once(t, "passes").status == http.StatusOK })
+	up.Store(false)
+	refused(t, s.once(t, "refused again"))
+	require.NoError(t, tx.Rollback())
+	waitFor(t, "it accepts", c.process, func() bool { return s.once(t, "kept").status == http.StatusOK })
+	up.Store(true)
+	backend.hasAll(t, s.ids(), time.Minute)
+}
+
+// kept makes a database with events that wait, and returns it and their names.
+func kept(t *testing.T, events int) (db string, ids []string) {
+	t.Helper()
+	backend := newTaker(t, all)
+	backend.close()
+	c := queueCaddy(t, backend.addr, "")
+	s := newSender(t, c)
+	<-s.sendAll(t.Context(), "kept", events)
+	require.Len(t, s.ids(), events)
+	c.stop(t, syscall.SIGTERM)
+	return c.path("queue/events.db"), s.ids()
+}
+
+// edit changes the bytes of a file.
+func edit(t *testing.T, path string, change func([]byte) []byte) {
+	t.Helper()
+	content, err := os.ReadFile(path)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(path, change(content), 0o600))
+}
+
+func TestQueueWhoseDatabaseIsDamaged(t *testing.T) {
+	const aside = "the database is damaged: it was moved aside"
+	for _, tt := range []struct {
+		name   string
+		damage func(t *testing.T, db string)
+		aside  bool // whether it is moved aside
+		says   string
+		all    bool // whether all of its events are delivered
+		keeps  bool // whether new ones are kept
+	}{
+		{"cut in half", func(t *testing.T, db string) {
+			edit(t, db, func(b []byte) []byte { return b[:len(b)/2] })
+		}, true, aside, false, true},
+		{"4 KiB of noise in the middle", func(t *testing.T, db string) {
+			edit(t, db, func(b []byte) []byte {
+				copy(b[len(b)/2&^4095:], bytes.Repeat([]byte{0xa5, 0x17, 0xff}, 4096/3))
+				return b
+			})
+		}, true, aside, false, true},
+		{"noise from its begin", func(t *testing.T, db string) {
+			edit(t, db, func(b []byte) []byte { return bytes.Repeat([]byte("noise"), len(b)/5) })
+		}, true, aside, false, true},
+		{"of length 0", func(t *testing.T, db string) {
+			edit(t, db, func([]byte) []byte { return nil })
+		}, false, "", false, true},
+		{"of another program", func(t *testing.T, db string) {
+			require.NoError(t, os.Remove(db))
+			execSQL(t, db, `CREATE TABLE contacts (name TEXT)`)
+		}, false, "is the database of another program", false, false},
+		{"of a later version", func(t *testing.T, db string) {
+			execSQL(t, db, `UPDATE inkit_queue_schema SET version = 99`)
+		}, false, "the database has the schema of a later version: 99", false, false},
+		{"unreadable", func(t *testing.T, db string) {
+			require.NoError(t, os.Remove(db))
+			require.NoError(t, os.Mkdir(db, 0o700)) // root reads any file
+		}, false, "is a directory", false, false},
+		{"whole", func(*testing.T, string) {}, false, "", true, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			db, ids := kept(t, size(2000, 200))
+			tt.damage(t, db)
+			backend, up := switchable(t)
+			up.Store(true)
+			c := newQueueCaddy(t, backend.addr, "")
+			require.NoError(t, os.Rename(filepath.Dir(db), c.path("queue")))
+			c.start()
+			assert.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
+			s := newSender(t, c)
+			if tt.says != "" {
+				c.logged(tt.says)
+			}
+			assert.Equal(t, http.StatusOK, s.once(t, "passes").status)
+			if tt.all {
+				backend.hasAll(t, ids, 20*time.Second)
+			}
+			if tt.aside {
+				files, err := filepath.Glob(c.path("queue/events.db.damaged-*Z"))
+				require.NoError(t, err)
+				assert.Len(t, files, 1)
+				waitFor(t, "the metric says so", c.process, func() bool {
+					return c.metric(`caddy_inkit_queue_damaged_files{queue="default"}`) == "1"
+				})
+			}
+			up.Store(false)
+			if !tt.keeps {
+				refused(t, s.once(t, "refused"))
+				return
+			}
+			for i := range 20 {
+				require.Equal(t, http.StatusOK, s.once(t, fmt.Sprint("new-", i)).status)
+			}
+			up.Store(true)
+			backend.hasAll(t, s.ids(), time.Minute)
+		})
+	}
+}
+
+func execSQL(t *testing.T, path, statement string) {
+	t.Helper()
+	db, err := sql.Open("sqlite", path)
+	require.NoError(t, err)
+	defer db.Close()
+	_, err = db.Exec(statement)
+	require.NoError(t, err)
+}
+
+// TestQueueAfterAPowerCut copies the database and its log of a Caddy that runs, and
+// cuts the copy of the log, which is what a power cut may leave. That at 200 places is
+// in the package queue, without a Caddy.
+func TestQueueAfterAPowerCut(t *testing.T) {
+	backend := newTaker(t, all)
+	backend.close()
+	running := queueCaddy(t, backend.addr, "")
+	s := newSender(t, running)
+	s.workers = 1
+	db := running.path("queue/events.db")
+	type ack struct {
+		id  string
+		log int64 // how long the log was
+	}
+	var acks []ack
+	for i := range 40 {
+		id := fmt.Sprint("event-", i)
+		require.Equal(t, http.StatusOK, s.once(t, id).status)
+		info, err := os.Stat(db + "-wal")
+		require.NoError(t, err)
+		acks = append(acks, ack{id, info.Size()})
+	}
+	length := acks[len(acks)-1].log
+	for i := range size(10, 2) {
+		cut := length * int64(i+1) / int64(size(10, 2)+1)
+		backend := newTaker(t, all)
+		c := newQueueCaddy(t, backend.addr, "")
+		require.NoError(t, os.Mkdir(c.path("queue"), 0o700))
+		copyDatabase(t, db, c.path("queue/events.db"))
+		require.NoError(t, os.Truncate(c.path("queue/events.db-wal"), cut))
+		var ids []string
+		for _, a := range acks {
+			if a.log <= cut {
+				ids = append(ids, a.id)
+			}
+		}
+		if i > 0 {
+			require.NotEmpty(t, ids)
+		}
+		c.start()
+		if len(ids) > 0 {
+			backend.hasAll(t, ids, 20*time.Second)
+		}
+		assert.NotContains(t, c.output.String(), "damaged")
+		c.stop(t, syscall.SIGTERM)
+	}
+	assert.True(t, slices.IsSortedFunc(acks, func(a, b ack) int { return int(a.log - b.log) }))
+}
