@@ -2,8 +2,13 @@ package queue_test
 
 import (
 	"database/sql"
+	"fmt"
+	"math/rand/v2"
+	"os"
 	"path/filepath"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/storetest"
@@ -22,4 +27,55 @@ func TestSQLiteIsAStore(t *testing.T) {
 			require.NoError(t, err)
 		}}
 	})
+}
+
+// A power cut leaves a write-ahead log that is cut anywhere. What was acknowledged
+// before that place is there.
+func TestSQLiteLogThatIsCut(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "running.db")
+	store, err := (&queue.SQLite{Path: path}).Open(t.Context())
+	require.NoError(t, err)
+	defer store.Close()
+	var acked []int64 // for each event, how long the log was when it was acknowledged
+	for i := range 40 {
+		request := make([]byte, i*37%3000)
+		require.NoError(t, store.Apply(t.Context(), &queue.Batch{Owner: "me", Add: []*queue.Record{{
+			ID: fmt.Sprintf("event-%03d", i), Queue: "default", Received: time.Now(), Request: request, Checksum: []byte("checksum"),
+		}}}))
+		info, err := os.Stat(path + "-wal")
+		require.NoError(t, err)
+		acked = append(acked, info.Size())
+	}
+	database, err := os.ReadFile(path)
+	require.NoError(t, err)
+	log, err := os.ReadFile(path + "-wal")
+	require.NoError(t, err)
+	require.True(t, slices.IsSorted(acked), "the log was not written into the file meanwhile")
+
+	random := rand.New(rand.NewPCG(1, 2))
+	for i := range 200 {
+		cut := random.Int64N(acked[len(acked)-1] + 1)
+		want, _ := slices.BinarySearchFunc(acked, cut, func(length, cut int64) int {
+			if length <= cut {
+				return -1
+			}
+			return 1
+		})
+		copied := filepath.Join(dir, fmt.Sprintf("copy-%d.db", i))
+		require.NoError(t, os.WriteFile(copied, database, 0o600))
+		require.NoError(t, os.WriteFile(copied+"-wal", log[:cut], 0o600))
+		store, err := (&queue.SQLite{Path: copied}).Open(t.Context())
+		require.NoError(t, err, "cut at %d", cut)
+		var ids []string
+		require.NoError(t, store.Select(t.Context(), queue.Filter{}, false, func(r *queue.Record) bool {
+			ids = append(ids, r.ID)
+			return true
+		}))
+		require.GreaterOrEqual(t, len(ids), want, "cut at %d", cut)
+		for j := range want {
+			require.Equal(t, fmt.Sprintf("event-%03d", j), ids[j], "cut at %d", cut)
+		}
+		require.NoError(t, store.Close())
+	}
 }
