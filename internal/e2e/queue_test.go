@@ -573,3 +573,16 @@ func TestQueueDrainsBesideLiveEvents(t *testing.T) {
 	assert.Greater(t, len(beside), 20)
 	assert.LessOrEqual(t, quantile(beside, 0.99), max(50*time.Millisecond, 2*quantile(alone, 0.99)))
 }
+
+// command runs a command of Caddy beside the one that runs.
+func (c *caddy) command(args ...string) (stdout string, err error) {
+	c.t.Helper()
+	cmd := exec.Command(caddyPath, args...)
+	cmd.Env, cmd.Dir = c.env, c.dir
+	var out, errs strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("%w: %s", err, errs.String())
+	}
+	return out.String(), nil
+}
