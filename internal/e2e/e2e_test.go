@@ -56,14 +56,6 @@ func run(m *testing.M) int {
 		return 1
 	}
 	flag.Parse()
-	// go test keeps the result of a test as long as the files are the same that it has
-	// looked at, and these go into the binary
-	for _, pattern := range []string{"../../*.go", "../../cmd/*/*.go", "../../queue/*.go", "../../internal/*/*.go", "../../go.sum"} {
-		files, _ := filepath.Glob(pattern)
-		for _, file := range files {
-			_, _ = os.Stat(file)
-		}
-	}
 	caddyPath = os.Getenv("E2E_CADDY")
 	if caddyPath == "" {
 		dir, err := os.MkdirTemp("", "inkit-e2e")
@@ -241,9 +233,22 @@ func newCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	return c
 }
 
+// lookAtSources has go test run these tests again when the code changes that is in the
+// binary: it keeps a result for as long as the files are the same that a test has looked
+// at.
+var lookAtSources = sync.OnceFunc(func() {
+	for _, pattern := range []string{"../../*.go", "../../cmd/*/*.go", "../../queue/*.go", "../../internal/*/*.go", "../../go.sum"} {
+		files, _ := filepath.Glob(pattern)
+		for _, file := range files {
+			_, _ = os.Stat(file)
+		}
+	}
+})
+
 // run starts the process, and start waits for it to answer.
 func (c *caddy) run() {
 	c.t.Helper()
+	lookAtSources()
 	args := append(c.wrapper, caddyPath, "run", "--config", c.path("Caddyfile"), "--adapter", "caddyfile")
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Env = c.env
