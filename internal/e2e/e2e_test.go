@@ -151,6 +151,9 @@ func (b *lockedBuffer) String() string {
 
 var lastPort atomic.Uint32
 
+// Another process that tests begins elsewhere, so that they do not try the same ports.
+func init() { lastPort.Store(uint32(os.Getpid()*97) % 12_000) }
+
 // freeAddr returns an address on which nothing listens. Its port is below those that
 // outgoing connections get, one of which could otherwise have it a moment later.
 func freeAddr(t *testing.T) string {
