@@ -192,26 +192,34 @@ func rows(n int, pattern string) string {
 func (s *sqlStore) add(ctx context.Context, tx *sql.Tx, b *Batch) error {
 	for start := 0; start < len(b.Add); start += s.rows {
 		records := b.Add[start:min(start+s.rows, len(b.Add))]
-		args := make([]any, 0, 12*len(records))
-		for _, r := range records {
-			var lease, owner any
-			delay := r.Delay
-			if r.Lease > 0 {
-				lease, owner, delay = r.Lease.Milliseconds(), b.Owner, r.Lease
-			}
-			args = append(args, r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
-				r.Attempts, plain(r.LastError), plain(r.EventType), plain(r.ResourceID), r.Request, r.Checksum)
-		}
-		_, err := tx.ExecContext(ctx, s.text(`
-			INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
-				attempts, last_error, event_type, resource_id, request, checksum) VALUES `+
-			rows(len(records), `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)+`
-			ON CONFLICT (id) DO NOTHING`), args...)
-		if err != nil {
+		if _, err := tx.ExecContext(ctx, s.insert(len(records)), insertArgs(b.Owner, records)...); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// insert returns the statement that adds n events.
+func (s *sqlStore) insert(n int) string {
+	return s.text(`
+		INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
+			attempts, last_error, event_type, resource_id, request, checksum) VALUES ` +
+		rows(n, `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`) + `
+		ON CONFLICT (id) DO NOTHING`)
+}
+
+func insertArgs(batchOwner string, records []*Record) []any {
+	args := make([]any, 0, 12*len(records))
+	for _, r := range records {
+		var lease, owner any
+		delay := r.Delay
+		if r.Lease > 0 {
+			lease, owner, delay = r.Lease.Milliseconds(), batchOwner, r.Lease
+		}
+		args = append(args, r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
+			r.Attempts, plain(r.LastError), plain(r.EventType), plain(r.ResourceID), r.Request, r.Checksum)
+	}
+	return args
 }
 
 func (s *sqlStore) finish(ctx context.Context, tx *sql.Tx, b *Batch) error {
