@@ -385,6 +385,7 @@ func (o *origin) each(ctx context.Context, f func(Store) error) error {
 			if _, err := os.Stat(file.Path); errors.Is(err, fs.ErrNotExist) {
 				return fmt.Errorf("there is no database %s: name it with --db", file.Path)
 			}
+			file.busy = commandBusyTimeout
 		}
 		store, err := opener.Open(ctx)
 		if err != nil {

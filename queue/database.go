@@ -17,7 +17,7 @@ const (
 	// backend takes within it never goes to the disk. Nobody is answered meanwhile: an
 	// event that has to be kept, because its attempt has failed or there is none, is
 	// written at once.
-	linger = 10 * time.Millisecond
+	linger = 25 * time.Millisecond
 
 	// maxBatch is how many events one transaction adds.
 	maxBatch = 500
@@ -154,10 +154,10 @@ func (d *database) poke() {
 	}
 }
 
-// add has an event written: at once if there is no attempt at it, or when the attempt
-// has taken longer than linger.
-func (d *database) add(rec *Record, r *request, metrics *queueMetrics) *addition {
-	a := &addition{rec: rec, request: r, began: time.Now(), urgent: rec.Lease == 0, done: make(chan struct{}), metrics: metrics}
+// add has an event written: at once if it is urgent, or there is no attempt at it, or
+// when the attempt has taken longer than linger.
+func (d *database) add(rec *Record, r *request, urgent bool, metrics *queueMetrics) *addition {
+	a := &addition{rec: rec, request: r, began: time.Now(), urgent: urgent || rec.Lease == 0, done: make(chan struct{}), metrics: metrics}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if d.store == nil && !errors.Is(d.broken, errNotOpen) {
@@ -337,6 +337,9 @@ func (d *database) open() bool {
 	d.store, d.broken = store, err
 	if err == nil {
 		d.recoveredLocked()
+		for _, s := range d.queues {
+			s.queue.poke()
+		}
 		if l, ok := store.(listener); ok {
 			l.Listen(d.heard)
 		}

@@ -568,7 +568,7 @@ func (q *queue) live(h *Handler, r *request, rec *Record) *live {
 		rec.Attempts, rec.Lease = 1, time.Duration(h.AttemptTimeout)+leaseMargin
 	}
 	if q.db.pending(q.name) < h.MaxEvents {
-		l.addition = q.db.add(rec, r, &q.metrics)
+		l.addition = q.db.add(rec, r, time.Duration(*h.AnswerAfter) < linger, &q.metrics)
 		l.durable = l.addition.done
 	} else {
 		q.refused(h)

@@ -100,8 +100,18 @@ func (s *sqlStore) migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
 		}
 		return nil
 	}
+	return s.checkVersion(ctx, tx)
+}
+
+// querier is a database, or a transaction in it.
+type querier interface {
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+}
+
+// checkVersion refuses a schema that is not the one of this version.
+func (s *sqlStore) checkVersion(ctx context.Context, db querier) error {
 	var version int
-	if err := tx.QueryRowContext(ctx, s.text(`SELECT version FROM {schema}inkit_queue_schema`)).Scan(&version); err != nil {
+	if err := db.QueryRowContext(ctx, s.text(`SELECT version FROM {schema}inkit_queue_schema`)).Scan(&version); err != nil {
 		return err
 	}
 	switch {

@@ -37,6 +37,8 @@ func init() {
 type SQLite struct {
 	// The path of the file. Default: `inkit_queue.db` in Caddy's data directory.
 	Path string `json:"path,omitempty"`
+
+	busy time.Duration // busyTimeout, if it is another one
 }
 
 // CaddyModule returns the Caddy module information.
@@ -86,8 +88,10 @@ func (s *SQLite) Key() string { return "sqlite " + s.Path }
 const _ = uint(sqlite3.SQLITE_VERSION_NUMBER - 3_051_003)
 
 const (
-	// busyTimeout is how long a transaction waits for another process.
-	busyTimeout = 2 * time.Second
+	// busyTimeout is how long a transaction waits for another process, and that of a
+	// command, which nobody waits for but an operator, for a Caddy that writes all the time.
+	busyTimeout        = 4 * time.Second
+	commandBusyTimeout = 30 * time.Second
 
 	// sqliteRows is how many events a statement adds: more are no faster.
 	sqliteRows = 8
@@ -128,17 +132,21 @@ func (s *SQLite) Open(ctx context.Context) (Store, error) {
 		return nil, errors.New("is not a regular file")
 	}
 
+	busy := s.busy
+	if busy == 0 {
+		busy = busyTimeout
+	}
 	store := &sqliteStore{
 		sqlStore: sqlStore{dialect: dialect{bytes: "BLOB", rows: sqliteRows, now: "inkit_queue_now()", wrap: wrapSQLite}},
 		path:     s.Path,
 		file:     info,
 	}
-	if store.write, err = openSQLite(s.Path, 1,
+	if store.write, err = openSQLite(s.Path, 1, busy,
 		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
 		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize)); err != nil {
 		return nil, err
 	}
-	if store.read, err = openSQLite(s.Path, 2, "query_only(1)"); err != nil {
+	if store.read, err = openSQLite(s.Path, 2, busy, "query_only(1)"); err != nil {
 		return nil, errors.Join(err, store.write.Close())
 	}
 	if err = store.prepare(ctx); err == nil {
@@ -152,8 +160,8 @@ func (s *SQLite) Open(ctx context.Context) (Store, error) {
 	return store, nil
 }
 
-func openSQLite(path string, connections int, pragmas ...string) (*sql.DB, error) {
-	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busyTimeout.Milliseconds())}, pragmas...)
+func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) (*sql.DB, error) {
+	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds())}, pragmas...)
 	dsn := path + "?_txlock=immediate&_pragma=" + strings.Join(pragmas, "&_pragma=")
 	db, err := sql.Open("sqlite", dsn)
 	if err != nil {
@@ -164,29 +172,43 @@ func openSQLite(path string, connections int, pragmas ...string) (*sql.DB, error
 	return db, nil
 }
 
-// prepare makes the schema, unless the file holds something else.
+// prepare makes the schema, unless the file holds something else. If there is one, it
+// only reads: the commands need not wait for a Caddy that is busy writing.
 func (s *sqliteStore) prepare(ctx context.Context) error {
-	tx, err := s.write.BeginTx(ctx, nil)
-	if err != nil {
-		err = wrapSQLite(err)
-		if _, statErr := os.Stat(s.reserve()); errors.Is(err, ErrDamaged) && statErr != nil && isCode(err, sqlite3.SQLITE_NOTADB) {
+	exists, err := s.exists(ctx, s.read)
+	switch {
+	case err != nil:
+		_, statErr := os.Stat(s.reserve())
+		if err = wrapSQLite(err); errors.Is(err, ErrDamaged) && statErr != nil && isCode(err, sqlite3.SQLITE_NOTADB) {
 			return errors.New("is no database, and not ours")
 		}
 		return err
+	case exists:
+		return s.wrap(s.checkVersion(ctx, s.read))
 	}
-	defer func() { _ = tx.Rollback() }()
-	var tables, ours int
-	err = tx.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
+	tx, err := s.write.BeginTx(ctx, nil)
 	if err != nil {
 		return wrapSQLite(err)
 	}
-	if tables > 0 && ours == 0 {
-		return errors.New("is the database of another program")
+	defer func() { _ = tx.Rollback() }()
+	exists, err = s.exists(ctx, tx) // as another process has made it meanwhile
+	if err == nil {
+		err = s.migrate(ctx, tx, exists)
 	}
-	if err := s.migrate(ctx, tx, ours > 0); err != nil {
-		return s.wrap(err)
+	if err == nil {
+		err = tx.Commit()
 	}
-	return s.wrap(tx.Commit())
+	return s.wrap(err)
+}
+
+// exists reports whether the schema has been made.
+func (s *sqliteStore) exists(ctx context.Context, db querier) (bool, error) {
+	var tables, ours int
+	err := db.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
+	if err == nil && tables > 0 && ours == 0 {
+		err = errors.New("is the database of another program")
+	}
+	return ours > 0, err
 }
 
 func (s *sqliteStore) reserve() string { return s.path + "-reserve" }

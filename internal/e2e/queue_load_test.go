@@ -1,0 +1,228 @@
+//go:build linux
+
+package e2e
+
+import (
+	"context"
+	"crypto/sha256"
+	"database/sql"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// TestQueueCost compares what a Caddy accepts with a queue and without one, in turn.
+// The table of docs/performance.md is that of E2E_LONG=1.
+func TestQueueCost(t *testing.T) {
+	backend := newTaker(t, func(string, int) int { return http.StatusOK })
+	backend.quiet = true
+	c := startCaddy(t, "", `
+http://{{addr}} {
+	handle /without {
+		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+		reverse_proxy `+backend.addr+`
+	}
+	handle /queue {
+		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+		inkit_queue {
+			deliver {
+				reverse_proxy `+backend.addr+`
+			}
+		}
+	}
+	handle /down {
+		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+		inkit_queue {
+			name down
+			deliver {
+				reverse_proxy `+freeAddr(t)+`
+			}
+		}
+	}
+	error 404
+}`)
+	// load returns how many events are accepted in a second, and the median.
+	load := func(path string, senders int) (float64, time.Duration) {
+		s := newSender(t, c)
+		s.urls = []string{"http://" + c.addr + path}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(size(1500, 200))*time.Millisecond)
+		defer cancel()
+		began := time.Now()
+		var wg sync.WaitGroup
+		for i := range senders {
+			wg.Go(func() {
+				for n := 0; ctx.Err() == nil; n++ {
+					s.send(ctx, fmt.Sprintf("cost-%d-%d", i, n), n)
+				}
+			})
+		}
+		wg.Wait()
+		require.NotEmpty(t, s.ids(), path)
+		return float64(len(s.ids())) / time.Since(began).Seconds(), s.median()
+	}
+	median := func(values []float64) float64 { return slices.Sorted(slices.Values(values))[len(values)/2] }
+
+	slack := 0.9 // for a machine that does other things
+	if !long { // short rounds beside other tests say little
+		slack = 0.4
+	}
+	for _, tt := range []struct {
+		senders int
+		share   float64 // of what is accepted without a queue, at least
+	}{{1, 0.55}, {8, 0.65}, {64, 0.75}} {
+		load("/down", tt.senders)
+		var without, with, down, shares, longer []float64
+		for range size(7, 3) {
+			a, medianWithout := load("/without", tt.senders)
+			b, medianWith := load("/queue", tt.senders)
+			d, _ := load("/down", tt.senders)
+			without, with, down, shares = append(without, a), append(with, b), append(down, d), append(shares, b/a)
+			longer = append(longer, float64(medianWith-medianWithout))
+		}
+		t.Logf("| %d | %.0f | %.0f | %.2f | %v | %.0f |", tt.senders, median(without), median(with), median(shares),
+			time.Duration(median(longer)).Round(10*time.Microsecond), median(down))
+		assert.GreaterOrEqual(t, median(shares), tt.share*slack, "%d senders", tt.senders)
+		if tt.senders == 1 {
+			assert.LessOrEqual(t, time.Duration(median(longer)), time.Duration(float64(time.Millisecond)/slack))
+		}
+		if tt.senders == 64 {
+			assert.GreaterOrEqual(t, median(down), 1000*slack)
+		}
+	}
+}
+
+// TestQueueOfManyEvents has a million events wait, or fewer.
+func TestQueueOfManyEvents(t *testing.T) {
+	events := size(1_000_000, 20_000)
+	if n, err := strconv.Atoi(os.Getenv("E2E_EVENTS")); err == nil {
+		events = n
+	}
+	backend, up := switchable(t)
+	backend.quiet = true
+	var taken sync.Map
+	backend.status = func(id string, attempt int) int {
+		if !up.Load() {
+			return http.StatusServiceUnavailable
+		}
+		taken.LoadOrStore("first", time.Now())
+		return http.StatusOK
+	}
+	c := queueCaddy(t, backend.addr, "max_events 2000000\nconcurrency 64")
+	s := newSender(t, c)
+	s.workers = 64
+	accept := func(name string, n int) time.Duration {
+		began := time.Now()
+		<-s.sendAll(t.Context(), name, n)
+		return time.Since(began)
+	}
+	accept("first", 100)
+	at1000 := accept("few", 2000)
+	empty := resident(t, c)
+	db := c.path("queue/events.db")
+	c.stop(t, syscall.SIGTERM)
+	fill(t, db, events)
+	before := fileSize(t, db)
+	t.Logf("%d events: %d bytes each in the file", events, before/int64(events))
+
+	c.start()
+	waitFor(t, "all are counted", c.process, func() bool {
+		n, _ := strconv.ParseFloat(c.metric(pendingMetric), 64)
+		return int(n) >= events
+	})
+	ticks := cpuTicks(t, c)
+	began := time.Now()
+	time.Sleep(time.Duration(size(20, 2)) * time.Second) // it is idle, but for a probe a second
+	idle := float64(cpuTicks(t, c)-ticks) / 100 / time.Since(began).Seconds()
+	atMany := accept("many", 2000)
+	full := resident(t, c)
+	t.Logf("idle: %.2f %% of a core; 2000 events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
+		100*idle, atMany.Round(time.Millisecond), at1000.Round(time.Millisecond), full>>20, empty>>20)
+	if long {
+		assert.Less(t, idle, 0.01)
+		assert.LessOrEqual(t, atMany.Seconds(), 1.5*at1000.Seconds())
+	}
+	assert.LessOrEqual(t, full-empty, int64(60<<20))
+
+	c.stop(t, syscall.SIGTERM)
+	execSQL(t, db, `DELETE FROM inkit_queue_backends`) // as if the backend had not been found to be down
+	up.Store(true)
+	began = time.Now()
+	c.start()
+	waitFor(t, "the first delivery", c.process, func() bool { _, ok := taken.Load("first"); return ok })
+	first, _ := taken.Load("first")
+	t.Logf("the first delivery %v after the start", first.(time.Time).Sub(began).Round(time.Millisecond))
+	assert.Less(t, first.(time.Time).Sub(began), 2*time.Second)
+
+	waitLong(t, "all are delivered", 15*time.Minute, func() bool { return c.metric(pendingMetric) == "0" && len(c.list(t)) == 0 })
+	t.Logf("delivered in %v", time.Since(began).Round(time.Second))
+	waitLong(t, "the room is given back", 2*time.Minute, func() bool { return fileSize(t, db) < before/10 })
+	assert.LessOrEqual(t, resident(t, c)-empty, int64(60<<20))
+}
+
+// fill adds copies of an event that is there until there are as many as wanted.
+func fill(t *testing.T, path string, events int) {
+	t.Helper()
+	db, err := sql.Open("sqlite", path)
+	require.NoError(t, err)
+	defer db.Close()
+	tx, err := db.Begin()
+	require.NoError(t, err)
+	var request []byte
+	var model int64
+	require.NoError(t, tx.QueryRow(`SELECT request, rowid FROM inkit_queue_events WHERE attempts = 0 LIMIT 1`).Scan(&request, &model))
+	insert, err := tx.Prepare(`
+		INSERT INTO inkit_queue_events
+		SELECT ?, queue, state, received, queued, due, lease, owner, attempts, last_error, event_type, resource_id, request, ?
+		FROM inkit_queue_events WHERE rowid = ?`)
+	require.NoError(t, err)
+	for i := range events {
+		id := fmt.Sprintf("00000000-0000-7000-8000-%012d", i)
+		checksum := sha256.Sum256(append([]byte(id+"\x00"), request...))
+		_, err := insert.Exec(id, checksum[:], model)
+		require.NoError(t, err)
+	}
+	require.NoError(t, tx.Commit())
+}
+
+func fileSize(t *testing.T, path string) int64 {
+	t.Helper()
+	info, err := os.Stat(path)
+	require.NoError(t, err)
+	return info.Size()
+}
+
+// resident returns how much memory a Caddy has in use.
+func resident(t *testing.T, c *caddy) int64 {
+	t.Helper()
+	for line := range strings.Lines(readFile(t, filepath.Join("/proc", strconv.Itoa(c.cmd.Process.Pid), "status"))) {
+		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			kB, err := strconv.ParseInt(strings.Fields(value)[0], 10, 64)
+			require.NoError(t, err)
+			return kB << 10
+		}
+	}
+	return 0
+}
+
+// cpuTicks returns how long a Caddy has been at work, in hundredths of a second.
+func cpuTicks(t *testing.T, c *caddy) int64 {
+	t.Helper()
+	_, stat, _ := strings.Cut(readFile(t, filepath.Join("/proc", strconv.Itoa(c.cmd.Process.Pid), "stat")), ") ")
+	fields := strings.Fields(stat)
+	user, err := strconv.ParseInt(fields[11], 10, 64)
+	require.NoError(t, err)
+	system, err := strconv.ParseInt(fields[12], 10, 64)
+	require.NoError(t, err)
+	return user + system
+}
