@@ -258,7 +258,8 @@ func (s *sqliteStore) addOnly(ctx context.Context, b *Batch) (err error) {
 	}
 	n := len(b.Add)
 	if s.inserts[n-1] == nil {
-		if s.inserts[n-1], err = s.write.PrepareContext(ctx, s.insert(n)); err != nil {
+		s.inserts[n-1], err = s.write.PrepareContext(ctx, s.insert(n)) //nolint:sqlclosecheck // closed with the database
+		if err != nil {
 			return s.wrap(err)
 		}
 	}

@@ -137,6 +137,7 @@ func TestQueueWhoseFolderCannotBeWritten(t *testing.T) {
 }
 
 func TestQueueWhoseDatabaseGoesAway(t *testing.T) {
+	t.Parallel()
 	remove := func(t *testing.T, db string) {
 		t.Helper()
 		for _, suffix := range []string{"-wal", "-shm", ""} {
@@ -240,6 +241,7 @@ func edit(t *testing.T, path string, change func([]byte) []byte) {
 }
 
 func TestQueueWhoseDatabaseIsDamaged(t *testing.T) {
+	t.Parallel()
 	const aside = "the database is damaged: it was moved aside"
 	for _, tt := range []struct {
 		name   string

@@ -171,16 +171,18 @@ func TestQueueOfASenderThatHangsUp(t *testing.T) {
 		id := fmt.Sprint("hangs-up-", i)
 		body := event(id)
 		ctx, cancel := context.WithCancel(t.Context())
+		failed := make(chan error)
 		go func() {
-			waitFor(t, "an attempt", c.process, func() bool {
-				backend.mu.Lock()
-				defer backend.mu.Unlock()
-				return backend.attempts[id] > 0
-			})
-			cancel()
+			_, err := send(ctx, http.DefaultClient, "http://"+c.addr+"/webhook", body, int64(len(body)), sign(secret, body))
+			failed <- err
 		}()
-		_, err := send(ctx, http.DefaultClient, "http://"+c.addr+"/webhook", body, int64(len(body)), sign(secret, body))
-		require.ErrorIs(t, err, context.Canceled)
+		waitFor(t, "an attempt", c.process, func() bool {
+			backend.mu.Lock()
+			defer backend.mu.Unlock()
+			return backend.attempts[id] > 0
+		})
+		cancel()
+		require.ErrorIs(t, <-failed, context.Canceled)
 		ids = append(ids, id)
 	}
 	up.Store(true)
@@ -232,7 +234,7 @@ func TestQueueCommands(t *testing.T) {
 		assert.Equal(t, 2, e.Attempts)
 		assert.Empty(t, e.NextAttempt)
 		_, err := time.Parse(time.RFC3339, e.Received)
-		assert.NoError(t, err)
+		require.NoError(t, err)
 	}
 
 	db := []string{"--db", c.path("queue/events.db")}
@@ -271,7 +273,7 @@ func TestQueueCommands(t *testing.T) {
 	} {
 		_, err := c.command(append(append([]string{"inkit-queue"}, tt.args...), db...)...)
 		require.ErrorContains(t, err, "exit status 1", tt.name)
-		assert.ErrorContains(t, err, tt.says, tt.name)
+		require.ErrorContains(t, err, tt.says, tt.name)
 	}
 	_, err := c.command("inkit-queue", "list", "--db", c.path("nothing.db"))
 	require.ErrorContains(t, err, "there is no database "+c.path("nothing.db"))

@@ -74,7 +74,7 @@ http://{{addr}} {
 	median := func(values []float64) float64 { return slices.Sorted(slices.Values(values))[len(values)/2] }
 
 	slack := 0.9 // for a machine that does other things
-	if !long { // short rounds beside other tests say little
+	if !long {   // short rounds beside other tests say little
 		slack = 0.4
 	}
 	for _, tt := range []struct {
@@ -186,6 +186,7 @@ func fill(t *testing.T, path string, events int) {
 		SELECT ?, queue, state, received, queued, due, lease, owner, attempts, last_error, event_type, resource_id, request, ?
 		FROM inkit_queue_events WHERE rowid = ?`)
 	require.NoError(t, err)
+	defer insert.Close()
 	for i := range events {
 		id := fmt.Sprintf("00000000-0000-7000-8000-%012d", i)
 		checksum := sha256.Sum256(append([]byte(id+"\x00"), request...))
