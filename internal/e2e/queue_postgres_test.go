@@ -388,3 +388,81 @@ func TestPostgresThatIsNotThere(t *testing.T) {
 	assert.Less(t, time.Since(began), 5*time.Second)
 	assert.NotContains(t, c.output.String(), pgtest.Password)
 }
+
+// TestPostgresMove is a move from SQLite, as docs/postgres.md says.
+func TestPostgresMove(t *testing.T) {
+	server := pgtest.Start(t)
+	dsn := server.DSN(server.NewDatabase(t))
+	backend, up := switchable(t)
+	c := newCaddy(t, "grace_period 5s", queueSite(backend.addr, "max_age 500ms\nattempt_timeout 2s"), "INKIT_QUEUE_DSN="+dsn)
+	c.start()
+	s := newSender(t, c)
+	s.once(t, "dead") // before the backend is known to be down
+	waitFor(t, "one is dead", c.process, func() bool { return len(c.list(t, "--dead")) == 1 })
+	c.configure("grace_period 5s", queueSite(backend.addr, ""))
+	c.reload()
+	events := size(3000, 600)
+	<-s.sendAll(t.Context(), "moved", events)
+	require.Len(t, s.ids(), events+1)
+	before := c.list(t)
+
+	c.configure("grace_period 5s", strings.Replace(queueSite(backend.addr, ""), "store sqlite {{dir}}/queue/events.db", "store postgres {env.INKIT_QUEUE_DSN}", 1))
+	c.reload()
+	file := c.path("queue/events.db")
+	move := func() string {
+		out, err := c.command("inkit-queue", "move", "--from", file, "--config", c.path("Caddyfile"))
+		require.NoError(t, err)
+		return out
+	}
+	moved := 0
+	waitFor(t, "all are moved, those too that were being delivered", c.process, func() bool {
+		var n int
+		_, err := fmt.Sscanf(move(), "%d events were moved", &n)
+		require.NoError(t, err)
+		moved += n
+		return moved == events+1
+	})
+	assert.Equal(t, "0 events were moved\n", move())
+	after := c.list(t)
+	require.Len(t, after, len(before))
+	for i, e := range before {
+		assert.Equal(t, e.ID, after[i].ID)
+		assert.Equal(t, e.ResourceID, after[i].ResourceID)
+		assert.Equal(t, e.State, after[i].State)
+		assert.Equal(t, e.Received, after[i].Received)
+	}
+	assert.Equal(t, "status 503", c.list(t, "--dead")[0].LastError)
+	up.Store(true)
+	backend.hasAll(t, s.ids()[1:], time.Minute)
+	out, err := c.command("inkit-queue", "retry", "--dead", "--config", c.path("Caddyfile"))
+	require.NoError(t, err)
+	assert.Equal(t, "1 dead events are pending\n", out)
+	backend.hasAll(t, s.ids(), time.Minute)
+	out, err = c.command("inkit-queue", "list", "--json", "--db", file)
+	require.NoError(t, err)
+	assert.Empty(t, out)
+}
+
+// TestPostgresMigrate has another role make the tables.
+func TestPostgresMigrate(t *testing.T) {
+	server := pgtest.Start(t)
+	name := server.NewDatabase(t)
+	server.Exec(t, name, "CREATE ROLE few LOGIN PASSWORD '"+pgtest.Password+"'", "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
+	backend := newTaker(t, func(string, int) int { return http.StatusServiceUnavailable })
+	c := pgCaddy(t, backend.addr, strings.Replace(server.DSN(name), "//postgres:", "//few:", 1), "")
+	c.logged("the role may not make the tables: run the SQL that caddy inkit-queue migrate --print shows")
+	_, err := c.command("inkit-queue", "migrate", "--config", c.path("Caddyfile"))
+	require.ErrorContains(t, err, "the role may not make the tables")
+	assert.NotContains(t, err.Error(), pgtest.Password)
+	statements, err := c.command("inkit-queue", "migrate", "--print", "--config", c.path("Caddyfile"))
+	require.NoError(t, err)
+	server.Exec(t, name, statements, "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO few")
+	s := newSender(t, c)
+	waitFor(t, "it accepts, without a reload", c.process, func() bool { return s.once(t, fmt.Sprint("kept-", s.tries)).status == http.StatusOK })
+	out, err := c.command("inkit-queue", "migrate", "--config", c.path("Caddyfile"))
+	require.NoError(t, err)
+	assert.Contains(t, out, "the tables are there")
+	assert.NotContains(t, out, pgtest.Password)
+	_, err = c.command("inkit-queue", "migrate", "--print", "--db", c.path("x.db"))
+	require.ErrorContains(t, err, "no store of the configuration is in PostgreSQL")
+}
