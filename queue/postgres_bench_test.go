@@ -17,34 +17,6 @@ import (
 // that wait, and after a million have been through. Run it with -benchtime=5s.
 func BenchmarkPostgres(b *testing.B) {
 	server := pgtest.Start(b)
-	const size = 16
-	id := 0
-	batch := func(n int) *queue.Batch {
-		batch := &queue.Batch{Owner: "me"}
-		for range n {
-			id++
-			r := newRecord(fmt.Sprintf("new-%09d", id))
-			r.Request = make([]byte, 800)
-			batch.Add = append(batch.Add, r)
-		}
-		return batch
-	}
-	apply := func(b *testing.B, store queue.Store, batch *queue.Batch) {
-		b.Helper()
-		require.NoError(b, store.Apply(context.Background(), batch))
-	}
-	// deliver delivers n events, and returns what is to be written of that
-	deliver := func(b *testing.B, store queue.Store, n int, before []queue.Finish) []queue.Finish {
-		b.Helper()
-		claim := &queue.Claim{Queue: "default", Max: n, Lease: time.Minute}
-		apply(b, store, &queue.Batch{Owner: "me", Finish: before, Claims: []*queue.Claim{claim}})
-		require.Len(b, claim.Records, n)
-		finish := make([]queue.Finish, n)
-		for i, r := range claim.Records {
-			finish[i] = queue.Finish{ID: r.ID, Queue: "default", Outcome: queue.Delivered}
-		}
-		return finish
-	}
 	open := func(b *testing.B, pending int) (queue.Store, string) {
 		b.Helper()
 		name := server.NewDatabase(b)
@@ -56,33 +28,6 @@ func BenchmarkPostgres(b *testing.B) {
 			FROM generate_series(1, %d) n`, pending), "ANALYZE", "CHECKPOINT")
 		return store, name
 	}
-	measure := func(b *testing.B, name string, store queue.Store) {
-		b.Run(name+"/store", func(b *testing.B) {
-			for b.Loop() {
-				apply(b, store, batch(size))
-			}
-		})
-		b.Run(name+"/deliver", func(b *testing.B) {
-			var finish []queue.Finish
-			for b.Loop() {
-				finish = deliver(b, store, size, finish)
-				apply(b, store, batch(size)) // so that there are as many
-			}
-			apply(b, store, &queue.Batch{Owner: "me", Finish: finish})
-		})
-		b.Run(name+"/look", func(b *testing.B) {
-			for b.Loop() {
-				_, err := store.Peek(context.Background(), "default")
-				require.NoError(b, err)
-			}
-		})
-		b.Run(name+"/count", func(b *testing.B) {
-			for b.Loop() {
-				_, err := store.Counts(context.Background())
-				require.NoError(b, err)
-			}
-		})
-	}
 	few, name := open(b, 1000)
 	measure(b, "1000_wait", few)
 	many, _ := open(b, 1_000_000)
@@ -92,10 +37,10 @@ func BenchmarkPostgres(b *testing.B) {
 	const through = 1_000_000
 	var finish []queue.Finish
 	for i := 0; i < through; i += 500 {
-		apply(b, few, batch(500))
-		finish = deliver(b, few, 500, finish)
+		benchApply(b, few, newBatch(500))
+		finish = benchDeliver(b, few, 500, finish)
 	}
-	apply(b, few, &queue.Batch{Owner: "me", Finish: finish})
+	benchApply(b, few, &queue.Batch{Owner: "me", Finish: finish})
 	fmt.Printf("%d delivered in %v; then %s\n", through, time.Since(began).Round(time.Second), server.Query(b, name,
 		`SELECT n_dead_tup || ' dead rows, ' || autovacuum_count || ' autovacuums, ' || n_tup_hot_upd || ' of ' || n_tup_upd || ' updates HOT, table ' || pg_size_pretty(pg_table_size(relid)) || ', indexes ' || pg_size_pretty(pg_indexes_size(relid)) FROM pg_stat_user_tables WHERE relname = 'inkit_queue_events'`))
 	measure(b, "after_1000000_delivered", few)
