@@ -14,15 +14,28 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// recipe returns the Caddyfile under a heading of the README, split into its
-// global options and its site, with replacements made so that it runs here: the
-// site is a port of its own, and so on. Each replacement must be of use.
+// recipes holds the README and the file with what does not fit into it.
+func recipes(t *testing.T) string {
+	t.Helper()
+	return readFile(t, "../../README.md") + "\n" + readFile(t, "../../docs/recipes.md")
+}
+
+// section returns what stands under a heading of either, which no other one repeats.
+func section(t *testing.T, heading string) string {
+	t.Helper()
+	parts := strings.Split(recipes(t), "\n### "+heading+"\n")
+	require.Len(t, parts, 2, "the heading %q stands once in README.md and docs/recipes.md", heading)
+	section, _, _ := strings.Cut(parts[1], "\n### ")
+	section, _, _ = strings.Cut(section, "\n## ")
+	return section
+}
+
+// recipe returns the Caddyfile under such a heading, split into its global options and
+// its site, with replacements made so that it runs here: the site is a port of its
+// own, and so on. Each replacement must be of use.
 func recipe(t *testing.T, heading string, replacements ...string) (options, site string) {
 	t.Helper()
-	_, section, found := strings.Cut(readFile(t, "../../README.md"), "\n### "+heading+"\n")
-	require.True(t, found, "the README has no heading %q", heading)
-	section, _, _ = strings.Cut(section, "\n### ")
-	_, block, found := strings.Cut(section, "```caddyfile\n")
+	_, block, found := strings.Cut(section(t, heading), "```caddyfile\n")
 	require.True(t, found, "no Caddyfile under %q", heading)
 	block, _, _ = strings.Cut(block, "```\n")
 	replacements = append([]string{"example.com {", "http://:{{port}} {"}, replacements...)

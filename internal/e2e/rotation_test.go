@@ -196,7 +196,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 	b := newBackend(t, modeGood)
 	site := func(t *testing.T, line string) string {
 		t.Helper()
-		require.Contains(t, readFile(t, "../../README.md"), "`"+line+"`", "the line is in the README")
+		require.Contains(t, recipes(t), "`"+line+"`", "the line is in the recipes")
 		return "http://:{{port}} {\n\t" + line + "\n\treverse_proxy " + b.addr + "\n}\n"
 	}
 	status := func(c *caddy, key string) int {
@@ -245,7 +245,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 }
 
 // TestRecipeRotation plays the walk through a rotation with the Caddyfile, the
-// files and the commands of the README.
+// files and the commands of the recipe.
 func TestRecipeRotation(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, modeGood)
@@ -266,8 +266,7 @@ func TestRecipeRotation(t *testing.T) {
 	assert.Equal(t, 200, status("old_secret"))
 	time.Sleep(time.Second)
 	command := func(i int, stdin string) {
-		_, section, _ := strings.Cut(readFile(t, "../../README.md"), "\n### Rotate a secret\n")
-		_, block, _ := strings.Cut(section, "```sh\n")
+		_, block, _ := strings.Cut(section(t, "Rotate a secret"), "```sh\n")
 		cmd := exec.Command("sh", "-ec", strings.NewReplacer("/etc/caddy/inkit", dir).Replace(strings.Split(block, "\n")[i]))
 		cmd.Stdin = strings.NewReader(stdin)
 		out, err := cmd.CombinedOutput()
