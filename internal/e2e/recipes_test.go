@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"os/exec"
 	"strings"
@@ -209,6 +210,39 @@ func TestRecipeLogs(t *testing.T) {
 			assert.NotContains(t, log, confidential)
 		}
 	}
+}
+
+// TestRecipeJSON has a Caddy that runs take the JSON. It must not ask for a certificate:
+// one of Caddy's own would be put among those that this machine trusts.
+func TestRecipeJSON(t *testing.T) {
+	b := newBackend(t, modeGood)
+	_, block, found := strings.Cut(section(t, "JSON"), "```json\n")
+	require.True(t, found)
+	block, _, _ = strings.Cut(block, "```\n")
+	c := startCaddy(t, "", "http://:{{port}} {\n\terror 404\n}\n")
+	for _, replacement := range [][2]string{
+		{"{\n\t\"apps\"", `{"admin": {"listen": "` + c.admin + `"}, "apps"`}, // or it is that of port 2019
+		{`"listen": [":443"]`, `"automatic_https": {"disable": true}, "listen": [":` + port(c.addr) + `"]`}, // and no certificate
+		{`"host": ["example.com"]`, `"host": ["127.0.0.1"]`},
+		{`"/var/lib/caddy/`, `"` + c.dir + `/`},
+		{"localhost:9000", b.addr},
+	} {
+		require.Equal(t, 1, strings.Count(block, replacement[0]), replacement[0])
+		block = strings.Replace(block, replacement[0], replacement[1], 1)
+	}
+	resp, err := http.Post("http://"+c.admin+"/load", "application/json", strings.NewReader(block))
+	require.NoError(t, err)
+	problem, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	require.NoError(t, err)
+	require.Equal(t, 200, resp.StatusCode, "%s", problem)
+	body := event("doc_1")
+	assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
+	assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, sign("wrong", body)).status)
+	assert.Equal(t, 404, post(t, webhookURL(c, "/webhok"), body, sign(secret, body)).status)
+	require.Len(t, b.records(), 1)
+	assert.Equal(t, body, b.records()[0].Body)
+	assert.FileExists(t, c.path("inkit_queue.db"))
 }
 
 // TestQuickStart runs the example and plays what its comment says, and the README.
