@@ -46,15 +46,6 @@ func TestAdapt(t *testing.T) {
 	}
 }
 
-func TestExampleAdaptsWithoutWarnings(t *testing.T) {
-	example, err := os.ReadFile("example.Caddyfile")
-	require.NoError(t, err)
-	got, err := adapt(t, string(example))
-	require.NoError(t, err)
-	assert.Contains(t, got, `"handler": "inkit_webhook"`)
-	assert.Contains(t, got, `"value": "{env.INKIT_WEBHOOK_SECRET}"`)
-}
-
 // The errors name the key and the line, and no word of the input: any that is in
 // the wrong place may be a secret.
 func TestCaddyfileErrorsShowNoInput(t *testing.T) {
@@ -141,23 +132,6 @@ func TestUnsetVariableMakesNoSecret(t *testing.T) {
 		assert.Contains(t, config, `"value": ""`)
 		require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Name: "current"}}}), "secret current: must not be empty")
 	})
-}
-
-// The grammar in the documentation of UnmarshalCaddyfile stands in the README, to
-// the letter.
-func TestGrammarIsInTheREADME(t *testing.T) {
-	source, err := os.ReadFile("caddyfile.go")
-	require.NoError(t, err)
-	var grammar strings.Builder
-	for line := range strings.Lines(string(source)) {
-		if rest, ok := strings.CutPrefix(line, "//\t"); ok {
-			grammar.WriteString(rest)
-		}
-	}
-	require.True(t, strings.HasPrefix(grammar.String(), "inkit_webhook [<matcher>] [<placeholder>] {\n"))
-	readme, err := os.ReadFile("README.md")
-	require.NoError(t, err)
-	assert.Contains(t, string(readme), "```\n"+grammar.String()+"```\n")
 }
 
 func FuzzCaddyfile(f *testing.F) {

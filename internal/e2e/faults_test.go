@@ -33,7 +33,7 @@ const (
 `
 )
 
-// recommendedSite is the one in the README.
+// recommendedSite is the one of the recipe.
 func recommendedSite(t *testing.T, upstreams ...string) string {
 	t.Helper()
 	_, site := recipe(t, "Nothing verified gets lost", "localhost:9000", strings.Join(upstreams, " "))

@@ -18,7 +18,7 @@ import (
 )
 
 // The values of secrets and the signatures show nowhere, whatever the log level,
-// as long as the filter is in place that the README recommends.
+// as long as the filter is in place that the recipe has.
 func TestNothingConfidentialShows(t *testing.T) {
 	const next = "the_next_secret"
 	b := newBackend(t, modeGood)

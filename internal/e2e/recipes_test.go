@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"io"
 	"net/http"
 	"os/exec"
 	"strings"
@@ -14,15 +15,28 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// recipe returns the Caddyfile under a heading of the README, split into its
-// global options and its site, with replacements made so that it runs here: the
-// site is a port of its own, and so on. Each replacement must be of use.
+// recipes holds the README and the file with what does not fit into it.
+func recipes(t *testing.T) string {
+	t.Helper()
+	return readFile(t, "../../README.md") + "\n" + readFile(t, "../../docs/recipes.md")
+}
+
+// section returns what stands under a heading of either, which no other one repeats.
+func section(t *testing.T, heading string) string {
+	t.Helper()
+	parts := strings.Split(recipes(t), "\n### "+heading+"\n")
+	require.Len(t, parts, 2, "the heading %q stands once in README.md and docs/recipes.md", heading)
+	section, _, _ := strings.Cut(parts[1], "\n### ")
+	section, _, _ = strings.Cut(section, "\n## ")
+	return section
+}
+
+// recipe returns the Caddyfile under such a heading, split into its global options and
+// its site, with replacements made so that it runs here: the site is a port of its
+// own, and so on. Each replacement must be of use.
 func recipe(t *testing.T, heading string, replacements ...string) (options, site string) {
 	t.Helper()
-	_, section, found := strings.Cut(readFile(t, "../../README.md"), "\n### "+heading+"\n")
-	require.True(t, found, "the README has no heading %q", heading)
-	section, _, _ = strings.Cut(section, "\n### ")
-	_, block, found := strings.Cut(section, "```caddyfile\n")
+	_, block, found := strings.Cut(section(t, heading), "```caddyfile\n")
 	require.True(t, found, "no Caddyfile under %q", heading)
 	block, _, _ = strings.Cut(block, "```\n")
 	replacements = append([]string{"example.com {", "http://:{{port}} {"}, replacements...)
@@ -196,6 +210,39 @@ func TestRecipeLogs(t *testing.T) {
 			assert.NotContains(t, log, confidential)
 		}
 	}
+}
+
+// TestRecipeJSON has a Caddy that runs take the JSON. It must not ask for a certificate:
+// one of Caddy's own would be put among those that this machine trusts.
+func TestRecipeJSON(t *testing.T) {
+	b := newBackend(t, modeGood)
+	_, block, found := strings.Cut(section(t, "JSON"), "```json\n")
+	require.True(t, found)
+	block, _, _ = strings.Cut(block, "```\n")
+	c := startCaddy(t, "", "http://:{{port}} {\n\terror 404\n}\n")
+	for _, replacement := range [][2]string{
+		{"{\n\t\"apps\"", `{"admin": {"listen": "` + c.admin + `"}, "apps"`}, // or it is that of port 2019
+		{`"listen": [":443"]`, `"automatic_https": {"disable": true}, "listen": [":` + port(c.addr) + `"]`}, // and no certificate
+		{`"host": ["example.com"]`, `"host": ["127.0.0.1"]`},
+		{`"/var/lib/caddy/`, `"` + c.dir + `/`},
+		{"localhost:9000", b.addr},
+	} {
+		require.Equal(t, 1, strings.Count(block, replacement[0]), replacement[0])
+		block = strings.Replace(block, replacement[0], replacement[1], 1)
+	}
+	resp, err := http.Post("http://"+c.admin+"/load", "application/json", strings.NewReader(block))
+	require.NoError(t, err)
+	problem, err := io.ReadAll(resp.Body)
+	resp.Body.Close()
+	require.NoError(t, err)
+	require.Equal(t, 200, resp.StatusCode, "%s", problem)
+	body := event("doc_1")
+	assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
+	assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, sign("wrong", body)).status)
+	assert.Equal(t, 404, post(t, webhookURL(c, "/webhok"), body, sign(secret, body)).status)
+	require.Len(t, b.records(), 1)
+	assert.Equal(t, body, b.records()[0].Body)
+	assert.FileExists(t, c.path("inkit_queue.db"))
 }
 
 // TestQuickStart runs the example and plays what its comment says, and the README.

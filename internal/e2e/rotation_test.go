@@ -196,7 +196,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 	b := newBackend(t, modeGood)
 	site := func(t *testing.T, line string) string {
 		t.Helper()
-		require.Contains(t, readFile(t, "../../README.md"), "`"+line+"`", "the line is in the README")
+		require.Contains(t, recipes(t), "`"+line+"`", "the line is in the recipes")
 		return "http://:{{port}} {\n\t" + line + "\n\treverse_proxy " + b.addr + "\n}\n"
 	}
 	status := func(c *caddy, key string) int {
@@ -238,20 +238,39 @@ func TestRecipeSecretFiles(t *testing.T) {
 		require.NoError(t, os.WriteFile(dir+"/inkit_webhook", []byte(secret+"\n"), 0o400))
 		require.NoError(t, os.Chmod(dir, 0o500))
 		t.Cleanup(func() { _ = os.Chmod(dir, 0o700) })
-		c := startCaddy(t, "", site(t, "inkit_webhook {file.{$CREDENTIALS_DIRECTORY}/inkit_webhook}"), "CREDENTIALS_DIRECTORY="+dir)
+		c := startCaddy(t, "", site(t, "inkit_webhook {file.{$INKIT_SECRET_FILE}}"), "INKIT_SECRET_FILE="+dir+"/inkit_webhook")
 		assert.Equal(t, 200, status(c, secret))
 		assert.NotContains(t, c.get("http://"+c.admin+"/config/"), secret)
 	})
 }
 
 // TestRecipeRotation plays the walk through a rotation with the Caddyfile, the
-// files and the commands of the README.
+// files and the commands of the recipe.
 func TestRecipeRotation(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, modeGood)
-	dir := t.TempDir()
-	writeFile(t, dir+"/blue", "old_secret\n")
-	writeFile(t, dir+"/green", "anything that nobody knows\n")
+	dir := t.TempDir() + "/inkit"
+	blocks := strings.Split(section(t, "Rotate a secret"), "```sh\n")
+	require.Len(t, blocks, 4, "once, the new secret, and the old one")
+	command := func(block, line int, stdin string) {
+		t.Helper()
+		shown := strings.Split(blocks[block], "\n")[line]
+		// as whoever runs the test, and not as root and in the group of Caddy
+		script := strings.NewReplacer("sudo ", "", " -o root -g caddy", fmt.Sprintf(" -g %d", os.Getgid()), "/etc/caddy/inkit", dir).Replace(shown)
+		cmd := exec.Command("sh", "-ec", script)
+		cmd.Stdin = strings.NewReader(stdin)
+		out, err := cmd.CombinedOutput()
+		require.NoError(t, err, "%s\n%s", script, out)
+	}
+	command(1, 0, "")
+	command(1, 1, "old_secret\n")
+	command(1, 2, "")
+	for name, want := range map[string]os.FileMode{dir: 0o750 | os.ModeDir | os.ModeSetgid, dir + "/blue": 0o640, dir + "/green": 0o640} {
+		info, err := os.Stat(name)
+		require.NoError(t, err)
+		assert.Equal(t, want, info.Mode(), name)
+	}
+
 	options, site := recipe(t, "Rotate a secret", "localhost:9000", b.addr, "/etc/caddy/inkit", dir)
 	c := startCaddy(t, options, site)
 	status := func(key string) int {
@@ -264,21 +283,25 @@ func TestRecipeRotation(t *testing.T) {
 		return value
 	}
 	assert.Equal(t, 200, status("old_secret"))
-	time.Sleep(time.Second)
-	command := func(i int, stdin string) {
-		_, section, _ := strings.Cut(readFile(t, "../../README.md"), "\n### Rotate a secret\n")
-		_, block, _ := strings.Cut(section, "```sh\n")
-		cmd := exec.Command("sh", "-ec", strings.NewReplacer("/etc/caddy/inkit", dir).Replace(strings.Split(block, "\n")[i]))
-		cmd.Stdin = strings.NewReader(stdin)
-		out, err := cmd.CombinedOutput()
-		require.NoError(t, err, "%s", out)
+
+	// a bad paste changes nothing, and the log says what the recipe says
+	command(2, 0, " new_secret\n")
+	command(2, 1, "")
+	assert.Equal(t, 401, status("new_secret"))
+	assert.Equal(t, 200, status("old_secret"))
+	for _, said := range []string{"reloading secrets, the last good values stay in use", "secret green: must not start or end with white space"} {
+		assert.Contains(t, section(t, "Rotate a secret"), "`"+said+"`")
+		waitFor(t, "the log says: "+said, c.process, func() bool { return strings.Contains(c.output.String(), said) })
 	}
-	command(0, "new_secret\n")
+
+	command(2, 0, "new_secret\n")
+	command(2, 1, "")
 	assert.Equal(t, 200, status("new_secret"), "the first event that Inkit signs with it")
 	assert.Equal(t, 200, status("old_secret"), "and one that was under way")
-	assert.Equal(t, []string{"2", "1"}, []string{metric("blue"), metric("green")})
+	assert.Equal(t, []string{"3", "1"}, []string{metric("blue"), metric("green")})
 
-	command(1, "")
+	command(3, 0, "")
+	command(3, 1, "")
 	waitFor(t, "the old secret is refused", c.process, func() bool { time.Sleep(100 * time.Millisecond); return status("old_secret") == 401 })
 	assert.Equal(t, 200, status("new_secret"))
 }
