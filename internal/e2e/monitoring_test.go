@@ -409,4 +409,18 @@ func TestDashboard(t *testing.T) {
 		assert.NotEmpty(t, p.query(now, metric+`{handler="subroute"}`), metric)
 		assert.Empty(t, p.query(now, metric+`{handler="inkit_webhook"}`), metric)
 	}
+
+	t.Run("the script draws it", func(t *testing.T) {
+		if exec.Command("/usr/bin/python3", "-c", "import matplotlib").Run() != nil {
+			t.Skip("Matplotlib is not installed")
+		}
+		picture := t.TempDir() + "/dashboard.png"
+		out, err := exec.Command(monitoring+"/picture", "http://"+p.addr, picture, "0.02").CombinedOutput()
+		require.NoError(t, err, "%s", out)
+		for _, path := range []string{picture, "../../docs/dashboard.png"} {
+			content := readFile(t, path)
+			assert.True(t, strings.HasPrefix(content, "\x89PNG"), path)
+			assert.Less(t, len(content), 200_000, path)
+		}
+	})
 }
