@@ -100,6 +100,50 @@ func TestAlertRules(t *testing.T) {
 	}
 }
 
+// TestMonitoringDoc: the document names every alert and metric, and its rule fires.
+func TestMonitoringDoc(t *testing.T) {
+	t.Parallel()
+	doc := readFile(t, "../../docs/monitoring.md")
+	alerts := regexp.MustCompile(`alert: (\w+)`).FindAllStringSubmatch(readFile(t, monitoring+"/alerts.yml"), -1)
+	require.NotEmpty(t, alerts)
+	for _, alert := range alerts {
+		assert.Contains(t, doc, "\n| `"+alert[1]+"` |")
+	}
+	c := startCaddy(t, "", strings.NewReplacer("{{file}}", newSecretFile(t, "from_file").path, "{{db}}", "{{dir}}/events.db", "{{down}}", freeAddr(t)).Replace(monitored))
+	metrics := regexp.MustCompile(`# TYPE (caddy_inkit_\w+) `).FindAllStringSubmatch(c.get("http://"+c.admin+"/metrics"), -1)
+	assert.Len(t, metrics, 10)
+	for _, metric := range metrics {
+		assert.Contains(t, doc, "\n| `"+metric[1]+"` |")
+	}
+
+	promtool, err := exec.LookPath("promtool")
+	if err != nil {
+		t.Skip("promtool is not installed")
+	}
+	_, rule, found := strings.Cut(doc, "```yaml\n")
+	require.True(t, found)
+	rule, _, _ = strings.Cut(rule, "```")
+	dir := t.TempDir()
+	writeFile(t, dir+"/rules.yml", "groups:\n- name: caddy\n  rules:\n  "+strings.ReplaceAll(rule, "\n", "\n  "))
+	writeFile(t, dir+"/test.yml", `
+rule_files: [rules.yml]
+tests:
+- interval: 15s
+  input_series:
+  - series: 'up{job="caddy", instance="a"}'
+    values: 1x8 0x40
+  - series: 'up{job="caddy", instance="b"}'
+    values: 1x8 0x2 1x40
+  alert_rule_test:
+  - {alertname: CaddyDown, eval_time: 4m}
+  - {alertname: CaddyDown, eval_time: 5m, exp_alerts: [{exp_labels: {job: caddy, instance: a}}]}
+`)
+	cmd := exec.Command(promtool, "test", "rules", "test.yml")
+	cmd.Dir = dir
+	out, err := cmd.CombinedOutput()
+	require.NoError(t, err, "%s", out)
+}
+
 // monitored is two Caddys that a Prometheus scrapes: two webhooks, a queue behind each,
 // and one database for both Caddys. The backend of the queue documents is down; that of
 // the queue mail has trouble with the event "bad".
@@ -411,6 +455,7 @@ func TestDashboard(t *testing.T) {
 	}
 
 	t.Run("the script draws it", func(t *testing.T) {
+		t.Parallel()
 		if exec.Command("/usr/bin/python3", "-c", "import matplotlib").Run() != nil {
 			t.Skip("Matplotlib is not installed")
 		}
