@@ -252,7 +252,8 @@ func TestCommandSend(t *testing.T) {
 
 // TestCommandHelp plays the example that each help text ends with.
 func TestCommandHelp(t *testing.T) {
-	c := startCaddy(t, "", strings.Replace(readFile(t, "../../example.Caddyfile"), "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", 1), "INKIT_WEBHOOK_SECRET=demo")
+	options, site := split(strings.Replace(readFile(t, "../../example.Caddyfile"), "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", 1))
+	c := startCaddy(t, options, site, "INKIT_WEBHOOK_SECRET=demo")
 	dir := t.TempDir()
 	require.NoError(t, os.Symlink(caddyPath, dir+"/caddy"))
 	for name, want := range map[string]string{

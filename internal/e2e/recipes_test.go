@@ -44,12 +44,22 @@ func recipe(t *testing.T, heading string, replacements ...string) (options, site
 		require.Contains(t, block, replacements[i])
 		block = strings.ReplaceAll(block, replacements[i], replacements[i+1])
 	}
-	if rest, ok := strings.CutPrefix(block, "{\n"); ok {
-		options, site, found = strings.Cut(rest, "\n}\n")
-		require.True(t, found)
-		return options, site
+	return split(block)
+}
+
+// split returns the global options of a Caddyfile, without the braces, and its sites.
+func split(caddyfile string) (options, sites string) {
+	for rest := caddyfile; ; {
+		line, after, _ := strings.Cut(rest, "\n")
+		switch {
+		case line == "{":
+			options, sites, _ = strings.Cut(after, "\n}\n")
+			return options, sites
+		case line != "" && !strings.HasPrefix(line, "#"):
+			return "", caddyfile
+		}
+		rest = after
 	}
-	return "", block
 }
 
 func webhookURL(c *caddy, path string) string { return "http://" + c.addr + path }
@@ -253,7 +263,9 @@ func TestQuickStart(t *testing.T) {
 		}
 	}
 	example := readFile(t, "../../example.Caddyfile")
-	c := startCaddy(t, "", strings.Replace(example, "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", 1), "INKIT_WEBHOOK_SECRET=demo")
+	options, site := split(strings.Replace(example, "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", 1))
+	require.Contains(t, options, "log")
+	c := startCaddy(t, options, site, "INKIT_WEBHOOK_SECRET=demo")
 
 	var fromExample strings.Builder
 	for line := range strings.Lines(example) {
