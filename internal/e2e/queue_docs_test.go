@@ -16,7 +16,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -67,12 +66,11 @@ type takerOrNot struct {
 
 func newTakerOrNot(t *testing.T, status int) *takerOrNot {
 	t.Helper()
-	b := &takerOrNot{addr: freeAddr(t), taken: make(map[string]int), ids: make(map[string]string)}
+	b := &takerOrNot{taken: make(map[string]int), ids: make(map[string]string)}
 	b.status.Store(int32(status))
-	server := &http.Server{Addr: b.addr, Handler: b}
-	go func() { _ = server.ListenAndServe() }()
-	t.Cleanup(func() { _ = server.Close() })
-	waitFor(t, "the backend listens", nil, listening(b.addr))
+	server := httptest.NewServer(b)
+	t.Cleanup(server.Close)
+	b.addr = server.Listener.Addr().String()
 	return b
 }
 
@@ -206,7 +204,7 @@ func TestQueueDocs(t *testing.T) {
 	}
 	list := func(arguments string) string {
 		t.Helper()
-		return o.run("caddy inkit-queue list " + arguments)
+		return o.run("caddy inkit-queue list --db " + db + " " + arguments)
 	}
 	id := "" // of the event that stands for the one in the text
 	waiting := func(resource string) {
@@ -216,9 +214,8 @@ func TestQueueDocs(t *testing.T) {
 		require.NotEmpty(t, id, "the backend has the id of its event")
 		waitFor(t, "the attempt has failed", c.process, func() bool { return strings.Contains(list(""), id) })
 	}
-	deliver := "" // the command that delivers what is in a file
-	var delivering *process
 	var noisy []string
+	lost := 0 // of the events in the file that is damaged
 
 	steps := []struct {
 		heading string
@@ -323,24 +320,29 @@ func TestQueueDocs(t *testing.T) {
 			o.run(replace(script, "/srv/queue/", other+"/"))
 			assert.NoFileExists(t, db)
 			db = other + "/inkit_queue.db"
-			c.configure(options, withOption("attempt_timeout 2s\nstore sqlite "+db)) // so that leases are short
+			c.configure(options, withOption("store sqlite "+db))
 			c.start()
-			assert.Contains(t, list("--db "+db), "doc_1")
+			assert.Contains(t, list(""), "doc_1")
 			require.NoError(t, os.WriteFile(o.vars, []byte("db="+db+"\n"), 0o600))
-			backend.status.Store(http.StatusOK)
-			waitFor(t, "it is delivered from there", c.process, func() bool { return strings.Count(list("--db "+db), "\n") == 1 })
 		}},
-		{"Deliver what is in a file", func() {
-			o.run("cp inkit_queue-*.db recovered.db")
-			writeFile(t, o.dir+"/deliver.Caddyfile", replace(caddyfiles["Deliver what is in a file"],
-				"localhost:8099", freeAddr(t), "localhost:9000", backend.addr))
+		{"Move it to another disk", func() {
+			waiting("doc_moved")
+			c.configure(options, withOption("attempt_timeout 2s")) // so that leases are short
+			c.reload()
 		}, func(script string) {
-			deliver = "exec " + script
-			delivering = start(t, o.command(deliver))
-		}},
-		{"Deliver what is in a file", nil, func(script string) {
-			waitFor(t, "the headings alone are left", delivering, func() bool { return strings.Count(o.run(script), "\n") == 1 })
-			delivering.stop(t, syscall.SIGINT)
+			var out strings.Builder
+			for again := true; again; again = strings.Contains(out.String(), "run this again") {
+				out.Reset()
+				out.WriteString(o.run(replace(script, "/etc/caddy/Caddyfile", c.path("Caddyfile"))))
+			}
+			assert.Equal(t, 1, strings.Count(list(""), "\n"), "none is left")
+			db = c.path("caddy/inkit_queue.db")
+			require.NoError(t, os.WriteFile(o.vars, []byte("db="+db+"\n"), 0o600))
+			assert.Contains(t, list(""), "doc_1")
+			assert.Contains(t, list(""), "doc_moved")
+			backend.status.Store(http.StatusOK)
+			waitFor(t, "both are delivered from there", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
+			assert.True(t, backend.hasTaken("doc_moved"))
 		}},
 		{"A damaged file", func() {
 			backend.status.Store(http.StatusServiceUnavailable)
@@ -370,21 +372,20 @@ func TestQueueDocs(t *testing.T) {
 			t.Logf("%d events are in the recovered file, and %d are lost", recovered, missing)
 			assert.Positive(t, recovered)
 			assert.Less(t, missing, 8, "no more than there is room for in 4 KiB")
-			start(t, o.command(deliver))
-			waitFor(t, "what was recovered is delivered", c.process, func() bool { return strings.Count(list("--db recovered.db"), "\n") == 1 })
-			lost := 0
-			for _, resource := range noisy {
-				if !backend.hasTaken(resource) {
-					lost++
-				}
-			}
-			assert.Equal(t, missing, lost)
+			lost = missing
 		}},
 		{"A damaged file", nil, func(script string) {
-			o.run(script)
+			o.run(replace(script, "/etc/caddy/Caddyfile", c.path("Caddyfile")))
 			left, err := filepath.Glob(db + ".damaged-*")
 			require.NoError(t, err)
 			assert.Empty(t, left)
+			waitFor(t, "what was recovered is delivered", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
+			for _, resource := range noisy {
+				if !backend.hasTaken(resource) {
+					lost--
+				}
+			}
+			assert.Zero(t, lost)
 			waitFor(t, "the metric is 0", c.process, func() bool {
 				return strings.Contains(c.get("http://"+c.admin+"/metrics"), `caddy_inkit_queue_damaged_files{queue="default"} 0`)
 			})
