@@ -6,72 +6,210 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/user"
 	"path/filepath"
+	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
+// example is a copy of a folder of examples, in which a free port stands for each port
+// that its files and its commands name.
+type example struct {
+	t                      *testing.T
+	dir                    string
+	env                    []string
+	site, upstream         string // addresses
+	replacer               *strings.Replacer
+	backend, caddy, sender string // the commands of its README
+}
+
+func newExample(t *testing.T, name string) *example {
+	t.Helper()
+	e := &example{t: t, dir: t.TempDir(), site: freeAddr(t), upstream: freeAddr(t)}
+	e.replacer = strings.NewReplacer(
+		"localhost:8080", "localhost:"+port(e.site), "localhost:9000", e.upstream,
+		"listen(9000, 'localhost')", "listen("+port(e.upstream)+", '127.0.0.1')",
+	)
+	from := "../../examples/" + name
+	files, err := os.ReadDir(from)
+	require.NoError(t, err)
+	for _, file := range files {
+		content := e.replacer.Replace(readFile(t, filepath.Join(from, file.Name())))
+		if file.Name() == "Caddyfile" {
+			content = fmt.Sprintf("{\n\tadmin %s\n}\n%s", freeAddr(t), content)
+		}
+		require.NoError(t, os.WriteFile(filepath.Join(e.dir, file.Name()), []byte(content), 0o644)) //nolint:gosec // PHP has another user
+	}
+	blocks := docBlocks(t, from+"/README.md", "sh")
+	require.Len(t, blocks, 4, "what to install, and three commands")
+	e.backend, e.caddy, e.sender = blocks[1].text, blocks[2].text, blocks[3].text
+	bin := t.TempDir()
+	require.NoError(t, os.Symlink(caddyPath, bin+"/caddy"))
+	home := t.TempDir()
+	e.env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "PYTHONDONTWRITEBYTECODE=1",
+		"HOME="+home, "XDG_CONFIG_HOME="+home, "XDG_DATA_HOME="+home)
+	return e
+}
+
+func (e *example) command(text string) *exec.Cmd {
+	cmd := exec.Command("sh", "-c", "exec env "+e.replacer.Replace(text))
+	cmd.Dir, cmd.Env = e.dir, e.env
+	return cmd
+}
+
+// send runs the command that sends an event, and returns what it prints.
+func (e *example) send(resource, secret string) string {
+	e.t.Helper()
+	require.Contains(e.t, e.sender, "=demo ")
+	require.Contains(e.t, e.sender, "doc_1")
+	text := strings.NewReplacer("=demo ", "="+secret+" ", "doc_1", resource).Replace(e.sender)
+	out, _ := e.command(text).Output() // which fails for 401
+	return string(out)
+}
+
 // TestExamples runs each folder of examples as its README says: its backend, its
-// Caddyfile, and the command that sends an event.
+// Caddyfile, the command that sends an event, and a backend that is away.
 func TestExamples(t *testing.T) {
-	phpFPM, _ := filepath.Glob("/usr/sbin/php-fpm*")
+	t.Parallel()
 	for _, tt := range []struct {
-		name, needs, path string
-		status            int
-		command           func(t *testing.T, dir, addr string) *exec.Cmd
+		name, needs, answer string
 	}{
-		{"php", strings.Join(append(phpFPM, "php-fpm")[:1], ""), "/index.php", 200, func(t *testing.T, dir, addr string) *exec.Cmd {
-			t.Helper()
-			config := writeFile(t, filepath.Join(t.TempDir(), "php-fpm.conf"), fmt.Sprintf(
-				"[global]\nerror_log = /dev/stderr\ndaemonize = no\n[www]\nlisten = %s\npm = static\npm.max_children = 2\nclear_env = no\nuser = %d\ngroup = %d\n", addr, os.Getuid(), os.Getgid()))
-			return exec.Command(phpFPM[0], "--allow-to-run-as-root", "--nodaemonize", "--fpm-config", config)
-		}},
-		{"python", "gunicorn", "/webhook", 204, func(_ *testing.T, _, addr string) *exec.Cmd {
-			return exec.Command("gunicorn", "--bind", addr, "--keep-alive", "75", "app:app")
-		}},
-		{"node", "node", "/webhook", 204, func(_ *testing.T, _, _ string) *exec.Cmd {
-			return exec.Command("node", "server.js")
-		}},
+		{"php", "php-fpm8.2", "200 OK"},
+		{"python", "gunicorn", "204 No Content"},
+		{"node", "node", "204 No Content"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
 			if _, err := exec.LookPath(tt.needs); err != nil {
 				t.Skip(tt.needs + " is not installed")
 			}
-			dir, err := filepath.Abs("../../examples/" + tt.name)
-			require.NoError(t, err)
-			addr := freeAddr(t)
-			events := filepath.Join(t.TempDir(), "events")
-			cmd := tt.command(t, dir, addr)
-			cmd.Dir = dir
-			cmd.Env = append(os.Environ(), "EVENTS="+events, "PORT="+port(addr), "PYTHONDONTWRITEBYTECODE=1")
-			p := start(t, cmd)
-			upstream := "localhost:" + port(addr)
-			waitFor(t, tt.name+" listens", p, listening(upstream))
+			e := newExample(t, tt.name)
+			if tt.name == "php" && os.Getuid() == 0 { // which php-fpm refuses, and nobody should do
+				e.backend = strings.TrimSpace(e.backend) + " --allow-to-run-as-root"
+				config := strings.Replace(readFile(t, e.dir+"/php-fpm.conf"), "[inkit]\n", "[inkit]\nuser = root\ngroup = root\n", 1)
+				writeFile(t, e.dir+"/php-fpm.conf", config)
+			}
+			readme := readFile(t, "../../examples/"+tt.name+"/README.md")
+			require.Contains(t, readme, "It prints `"+tt.answer+"`")
+			startBackend := func() *process {
+				p := start(t, e.command(e.backend))
+				waitFor(t, "the backend listens", p, listening(e.upstream))
+				return p
+			}
+			backend := startBackend()
+			caddy := start(t, e.command(e.caddy))
+			waitFor(t, "Caddy listens", caddy, listening(e.site))
 
-			site := strings.Replace(readFile(t, dir+"/Caddyfile"), "http://localhost:8080 {", "http://localhost:{{port}} {", 1)
-			c := startCaddy(t, "", site, "UPSTREAM="+upstream, "SITE_ROOT="+dir)
-			var want []string
-			for i := range 50 {
-				id := fmt.Sprintf("doc_%d", i)
-				url := "http://localhost:" + port(c.addr) + tt.path
-				body := event(id)
-				assert.Equal(t, tt.status, post(t, url, body, sign(secret, body)).status)
-				body = event("forged")
-				assert.Equal(t, 401, post(t, url, body, sign("wrong", body)).status)
-				want = append(want, "DOCUMENT_CREATE_FINISHED "+id)
+			var lines []string
+			for i := range 20 {
+				resource := fmt.Sprint("doc_", i)
+				assert.Equal(t, tt.answer+"\n", e.send(resource, "demo"))
+				lines = append(lines, "DOCUMENT_CREATE_FINISHED "+resource)
 			}
-			var got []string
+			require.Contains(t, readme, "`401 Unauthorized`")
+			assert.Equal(t, "401 Unauthorized\n", e.send("doc_forged", "wrong"))
+			backend.stop(t, syscall.SIGINT)
+			output := backend.output.String()
+
+			require.Contains(t, readme, "it is `200 OK`")
+			for i := range 20 {
+				resource := fmt.Sprint("doc_kept_", i)
+				assert.Equal(t, "200 OK\n", e.send(resource, "demo"))
+				lines = append(lines, "DOCUMENT_CREATE_FINISHED "+resource)
+			}
+			list := func() string {
+				out, err := e.command("caddy inkit-queue list").Output()
+				require.NoError(t, err)
+				return string(out)
+			}
+			require.Contains(t, readme, "`caddy inkit-queue list`")
+			assert.Equal(t, 20, strings.Count(list(), " doc_kept_"))
+			backend = startBackend()
+			waitFor(t, "what was kept is delivered", caddy, func() bool { return !strings.Contains(list(), "doc_kept_") })
+			backend.stop(t, syscall.SIGINT)
+			output += backend.output.String()
+
 			keys := make(map[string]bool)
-			for line := range strings.Lines(readFile(t, events)) {
-				i := strings.LastIndex(line, " ")
-				got = append(got, line[:i])
-				keys[line[i:]] = true
+			for _, line := range lines {
+				require.Equal(t, 1, strings.Count(output, line+" "), "%s is there once:\n%s", line, output)
+				_, key, _ := strings.Cut(output, line+" ")
+				key, _, _ = strings.Cut(key, "\n")
+				require.NotEmpty(t, key)
+				keys[key] = true
 			}
-			assert.Equal(t, want, got)
-			assert.Len(t, keys, len(want), "each delivery has a key of its own")
+			assert.Len(t, keys, len(lines), "each event has a key of its own")
+			assert.NotContains(t, output, "doc_forged")
+		})
+	}
+}
+
+// TestPHPPool runs php-fpm with pool.conf, as a service of Debian would, and looks for
+// what the README says of its socket and its log.
+func TestPHPPool(t *testing.T) {
+	t.Parallel()
+	const fpm = "/usr/sbin/php-fpm8.2"
+	if _, err := os.Stat(fpm); err != nil || os.Getuid() != 0 {
+		t.Skip("needs php-fpm of Debian 12, and root")
+	}
+	other, err := user.Lookup("nobody") // who stands for caddy
+	require.NoError(t, err)
+	group, err := user.LookupGroupId(other.Gid)
+	require.NoError(t, err)
+	for _, tt := range []struct {
+		name   string
+		catch  bool
+		logged bool
+	}{
+		{"as it is", true, true},
+		{"without catch_workers_output", false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			e := newExample(t, "php")
+			socket := e.dir + "/inkit.sock"
+			pool := readFile(t, e.dir+"/pool.conf")
+			for _, pair := range [][2]string{
+				{"\nlisten = /run/php/inkit.sock\n", "\nlisten = " + socket + "\n"},
+				{"\nlisten.owner = caddy\n", "\nlisten.owner = nobody\n"},
+				{"\nlisten.group = caddy\n", "\nlisten.group = " + group.Name + "\n"},
+			} {
+				require.Contains(t, pool, pair[0])
+				pool = strings.Replace(pool, pair[0], pair[1], 1)
+			}
+			if !tt.catch {
+				require.Contains(t, pool, "\ncatch_workers_output = yes\n")
+				pool = strings.Replace(pool, "\ncatch_workers_output = yes\n", "\n", 1)
+			}
+			log := e.dir + "/php8.2-fpm.log"
+			config := writeFile(t, e.dir+"/global.conf", "[global]\nerror_log = "+log+"\n"+pool)
+			p := start(t, exec.Command(fpm, "--nodaemonize", "--fpm-config", config))
+			waitFor(t, "the socket is for caddy alone", p, func() bool {
+				info, err := os.Stat(socket)
+				return err == nil && info.Mode().Perm() == 0o660 && strconv.Itoa(int(info.Sys().(*syscall.Stat_t).Uid)) == other.Uid
+			})
+
+			const line = "php_fastcgi unix//run/php/inkit.sock"
+			require.Contains(t, readFile(t, e.dir+"/README.md"), "`"+line+"`")
+			site := readFile(t, e.dir+"/Caddyfile")
+			require.Contains(t, site, "php_fastcgi "+e.upstream)
+			site = strings.Replace(site, "php_fastcgi "+e.upstream, strings.Replace(line, "/run/php/inkit.sock", socket, 1), 1)
+			writeFile(t, e.dir+"/Caddyfile", site)
+			for _, dir := range []string{e.dir, filepath.Dir(e.dir)} {
+				require.NoError(t, os.Chmod(dir, 0o755)) //nolint:gosec // www-data reads index.php there
+			}
+			caddy := start(t, e.command(e.caddy))
+			waitFor(t, "Caddy listens", caddy, listening(e.site))
+			assert.Equal(t, "200 OK\n", e.send("doc_1", "demo"))
+			out, err := e.command("caddy inkit-queue list").Output()
+			require.NoError(t, err)
+			assert.NotContains(t, string(out), "doc_1", "PHP has taken it")
+			p.stop(t, syscall.SIGINT)
+			assert.Equal(t, tt.logged, strings.Contains(readFile(t, log), "\nDOCUMENT_CREATE_FINISHED doc_1 "), readFile(t, log))
 		})
 	}
 }
