@@ -44,8 +44,11 @@ func deploy(t *testing.T, caddyfile, secretPath string, pairs ...string) *deploy
 	d.secretFile = writeFile(t, d.path("secret"), "demo")
 	_, site, found := strings.Cut("\n"+caddyfile, "\n{\n") // after the comment
 	require.True(t, found)
-	pairs = append([]string{"http://:8080 {", "http://:" + port(d.addr) + " {", "http://:9180 {", "http://:" + port(d.metrics) + " {",
-		"{file." + secretPath + "}", "{file." + d.secretFile + "}"}, pairs...)
+	pairs = append([]string{
+		"http://:8080 {", "http://:" + port(d.addr) + " {",
+		"http://:9180 {", "http://:" + port(d.metrics) + " {",
+		"{file." + secretPath + "}", "{file." + d.secretFile + "}",
+	}, pairs...)
 	site = replaceEach(t, site, pairs...)
 	options, site, found := strings.Cut(site, "\n}\n")
 	require.True(t, found)
