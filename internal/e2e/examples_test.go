@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"os/user"
@@ -72,6 +73,12 @@ func (e *example) send(resource, secret string) string {
 	return string(out)
 }
 
+// url is where that command sends an event to.
+func (e *example) url() string {
+	fields := strings.Fields(e.replacer.Replace(e.sender))
+	return fields[len(fields)-1]
+}
+
 // TestExamples runs each folder of examples as its README says: its backend, its
 // Caddyfile, the command that sends an event, and a backend that is away.
 func TestExamples(t *testing.T) {
@@ -105,30 +112,34 @@ func TestExamples(t *testing.T) {
 			caddy := start(t, e.command(e.caddy))
 			waitFor(t, "Caddy listens", caddy, listening(e.site))
 
-			var lines []string
-			for i := range 20 {
-				resource := fmt.Sprint("doc_", i)
-				assert.Equal(t, tt.answer+"\n", e.send(resource, "demo"))
-				lines = append(lines, "DOCUMENT_CREATE_FINISHED "+resource)
+			// one event by the command, and more without it, which takes a while to start
+			lines := []string{"DOCUMENT_CREATE_FINISHED doc_command", "DOCUMENT_CREATE_FINISHED doc_kept_command"}
+			sendMore := func(name, answer string) {
+				for i := range 20 {
+					resource := fmt.Sprint(name, i)
+					lines = append(lines, "DOCUMENT_CREATE_FINISHED "+resource)
+					body := event(resource)
+					got := post(t, e.url(), body, sign("demo", body))
+					assert.Equal(t, answer, fmt.Sprint(got.status, " ", http.StatusText(got.status)))
+				}
 			}
+			assert.Equal(t, tt.answer+"\n", e.send("doc_command", "demo"))
+			sendMore("doc_", tt.answer)
 			require.Contains(t, readme, "`401 Unauthorized`")
 			assert.Equal(t, "401 Unauthorized\n", e.send("doc_forged", "wrong"))
 			backend.stop(t, syscall.SIGINT)
 			output := backend.output.String()
 
 			require.Contains(t, readme, "it is `200 OK`")
-			for i := range 20 {
-				resource := fmt.Sprint("doc_kept_", i)
-				assert.Equal(t, "200 OK\n", e.send(resource, "demo"))
-				lines = append(lines, "DOCUMENT_CREATE_FINISHED "+resource)
-			}
+			assert.Equal(t, "200 OK\n", e.send("doc_kept_command", "demo"))
+			sendMore("doc_kept_", "200 OK")
 			list := func() string {
 				out, err := e.command("caddy inkit-queue list").Output()
 				require.NoError(t, err)
 				return string(out)
 			}
 			require.Contains(t, readme, "`caddy inkit-queue list`")
-			assert.Equal(t, 20, strings.Count(list(), " doc_kept_"))
+			assert.Equal(t, 21, strings.Count(list(), " doc_kept_"))
 			backend = startBackend()
 			waitFor(t, "what was kept is delivered", caddy, func() bool { return !strings.Contains(list(), "doc_kept_") })
 			backend.stop(t, syscall.SIGINT)

@@ -334,6 +334,9 @@ func TestQueueDocs(t *testing.T) {
 			assert.Contains(t, list(""), "doc_1")
 			assert.Contains(t, list(""), "doc_moved")
 			backend.status.Store(http.StatusOK)
+			// now, and not after as long again as they have waited; one that is being
+			// delivered is an error
+			_ = o.command("caddy inkit-queue retry " + backend.idOf("doc_1") + " " + id).Run()
 			waitFor(t, "both are delivered from there", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
 			assert.True(t, backend.hasTaken("doc_moved"))
 		}},
