@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"context"
 	"fmt"
 	"net/http"
 	"os"
@@ -11,8 +12,10 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -79,36 +82,55 @@ func (e *example) url() string {
 	return fields[len(fields)-1]
 }
 
+// list is what waits in the queue.
+func (e *example) list() string {
+	e.t.Helper()
+	out, err := e.command("caddy inkit-queue list").Output()
+	require.NoError(e.t, err)
+	return string(out)
+}
+
+func (e *example) startBackend() *process {
+	e.t.Helper()
+	p := start(e.t, e.command(e.backend))
+	waitFor(e.t, "the backend listens", p, listening(e.upstream))
+	return p
+}
+
+// backends are the examples of a backend, what each needs, and what it answers.
+var backends = []struct {
+	name, needs, answer string
+}{
+	{"php", "php-fpm8.2", "200 OK"},
+	{"python", "gunicorn", "204 No Content"},
+	{"node", "node", "204 No Content"},
+}
+
+func backendExample(t *testing.T, name, needs string) *example {
+	t.Helper()
+	if _, err := exec.LookPath(needs); err != nil {
+		t.Skip(needs + " is not installed")
+	}
+	e := newExample(t, name)
+	if name == "php" && os.Getuid() == 0 { // which php-fpm refuses, and nobody should do
+		e.backend = strings.TrimSpace(e.backend) + " --allow-to-run-as-root"
+		config := strings.Replace(readFile(t, e.dir+"/php-fpm.conf"), "[inkit]\n", "[inkit]\nuser = root\ngroup = root\n", 1)
+		writeFile(t, e.dir+"/php-fpm.conf", config)
+	}
+	return e
+}
+
 // TestExamples runs each folder of examples as its README says: its backend, its
 // Caddyfile, the command that sends an event, and a backend that is away.
 func TestExamples(t *testing.T) {
 	t.Parallel()
-	for _, tt := range []struct {
-		name, needs, answer string
-	}{
-		{"php", "php-fpm8.2", "200 OK"},
-		{"python", "gunicorn", "204 No Content"},
-		{"node", "node", "204 No Content"},
-	} {
+	for _, tt := range backends {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			if _, err := exec.LookPath(tt.needs); err != nil {
-				t.Skip(tt.needs + " is not installed")
-			}
-			e := newExample(t, tt.name)
-			if tt.name == "php" && os.Getuid() == 0 { // which php-fpm refuses, and nobody should do
-				e.backend = strings.TrimSpace(e.backend) + " --allow-to-run-as-root"
-				config := strings.Replace(readFile(t, e.dir+"/php-fpm.conf"), "[inkit]\n", "[inkit]\nuser = root\ngroup = root\n", 1)
-				writeFile(t, e.dir+"/php-fpm.conf", config)
-			}
+			e := backendExample(t, tt.name, tt.needs)
 			readme := readFile(t, "../../examples/"+tt.name+"/README.md")
 			require.Contains(t, readme, "It prints `"+tt.answer+"`")
-			startBackend := func() *process {
-				p := start(t, e.command(e.backend))
-				waitFor(t, "the backend listens", p, listening(e.upstream))
-				return p
-			}
-			backend := startBackend()
+			backend := e.startBackend()
 			caddy := start(t, e.command(e.caddy))
 			waitFor(t, "Caddy listens", caddy, listening(e.site))
 
@@ -133,15 +155,10 @@ func TestExamples(t *testing.T) {
 			require.Contains(t, readme, "it is `200 OK`")
 			assert.Equal(t, "200 OK\n", e.send("doc_kept_command", "demo"))
 			sendMore("doc_kept_", "200 OK")
-			list := func() string {
-				out, err := e.command("caddy inkit-queue list").Output()
-				require.NoError(t, err)
-				return string(out)
-			}
 			require.Contains(t, readme, "`caddy inkit-queue list`")
-			assert.Equal(t, 21, strings.Count(list(), " doc_kept_"))
-			backend = startBackend()
-			waitFor(t, "what was kept is delivered", caddy, func() bool { return !strings.Contains(list(), "doc_kept_") })
+			assert.Equal(t, 21, strings.Count(e.list(), " doc_kept_"))
+			backend = e.startBackend()
+			waitFor(t, "what was kept is delivered", caddy, func() bool { return !strings.Contains(e.list(), "doc_kept_") })
 			backend.stop(t, syscall.SIGINT)
 			output += backend.output.String()
 
@@ -155,6 +172,89 @@ func TestExamples(t *testing.T) {
 			}
 			assert.Len(t, keys, len(lines), "each event has a key of its own")
 			assert.NotContains(t, output, "doc_forged")
+		})
+	}
+}
+
+// TestExamplesLoseNothing stops each backend under load for a while, half a minute at
+// full length: what was answered 2xx has to arrive.
+func TestExamplesLoseNothing(t *testing.T) {
+	t.Parallel()
+	outage := time.Second
+	if long {
+		outage = 30 * time.Second
+	}
+	for _, tt := range backends {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			e := backendExample(t, tt.name, tt.needs)
+			backend := e.startBackend()
+			caddy := start(t, e.command(e.caddy))
+			waitFor(t, "Caddy listens", caddy, listening(e.site))
+
+			ctx, cancel := context.WithCancel(t.Context())
+			var mu sync.Mutex
+			var accepted []string
+			refused := make(map[string]int)
+			var senders sync.WaitGroup
+			for sender := range 8 {
+				client := &http.Client{Timeout: 20 * time.Second, Transport: new(http.Transport)}
+				t.Cleanup(client.CloseIdleConnections)
+				senders.Go(func() {
+					for i := 0; ctx.Err() == nil; i++ {
+						resource := fmt.Sprintf("load_%d_%d", sender, i)
+						body := event(resource)
+						got, err := send(t.Context(), client, e.url(), body, int64(len(body)), sign("demo", body))
+						mu.Lock()
+						if err == nil && got.status/100 == 2 {
+							accepted = append(accepted, resource)
+						} else {
+							refused[fmt.Sprint(got.status, err)]++
+						}
+						mu.Unlock()
+						time.Sleep(20 * time.Millisecond)
+					}
+				})
+			}
+			accepts := func(more int) {
+				t.Helper()
+				mu.Lock()
+				before := len(accepted)
+				mu.Unlock()
+				waitFor(t, "events are accepted", caddy, func() bool {
+					mu.Lock()
+					defer mu.Unlock()
+					return len(accepted) >= before+more
+				})
+			}
+			accepts(50)
+			backend.stop(t, syscall.SIGTERM)
+			output := backend.output.String()
+			time.Sleep(outage)
+			accepts(50)
+			backend = e.startBackend()
+			accepts(50)
+			cancel()
+			senders.Wait()
+			// what waits is attempted again after about as long as it has waited
+			for deadline := time.Now().Add(20*time.Second + 2*outage); strings.Contains(e.list(), " load_") && time.Now().Before(deadline); {
+				time.Sleep(100 * time.Millisecond)
+			}
+			backend.stop(t, syscall.SIGTERM)
+			output += backend.output.String()
+
+			lost, doubles := 0, 0
+			for _, resource := range accepted {
+				switch n := strings.Count(output, " "+resource+" "); n {
+				case 0:
+					lost++
+				default:
+					doubles += n - 1
+				}
+			}
+			t.Logf("%d events were answered 2xx: %d lost, %d twice, %v refused", len(accepted), lost, doubles, refused)
+			assert.Zero(t, lost)
+			assert.Empty(t, refused)
 		})
 	}
 }
