@@ -112,16 +112,22 @@ type operator struct {
 	dir  string
 	env  []string
 	vars string
+	hard bool // whether a stop is one that systemd has lost its patience with
 }
 
 func newOperator(t *testing.T, c *caddy) *operator {
 	t.Helper()
+	o := &operator{t: t, dir: t.TempDir()}
 	control := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		switch r.URL.Path {
 		case "/log":
 			fmt.Fprint(w, c.output.String())
 		case "/stop":
-			_ = c.cmd.Process.Signal(os.Interrupt)
+			if o.hard {
+				_ = c.cmd.Process.Kill()
+			} else {
+				_ = c.cmd.Process.Signal(os.Interrupt)
+			}
 			<-c.exited
 		case "/start":
 			c.start()
@@ -130,7 +136,6 @@ func newOperator(t *testing.T, c *caddy) *operator {
 		}
 	}))
 	t.Cleanup(control.Close)
-	o := &operator{t: t, dir: t.TempDir()}
 	o.vars = filepath.Join(o.dir, "vars")
 	bin := t.TempDir()
 	require.NoError(t, os.Symlink(caddyPath, bin+"/caddy"))
@@ -300,7 +305,9 @@ func TestQueueDocs(t *testing.T) {
 			assert.Equal(t, "ok\n1\n", o.run("sqlite3 -readonly "+backups[0]+" 'PRAGMA integrity_check' 'SELECT count(*) FROM inkit_queue_events'"))
 		}},
 		{"Back up and restore", func() { waiting("doc_after") }, func(script string) {
+			o.hard = true // so that the log of the lost database is still there
 			o.run(script)
+			o.hard = false
 			out := list("")
 			assert.Contains(t, out, "doc_1")
 			assert.NotContains(t, out, "doc_after", "it is the backup")
