@@ -112,7 +112,7 @@ type operator struct {
 	dir  string
 	env  []string
 	vars string
-	hard bool // whether a stop is one that systemd has lost its patience with
+	hard atomic.Bool // whether a stop is one that systemd has lost its patience with
 }
 
 func newOperator(t *testing.T, c *caddy) *operator {
@@ -123,7 +123,7 @@ func newOperator(t *testing.T, c *caddy) *operator {
 		case "/log":
 			fmt.Fprint(w, c.output.String())
 		case "/stop":
-			if o.hard {
+			if o.hard.Load() {
 				_ = c.cmd.Process.Kill()
 			} else {
 				_ = c.cmd.Process.Signal(os.Interrupt)
@@ -305,9 +305,9 @@ func TestQueueDocs(t *testing.T) {
 			assert.Equal(t, "ok\n1\n", o.run("sqlite3 -readonly "+backups[0]+" 'PRAGMA integrity_check' 'SELECT count(*) FROM inkit_queue_events'"))
 		}},
 		{"Back up and restore", func() { waiting("doc_after") }, func(script string) {
-			o.hard = true // so that the log of the lost database is still there
+			o.hard.Store(true) // so that the log of the lost database is still there
 			o.run(script)
-			o.hard = false
+			o.hard.Store(false)
 			out := list("")
 			assert.Contains(t, out, "doc_1")
 			assert.NotContains(t, out, "doc_after", "it is the backup")
