@@ -222,6 +222,9 @@ func (a *answer) copyTo(w http.ResponseWriter) error {
 		a.body = nil // rather than a part of it that looks like all
 	}
 	w.WriteHeader(a.status)
+	if len(a.body) == 0 {
+		return nil // over HTTP/2, writing even nothing after status 204 is an error
+	}
 	_, err := w.Write(a.body)
 	return err
 }

@@ -1,0 +1,581 @@
+package queue
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+const body = `{"event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"doc_2N0X2g4f3b1JJU75fqzDZs"}`
+
+func init() {
+	caddy.RegisterModule(testBackend{})
+	caddy.RegisterModule(testStore{})
+}
+
+// What tests hand to modules, which are made from JSON, by a number.
+var (
+	handed     sync.Map
+	handedLast atomic.Int64
+)
+
+func hand(what any) int64 {
+	number := handedLast.Add(1)
+	handed.Store(number, what)
+	return number
+}
+
+// testBackend is a handler that is a function of a test.
+type testBackend struct {
+	Number int64 `json:"number"`
+}
+
+func (testBackend) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "http.handlers.queue_test", New: func() caddy.Module { return new(testBackend) }}
+}
+
+func (b *testBackend) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	f, _ := handed.Load(b.Number)
+	return f.(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error)(w, r, next)
+}
+
+// routes are a deliver block with that handler in it.
+func routes(f func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error) caddyhttp.RouteList {
+	return rawRoutes(fmt.Sprintf(`{"handler":"queue_test","number":%d}`, hand(f)))
+}
+
+func rawRoutes(handlers ...string) caddyhttp.RouteList {
+	var route caddyhttp.Route
+	for _, handler := range handlers {
+		route.HandlersRaw = append(route.HandlersRaw, json.RawMessage(handler))
+	}
+	return caddyhttp.RouteList{route}
+}
+
+// status is a backend that always gives this one.
+func status(code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+	return func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
+		w.Header().Set("X-Backend", "yes")
+		w.WriteHeader(code)
+		_, err := io.WriteString(w, "the backend's body")
+		return err
+	}
+}
+
+// testStore is a store that is an Opener of a test.
+type testStore struct {
+	Number int64 `json:"number"`
+	Opener `json:"-"`
+}
+
+func (testStore) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "inkit_queue.stores.queue_test", New: func() caddy.Module { return new(testStore) }}
+}
+
+func (s *testStore) Provision(caddy.Context) error {
+	opener, _ := handed.Load(s.Number)
+	s.Opener = opener.(Opener)
+	return nil
+}
+
+func storeOf(opener Opener) json.RawMessage {
+	return fmt.Appendf(nil, `{"module":"queue_test","number":%d}`, hand(opener))
+}
+
+func sqliteAt(path string) json.RawMessage {
+	raw, _ := json.Marshal(map[string]string{"module": "sqlite", "path": path})
+	return raw
+}
+
+// faulty is SQLite that fails when a test says so.
+type faulty struct {
+	SQLite
+	err atomic.Pointer[error] // of Apply, if it adds
+}
+
+func (f *faulty) fail(err error) { f.err.Store(&err) }
+
+func (f *faulty) Open(ctx context.Context) (Store, error) {
+	store, err := f.SQLite.Open(ctx)
+	return &faultyStore{store, f}, err
+}
+
+type faultyStore struct {
+	Store
+	faulty *faulty
+}
+
+func (s *faultyStore) Apply(ctx context.Context, b *Batch) error {
+	if err := s.faulty.err.Load(); err != nil && *err != nil && len(b.Add) > 0 {
+		return *err
+	}
+	return s.Store.Apply(ctx, b)
+}
+
+// configuration is one that is loaded.
+type configuration struct {
+	app      *App
+	handlers []*Handler
+	logs     *observer.ObservedLogs
+	end      func() // unloads it
+}
+
+// provision loads handlers as a configuration does, and starts nothing.
+func provision(tb testing.TB, handlers ...*Handler) (*configuration, error) {
+	tb.Helper()
+	base, err := caddy.ProvisionContext(&caddy.Config{})
+	require.NoError(tb, err)
+	ctx, cancel := caddy.NewContext(base)
+	core, logs := observer.New(zapcore.DebugLevel)
+	observed := func(logger *zap.Logger) *zap.Logger {
+		return logger.WithOptions(zap.WrapCore(func(zapcore.Core) zapcore.Core { return core }))
+	}
+	c := &configuration{handlers: handlers, logs: logs, end: cancel}
+	for _, h := range handlers {
+		if err := h.Provision(ctx.WithValue(caddyhttp.ServerCtxKey, new(caddyhttp.Server))); err != nil {
+			cancel()
+			return nil, err
+		}
+		if err := h.Validate(); err != nil {
+			cancel()
+			return nil, err
+		}
+		h.logger = observed(h.logger)
+		c.app = h.app
+	}
+	c.app.logger = observed(c.app.logger)
+	return c, nil
+}
+
+// start loads handlers and starts their app, as a configuration that takes over does.
+func start(tb testing.TB, handlers ...*Handler) *configuration {
+	tb.Helper()
+	c, err := provision(tb, handlers...)
+	require.NoError(tb, err)
+	require.NoError(tb, c.app.Start())
+	return c
+}
+
+// stop ends it, as one that was taken over from or that Caddy ends.
+func (c *configuration) stop(tb testing.TB) {
+	tb.Helper()
+	require.NoError(tb, c.app.Stop())
+	for _, h := range c.handlers {
+		require.NoError(tb, h.Cleanup())
+	}
+	c.end()
+}
+
+// queue returns the queue of the first handler.
+func (c *configuration) queue() *queue { return c.handlers[0].shared.Load().queue }
+
+// counts returns what the database of the first handler holds.
+func (c *configuration) counts(tb testing.TB) map[string]int {
+	tb.Helper()
+	store := c.queue().db.opened()
+	require.NotNil(tb, store, "it is open")
+	counts, err := store.Counts(tb.Context())
+	require.NoError(tb, err)
+	all := make(map[string]int)
+	for _, count := range counts {
+		all[count.State] += count.Events
+	}
+	return all
+}
+
+func duration(d time.Duration) *caddy.Duration { return (*caddy.Duration)(&d) }
+
+// post is a request whose event is verified.
+func post(text string) *http.Request {
+	r := httptest.NewRequest(http.MethodPost, "http://example.com/webhook?from=inkit", strings.NewReader(text))
+	r.Header.Set("Idempotency-Key", "key of the event")
+	r.Header.Set("Inkit-Signature", "s1gnature")
+	r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), nil, new(caddyhttp.Server))
+	(&event.Event{Outcome: event.Verified, Body: []byte(text), SecretName: "current", IdempotencyKey: "key of the event"}).Attach(r.Context())
+	return r
+}
+
+// answered is what the sender sees.
+type answered struct {
+	status      int // of the error, or of the answer
+	body, error string
+	header      http.Header
+	after       time.Duration
+}
+
+func serve(tb testing.TB, h *Handler, r *http.Request) (a answered) {
+	tb.Helper()
+	w := httptest.NewRecorder()
+	began := time.Now()
+	err := h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+		tb.Error("the next handler is called")
+		return nil
+	}))
+	a = answered{status: w.Code, body: w.Body.String(), header: w.Header(), after: time.Since(began)}
+	if err != nil {
+		var handlerErr caddyhttp.HandlerError
+		require.ErrorAs(tb, err, &handlerErr)
+		a.status, a.error = handlerErr.StatusCode, handlerErr.Err.Error()
+	}
+	return a
+}
+
+// In the tests with a clock of their own, a database opens within this time, since
+// that takes none of that clock.
+const opening = time.Millisecond
+
+func TestAnswers(t *testing.T) {
+	broken := errors.New("the disk is broken")
+	const (
+		notTaken = "the event could not be kept, and the backend has not taken it"
+		inTime   = "the event could not be kept in time"
+	)
+	slow := func(wait time.Duration, code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+		return func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			select {
+			case <-time.After(wait):
+				return status(code)(w, r, next)
+			case <-r.Context().Done():
+				return caddyhttp.Error(http.StatusBadGateway, r.Context().Err())
+			}
+		}
+	}
+	for _, tt := range []struct {
+		name        string
+		backend     func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error
+		store       error
+		full        bool
+		answerAfter time.Duration // -1 for the default
+
+		status  int
+		body    string
+		error   string
+		least   time.Duration // at which the answer comes
+		most    time.Duration
+		pending int    // once it is answered
+		last    string // the last error of what is kept
+	}{
+		{name: "the backend takes it: its answer goes through", backend: status(201), answerAfter: -1, status: 201, body: "the backend's body"},
+		{name: "the backend takes it without a body", backend: func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
+			w.Header().Set("X-Backend", "yes")
+			w.WriteHeader(204)
+			return nil
+		}, answerAfter: -1, status: 204},
+		{name: "the backend writes a body alone, which is status 200", backend: func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
+			w.Header().Set("X-Backend", "yes")
+			_, err := io.WriteString(w, "success")
+			return err
+		}, answerAfter: -1, status: 200, body: "success"},
+		{name: "the backend sends early hints first", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			w.WriteHeader(103)
+			return status(202)(w, r, next)
+		}, answerAfter: -1, status: 202, body: "the backend's body"},
+		{name: "the backend takes it after a second", backend: slow(time.Second, 200), answerAfter: -1, status: 200, body: "the backend's body", least: time.Second, most: time.Second, pending: 0},
+
+		{name: "the backend says 500", backend: status(500), answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 500"},
+		{name: "the backend says 404", backend: status(404), answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 404"},
+		{name: "the backend sends elsewhere", backend: status(302), answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 302"},
+		{name: "the proxy has an error", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+			return caddyhttp.Error(502, errors.New("connection refused"))
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 502: connection refused"},
+		{name: "a handler has an error without a text", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+			return caddyhttp.Error(403, nil)
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 403"},
+		{name: "a handler has an error of another kind", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+			return errors.New("something else")
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "something else"},
+		{name: "the backend says 200 and has an error", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			return errors.Join(status(200)(w, r, next), errors.New("its answer was cut"))
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "its answer was cut"},
+		{name: "the deliver block takes nothing", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			return next.ServeHTTP(w, r)
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "no directive of the deliver block took it"},
+		{name: "the deliver block writes no status", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+			return nil
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "the backend gave no status"},
+		{name: "the answer is cut short", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			_ = status(200)(w, r, next)
+			panic(http.ErrAbortHandler)
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "the answer was cut short, or abort ended it"},
+		{name: "a handler panics", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+			panic("of a third party")
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "a handler panicked"},
+
+		{name: "no answer within the 5 s that are the default", backend: slow(20*time.Second, 200), answerAfter: -1, status: 200, least: 5 * time.Second, most: 5 * time.Second, pending: 1},
+		{name: "no answer within answer_after", backend: slow(20*time.Second, 200), answerAfter: 700 * time.Millisecond, status: 200, least: 700 * time.Millisecond, most: 700 * time.Millisecond, pending: 1},
+		{name: "the attempt fails before answer_after is over", backend: slow(300*time.Millisecond, 500), answerAfter: time.Second, status: 200, least: 300 * time.Millisecond, most: 301 * time.Millisecond, pending: 1, last: "status 500"},
+		{name: "answer_after of 0 waits for the disk alone", backend: slow(time.Minute, 200), answerAfter: 0, status: 200, most: linger + opening, pending: 1},
+
+		{name: "the store is broken and the backend takes it", backend: status(201), store: broken, answerAfter: -1, status: 201, body: "the backend's body"},
+		{name: "the store is broken and the backend takes it after a second", backend: slow(time.Second, 201), store: broken, answerAfter: -1, status: 201, body: "the backend's body", least: time.Second, most: time.Second},
+		{name: "the store is broken and the backend takes it after answer_after", backend: slow(time.Second, 201), store: broken, answerAfter: 500 * time.Millisecond, status: 201, body: "the backend's body", least: time.Second, most: time.Second},
+		{name: "the store is broken and the backend says 500", backend: status(500), store: broken, answerAfter: -1, status: 503, error: notTaken, most: opening},
+		{name: "the store is broken and the backend does not answer", backend: slow(time.Hour, 200), store: broken, answerAfter: time.Second, status: 503, error: inTime, least: 5 * time.Second, most: 5 * time.Second},
+		{name: "the disk is full and the backend takes it", backend: status(200), store: ErrFull, answerAfter: -1, status: 200, body: "the backend's body"},
+		{name: "the disk is full and the backend says 500", backend: status(500), store: ErrFull, answerAfter: -1, status: 503, error: notTaken, most: opening},
+		{name: "max_events wait and the backend takes it", backend: status(200), full: true, answerAfter: -1, status: 200, body: "the backend's body", pending: 1},
+		{name: "max_events wait and the backend says 500", backend: status(500), full: true, answerAfter: -1, status: 503, error: notTaken, pending: 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
+				var backend atomic.Value
+				backend.Store(tt.backend)
+				h := &Handler{StoreRaw: storeOf(opener), AnswerAfter: duration(tt.answerAfter), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+					return backend.Load().(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error)(w, r, next)
+				})}
+				if tt.answerAfter < 0 {
+					h.AnswerAfter = nil
+				}
+				if tt.full {
+					h.MaxEvents = 1
+				}
+				c := start(t, h)
+				defer c.stop(t)
+				synctest.Wait()
+				if tt.full { // by one that is attempted again in a long time
+					backend.Store(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+						w.Header().Set("Retry-After", "3600")
+						return status(500)(w, r, next)
+					})
+					require.Equal(t, 200, serve(t, h, post(body)).status)
+					backend.Store(tt.backend)
+				}
+				opener.fail(tt.store)
+
+				got := serve(t, h, post(body))
+				synctest.Wait()
+				assert.Equal(t, tt.status, got.status)
+				assert.Equal(t, tt.body, got.body)
+				assert.Equal(t, tt.error, got.error)
+				assert.GreaterOrEqual(t, got.after, tt.least)
+				assert.LessOrEqual(t, got.after, max(tt.most, opening))
+				if tt.status == 503 {
+					assert.Equal(t, "30", got.header.Get("Retry-After"))
+				}
+				taken := tt.body != "" || tt.status == 204
+				assert.Equal(t, taken, got.header.Get("X-Backend") == "yes", "a field of the backend")
+				assert.Equal(t, tt.pending, c.counts(t)[statePending])
+				if tt.last != "" {
+					require.NoError(t, c.queue().db.opened().Select(t.Context(), Filter{}, false, func(r *Record) bool {
+						assert.Equal(t, tt.last, r.LastError)
+						assert.Equal(t, []any{"DOCUMENT_CREATE_FINISHED", "doc_2N0X2g4f3b1JJU75fqzDZs", 1}, []any{r.EventType, r.ResourceID, r.Attempts})
+						return true
+					}))
+				}
+				for _, line := range c.logs.All() {
+					text := fmt.Sprint(line.Message, line.ContextMap())
+					assert.NotContains(t, text, "s1gnature")
+					assert.NotContains(t, text, "event_type\":")
+				}
+
+				// what is kept is delivered when the backend takes it
+				opener.fail(nil)
+				backend.Store(status(200))
+				time.Sleep(90 * time.Minute)
+				assert.Empty(t, c.counts(t))
+			})
+		})
+	}
+}
+
+// Nothing that the guard has not verified is kept or delivered.
+func TestNoVerifiedEvent(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		r    func() *http.Request
+	}{
+		{"there is no guard", func() *http.Request {
+			return caddyhttp.PrepareRequest(httptest.NewRequest(http.MethodPost, "/", strings.NewReader(body)), caddy.NewReplacer(), nil, nil)
+		}},
+		{"the guard has rejected it", func() *http.Request {
+			r := post(body)
+			(&event.Event{Outcome: "signature_mismatch"}).Attach(r.Context())
+			return r
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+					t.Error("the backend is asked")
+					return nil
+				})})
+				defer c.stop(t)
+				synctest.Wait()
+				got := serve(t, c.handlers[0], tt.r())
+				assert.Equal(t, 500, got.status)
+				assert.Equal(t, "there is no verified event: inkit_webhook must come before inkit_queue", got.error)
+				time.Sleep(time.Minute)
+				assert.Empty(t, c.counts(t))
+			})
+		})
+	}
+}
+
+// A sender that hangs up ends neither the attempt nor the keeping.
+func TestSenderThatHangsUp(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		status int
+		left   map[string]int
+	}{
+		{"the backend takes it later", 200, map[string]int{}},
+		{"the backend does not take it", 500, map[string]int{statePending: 1}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				attempts := 0
+				c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+					attempts++
+					time.Sleep(2 * time.Second)
+					assert.NoError(t, r.Context().Err())
+					return status(tt.status)(w, r, next)
+				})})
+				defer c.stop(t)
+				synctest.Wait()
+				r := post(body)
+				ctx, hangUp := context.WithTimeout(r.Context(), 5*time.Millisecond)
+				defer hangUp()
+				got := serve(t, c.handlers[0], r.WithContext(ctx))
+				assert.Equal(t, 5*time.Millisecond, got.after)
+				assert.Empty(t, got.body)
+				time.Sleep(2500 * time.Millisecond)
+				assert.Equal(t, tt.left, c.counts(t))
+				assert.Equal(t, 1, attempts)
+			})
+		})
+	}
+}
+
+// The request of a later attempt is that of the first one.
+func TestAttemptsAreAlike(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var seen []map[string]string
+		dir := t.TempDir()
+		backend := func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+			got := make(map[string]string)
+			for _, name := range []string{
+				"http.inkit_queue.id", "http.inkit_queue.attempt", "http.inkit_queue.received",
+				"http.inkit_webhook.outcome", "http.inkit_webhook.secret_name", "http.inkit_webhook.event_type", "http.inkit_webhook.resource_id",
+				"http.request.header.Idempotency-Key", "http.request.uri", "http.request.host", "http.request.method", "http.vars.colour",
+			} {
+				got[strings.TrimPrefix(name, "http.")] = repl.ReplaceAll("{"+name+"}", "none")
+			}
+			all, err := io.ReadAll(r.Body)
+			require.NoError(t, err)
+			got["body"] = string(all)
+			got["length"] = fmt.Sprint(r.ContentLength)
+			seen = append(seen, got)
+			r.Header.Set("Idempotency-Key", "another") // which must not be that of the next attempt
+			r.URL.Path = "/rewritten"
+			caddyhttp.SetVar(r.Context(), "colour", "blue")
+			return status(500)(w, r, next)
+		}
+		load := func() *configuration {
+			c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(dir, "queue.db")), Routes: routes(backend)})
+			synctest.Wait()
+			return c
+		}
+		c := load()
+		received := time.Now()
+		r := post(body)
+		caddyhttp.SetVar(r.Context(), "colour", "green")
+		assert.Equal(t, 200, serve(t, c.handlers[0], r).status)
+		time.Sleep(2 * time.Second)
+		require.Len(t, seen, 2)
+		c.stop(t)
+		synctest.Wait()
+		c = load() // as a process that starts again
+		defer c.stop(t)
+		time.Sleep(5 * time.Second)
+		require.GreaterOrEqual(t, len(seen), 3)
+		for i, got := range seen {
+			assert.Regexp(t, "^[0-9a-f-]{36}$", got["inkit_queue.id"])
+			assert.Equal(t, map[string]string{
+				"inkit_queue.id": seen[0]["inkit_queue.id"], "inkit_queue.attempt": fmt.Sprint(i + 1), "inkit_queue.received": received.UTC().Format(time.RFC3339),
+				"inkit_webhook.outcome": "verified", "inkit_webhook.secret_name": "current",
+				"inkit_webhook.event_type": "DOCUMENT_CREATE_FINISHED", "inkit_webhook.resource_id": "doc_2N0X2g4f3b1JJU75fqzDZs",
+				"request.header.Idempotency-Key": "key of the event", "request.uri": "/webhook?from=inkit", "request.host": "example.com", "request.method": "POST",
+				"vars.colour": "green", "body": body, "length": fmt.Sprint(len(body)),
+			}, got, "attempt %d", i+1)
+		}
+	})
+}
+
+// While events cannot be kept, one line a minute says so, and one that they are again.
+func TestErrorLines(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
+		c := start(t, &Handler{StoreRaw: storeOf(opener), MaxEvents: 3, Routes: routes(status(500))})
+		defer c.stop(t)
+		time.Sleep(2 * time.Minute)
+		opener.fail(errors.New("the disk is broken"))
+		for range 130 {
+			assert.Equal(t, 503, serve(t, c.handlers[0], post(body)).status)
+			time.Sleep(time.Second)
+		}
+		const cannot = "events cannot be kept: while that is so, they pass to a backend that is up, and are refused with status 503 otherwise"
+		assert.Equal(t, 3, c.logs.FilterMessage(cannot).FilterLevelExact(zapcore.ErrorLevel).Len())
+		opener.fail(nil)
+		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		synctest.Wait()
+		assert.Equal(t, 1, c.logs.FilterMessage("events are kept again").Len())
+
+		for range 4 {
+			serve(t, c.handlers[0], post(body))
+		}
+		full := c.logs.FilterMessage("events are not kept: max_events wait").FilterLevelExact(zapcore.ErrorLevel)
+		require.Equal(t, 1, full.Len())
+		assert.Equal(t, map[string]any{"queue": "default", "max_events": int64(3)}, full.All()[0].ContextMap())
+	})
+}
+
+// The answer of the backend is kept up to a limit, beyond which none of it is sent on.
+func TestLongAnswer(t *testing.T) {
+	for _, tt := range []struct{ size, want int }{{maxAnswer, maxAnswer}, {maxAnswer + 1, 0}, {3 * maxAnswer, 0}} {
+		w := newAnswer()
+		w.Header().Set("Content-Length", fmt.Sprint(tt.size))
+		for left := tt.size; left > 0; left -= 1 << 16 {
+			n, err := w.Write(make([]byte, min(left, 1<<16)))
+			require.NoError(t, err)
+			assert.Equal(t, min(left, 1<<16), n)
+		}
+		recorder := httptest.NewRecorder()
+		require.NoError(t, w.copyTo(recorder))
+		assert.Equal(t, tt.want, recorder.Body.Len())
+		assert.Equal(t, tt.want > 0, recorder.Header().Get("Content-Length") != "")
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	h := &Handler{Routes: routes(status(200))}
+	c, err := provision(t, h)
+	require.NoError(t, err)
+	defer c.end()
+	assert.Equal(t, []any{"default", 5 * time.Second, 30 * time.Second, 120 * time.Hour, 1_000_000, 16}, []any{
+		h.Name, time.Duration(*h.AnswerAfter), time.Duration(h.AttemptTimeout), time.Duration(h.MaxAge), h.MaxEvents, h.Concurrency,
+	})
+	assert.Equal(t, "sqlite "+filepath.Join(caddy.AppDataDir(), "inkit_queue.db"), h.opener.Key())
+}
