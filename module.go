@@ -445,6 +445,9 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 		result = deliveryAccepted
 		return nil
 	}
+	if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err); ok && d.status == 0 {
+		d.status = handlerErr.StatusCode // as it will be
+	}
 	if c := h.logger.Check(level, "verified webhook was not accepted"); c != nil {
 		c.Write(
 			zap.String("result", deliveryResults[result]), zap.Int("status", d.status), zap.Error(err),

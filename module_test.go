@@ -761,12 +761,12 @@ func TestDeliveries(t *testing.T) {
 		{"a status of 404", status(404), deliveryRefused, zapcore.WarnLevel, int64(404), nil},
 		{"a status of 499", status(499), deliveryRefused, zapcore.WarnLevel, int64(499), nil},
 		{"a status of 500", status(500), deliveryFailed, zapcore.ErrorLevel, int64(500), nil},
-		{"an error", func(http.ResponseWriter, *http.Request) error { return caddyhttp.Error(502, failure) }, deliveryFailed, zapcore.ErrorLevel, int64(0), failure},
-		{"an error with a status below 500", func(http.ResponseWriter, *http.Request) error { return caddyhttp.Error(404, failure) }, deliveryFailed, zapcore.ErrorLevel, int64(0), failure},
+		{"an error", func(http.ResponseWriter, *http.Request) error { return caddyhttp.Error(502, failure) }, deliveryFailed, zapcore.ErrorLevel, int64(502), failure},
+		{"an error with a status below 500", func(http.ResponseWriter, *http.Request) error { return caddyhttp.Error(404, failure) }, deliveryFailed, zapcore.ErrorLevel, int64(404), failure},
 		{"the end of the handlers", func(_ http.ResponseWriter, r *http.Request) error {
 			caddyhttp.SetVar(r.Context(), "unhandled", true) // as Caddy's last handler does
 			return nil
-		}, deliveryUnhandled, zapcore.WarnLevel, int64(0), nil},
+		}, deliveryUnhandled, zapcore.WarnLevel, int64(404), nil},
 		{"the end of the handlers behind one that answered", func(w http.ResponseWriter, r *http.Request) error {
 			caddyhttp.SetVar(r.Context(), "unhandled", true)
 			w.WriteHeader(202)
