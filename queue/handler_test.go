@@ -461,6 +461,7 @@ func TestSenderThatHangsUp(t *testing.T) {
 				assert.Equal(t, 5*time.Millisecond, got.after)
 				assert.Empty(t, got.body)
 				time.Sleep(2500 * time.Millisecond)
+				synctest.Wait()
 				assert.Equal(t, tt.left, c.counts(t))
 				assert.Equal(t, 1, attempts)
 			})
@@ -504,12 +505,14 @@ func TestAttemptsAreAlike(t *testing.T) {
 		caddyhttp.SetVar(r.Context(), "colour", "green")
 		assert.Equal(t, 200, serve(t, c.handlers[0], r).status)
 		time.Sleep(2 * time.Second)
+		synctest.Wait()
 		require.Len(t, seen, 2)
 		c.stop(t)
 		synctest.Wait()
 		c = load() // as a process that starts again
 		defer c.stop(t)
 		time.Sleep(5 * time.Second)
+		synctest.Wait()
 		require.GreaterOrEqual(t, len(seen), 3)
 		for i, got := range seen {
 			assert.Regexp(t, "^[0-9a-f-]{36}$", got["inkit_queue.id"])

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"io"
 	"maps"
+	"math"
 	"net"
 	"net/http"
 	"net/url"
@@ -106,9 +107,13 @@ func newRequest(r *http.Request, e *event.Event) *request {
 	}
 	vars, _ := r.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
 	for name, value := range vars {
-		switch value.(type) {
-		case string, bool, int, int64, float64:
+		switch value := value.(type) {
+		case string, bool, int, int64:
 			stored.Vars[name] = value
+		case float64:
+			if !math.IsNaN(value) && !math.IsInf(value, 0) { // JSON has none of these
+				stored.Vars[name] = value
+			}
 		}
 	}
 	delete(stored.Vars, "unhandled") // which is of one run of the handlers

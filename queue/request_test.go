@@ -1,0 +1,263 @@
+package queue
+
+import (
+	"context"
+	"crypto/tls"
+	"encoding/binary"
+	"encoding/json"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+func contextWithLocal(r *http.Request, local net.Addr) context.Context {
+	return context.WithValue(r.Context(), http.LocalAddrContextKey, local)
+}
+
+// arrived is a request as a server of Caddy hands it to the queue.
+func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*http.Request, *event.Event) {
+	tb.Helper()
+	r := httptest.NewRequest(http.MethodPost, uri, strings.NewReader(text))
+	if change != nil {
+		change(r)
+	}
+	r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), nil, new(caddyhttp.Server))
+	e := &event.Event{Outcome: event.Verified, Body: []byte(text), SecretName: "current", IdempotencyKey: "the key"}
+	e.Attach(r.Context())
+	return r, e
+}
+
+// stored returns the request as it comes back from a store, as attempt 3.
+func stored(tb testing.TB, r *http.Request, e *event.Event) *http.Request {
+	tb.Helper()
+	a := &addition{rec: &Record{ID: "id", Received: time.Unix(1_795_592_263, 0), Attempts: 3}, request: newRequest(r, e)}
+	require.NoError(tb, a.seal())
+	decoded, err := decodeRequest(a.rec)
+	require.NoError(tb, err)
+	return decoded.prepare(tb.Context(), new(caddyhttp.Server), newAnswer(), a.rec)
+}
+
+func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
+	for _, tt := range []struct {
+		name, uri, body string
+		change          func(r *http.Request)
+	}{
+		{"plain", "http://example.com/webhook", body, nil},
+		{"with a query", "http://example.com/webhook?a=1&b=%20+&&c", body, nil},
+		{"an escaped path", "http://example.com/a%2Fb/%C3%A4", body, nil},
+		{"a path that starts with two slashes", "http://example.com//webhook", body, nil},
+		{"a body that is no text", "http://example.com/", "\x00\xff\r\n\xc3(", nil},
+		{"no body", "http://example.com/", "", nil},
+		{"a long body", "http://example.com/", strings.Repeat("a", 3<<20), nil},
+		{"a port in the host", "http://example.com:8443/", body, nil},
+		{"an address of IPv6", "http://[::1]:80/", body, func(r *http.Request) { r.RemoteAddr = "[2001:db8::1]:50000" }},
+		{"HTTP/2 over TLS", "https://example.com/", body, func(r *http.Request) {
+			r.Proto, r.ProtoMajor, r.ProtoMinor = "HTTP/2.0", 2, 0
+			r.TLS = &tls.ConnectionState{Version: tls.VersionTLS13, CipherSuite: tls.TLS_AES_128_GCM_SHA256, ServerName: "example.com", NegotiatedProtocol: "h2", HandshakeComplete: true}
+		}},
+		{"early data", "https://example.com/", body, func(r *http.Request) { r.TLS = &tls.ConnectionState{Version: tls.VersionTLS13} }},
+		{"fields of several values and of none", "http://example.com/", body, func(r *http.Request) {
+			r.Header = http.Header{"X-Two": {"1", "2"}, "X-Empty": {""}, "Idempotency-Key": {"the key"}, "X-Umlaut": {"ä"}}
+		}},
+		{"no field at all", "http://example.com/", body, func(r *http.Request) { r.Header = http.Header{} }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r, e := arrived(t, tt.uri, tt.body, tt.change)
+			want := r.Clone(r.Context())
+			r.URL.Path, r.URL.RawPath, r.RequestURI = "/rewritten", "", "/rewritten?x" // as a rewrite in front of the queue does
+			got := stored(t, r, e)
+
+			assert.Equal(t, []string{want.Method, want.Host, want.Proto, want.RemoteAddr, "/rewritten", want.URL.RawQuery, "/rewritten?x"},
+				[]string{got.Method, got.Host, got.Proto, got.RemoteAddr, got.URL.Path, got.URL.RawQuery, got.RequestURI})
+			assert.Equal(t, []int{want.ProtoMajor, want.ProtoMinor}, []int{got.ProtoMajor, got.ProtoMinor})
+			assert.Equal(t, want.Header, got.Header)
+			original := got.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
+			assert.Equal(t, []string{want.RequestURI, want.URL.Path, want.URL.RawPath, want.URL.RawQuery},
+				[]string{original.RequestURI, original.URL.Path, original.URL.RawPath, original.URL.RawQuery})
+			assert.Equal(t, want.TLS, got.TLS)
+			assert.Equal(t, int64(len(tt.body)), got.ContentLength)
+			for range 2 { // as a proxy that sends it again
+				all, err := io.ReadAll(got.Body)
+				require.NoError(t, err)
+				assert.Equal(t, tt.body, string(all))
+				got.Body, err = got.GetBody()
+				require.NoError(t, err)
+			}
+			verified := event.FromContext(got.Context())
+			require.NotNil(t, verified)
+			assert.Equal(t, []string{tt.body, "current", "the key"}, []string{string(verified.Body), verified.SecretName, verified.IdempotencyKey})
+		})
+	}
+}
+
+// Variables come back if they are plain values. One that is not does not spoil the rest.
+func TestStoredVariables(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		value, want any // nil: it does not come back
+	}{
+		{"a text", "green", "green"},
+		{"an empty text", "", ""},
+		{"a text that is not UTF-8", "a\xffb", "a\uFFFDb"},
+		{"a text with NUL", "a\x00b", "a\x00b"},
+		{"a truth", true, true},
+		{"a number", 42, 42.0},
+		{"a long number", int64(1 << 40), float64(1 << 40)},
+		{"a fraction", 0.5, 0.5},
+		{"not a number", math.NaN(), nil},
+		{"infinity", math.Inf(-1), nil},
+		{"an object", struct{ A string }{"x"}, nil},
+		{"a function", func() {}, nil},
+		{"an error", io.EOF, nil},
+		{"a channel", make(chan int), nil},
+		{"nothing", nil, nil},
+		{"that it was not handled, which is of one run", "x", "x"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r, e := arrived(t, "http://example.com/", body, nil)
+			caddyhttp.SetVar(r.Context(), "mine", tt.value)
+			caddyhttp.SetVar(r.Context(), "other", "stays")
+			caddyhttp.SetVar(r.Context(), "unhandled", true)
+			got := stored(t, r, e)
+			assert.EqualValues(t, tt.want, caddyhttp.GetVar(got.Context(), "mine"))
+			assert.Equal(t, "stays", caddyhttp.GetVar(got.Context(), "other"))
+			assert.Nil(t, caddyhttp.GetVar(got.Context(), "unhandled"))
+		})
+	}
+}
+
+func TestStoredRequestHasItsAddresses(t *testing.T) {
+	for _, tt := range []struct {
+		name  string
+		local net.Addr
+		want  string
+	}{
+		{"over TCP", &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 443}, "192.0.2.1:443"},
+		{"over a socket", &net.UnixAddr{Net: "unix", Name: "/run/caddy.sock"}, "/run/caddy.sock"},
+		{"not known", nil, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			r, e := arrived(t, "http://example.com/", body, func(r *http.Request) {
+				if tt.local != nil {
+					*r = *r.WithContext(contextWithLocal(r, tt.local))
+				}
+			})
+			got := stored(t, r, e)
+			repl := got.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+			assert.Equal(t, tt.want, repl.ReplaceAll("{http.request.local}", ""))
+			assert.Equal(t, "3", repl.ReplaceAll("{http.inkit_queue.attempt}", ""))
+			assert.Equal(t, "id", repl.ReplaceAll("{http.inkit_queue.id}", ""))
+			assert.Equal(t, "2026-11-25T07:37:43Z", repl.ReplaceAll("{http.inkit_queue.received}", ""))
+			assert.Equal(t, "192.0.2.1", repl.ReplaceAll("{http.request.remote.host}", ""))
+		})
+	}
+}
+
+// What is not what was stored is not delivered, and no error shows a part of it.
+func TestStoredRequestThatIsSpoilt(t *testing.T) {
+	r, e := arrived(t, "http://example.com/c0nf1d3nt1al", body, nil)
+	whole := &addition{rec: &Record{ID: "id"}, request: newRequest(r, e)}
+	require.NoError(t, whole.seal())
+	resealed := func(request []byte) *Record {
+		rec := &Record{ID: "id", Request: request}
+		rec.Checksum = rec.checksum()
+		return rec
+	}
+	head := func(text string) *Record {
+		return resealed(append(binary.AppendUvarint(nil, uint64(len(text))), text...))
+	}
+	const sum, short, notJSON = "the checksum does not match", "the stored request is cut short", "the stored request is not the JSON that it was"
+	for _, tt := range []struct {
+		name, message string
+		rec           *Record
+	}{
+		{"another byte in the body", sum, &Record{ID: "id", Request: append(whole.rec.Request[:len(whole.rec.Request)-1:len(whole.rec.Request)-1], 'x'), Checksum: whole.rec.Checksum}},
+		{"a byte more", sum, &Record{ID: "id", Request: append(whole.rec.Request[:len(whole.rec.Request):len(whole.rec.Request)], 0), Checksum: whole.rec.Checksum}},
+		{"a byte less", sum, &Record{ID: "id", Request: whole.rec.Request[:len(whole.rec.Request)-1], Checksum: whole.rec.Checksum}},
+		{"the request of another event", sum, &Record{ID: "other", Request: whole.rec.Request, Checksum: whole.rec.Checksum}},
+		{"no checksum", sum, &Record{ID: "id", Request: whole.rec.Request}},
+		{"a checksum that is cut", sum, &Record{ID: "id", Request: whole.rec.Request, Checksum: whole.rec.Checksum[:31]}},
+		{"nothing, with the checksum of nothing", short, resealed(nil)},
+		{"a length without an end", short, resealed([]byte{0x80, 0x80})},
+		{"a length that no number holds", short, resealed([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})},
+		{"a length that is negative as a signed number", short, resealed(binary.AppendUvarint(nil, math.MaxUint64))},
+		{"a length beyond the end", short, resealed(append(binary.AppendUvarint(nil, 3), "{}"...))},
+		{"no JSON", notJSON, head("c0nf1d3nt1al")},
+		{"an array", notJSON, head(`["c0nf1d3nt1al"]`)},
+		{"a field of another type", notJSON, head(`{"method":{"c0nf1d3nt1al":1}}`)},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			_, err := decodeRequest(tt.rec)
+			require.EqualError(t, err, tt.message)
+		})
+	}
+}
+
+// The form of what is stored must not change: a later version reads it.
+func TestStoredForm(t *testing.T) {
+	r, e := arrived(t, "https://example.com/webhook?x=1", "the body", func(r *http.Request) {
+		r.Header = http.Header{"X-A": {"1"}}
+		r.TLS = &tls.ConnectionState{Version: tls.VersionTLS13, HandshakeComplete: true}
+	})
+	encoded, err := newRequest(r, e).encode()
+	require.NoError(t, err)
+	length, n := binary.Uvarint(encoded)
+	assert.Equal(t, "the body", string(encoded[n+int(length):]))
+	var object map[string]any
+	require.NoError(t, json.Unmarshal(encoded[n:n+int(length)], &object))
+	delete(object, "vars") // which is Caddy's
+	assert.Equal(t, map[string]any{
+		"method": "POST", "proto": "HTTP/1.1", "host": "example.com", "remote_addr": "192.0.2.1:1234",
+		"target":   map[string]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},
+		"original": map[string]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},
+		"header":   map[string]any{"X-A": []any{"1"}}, "tls": object["tls"],
+		"secret_name": "current", "idempotency_key": "the key",
+	}, object)
+}
+
+func FuzzStoredRequest(f *testing.F) {
+	r, e := arrived(f, "http://example.com/a?b", body, nil)
+	whole := &addition{rec: &Record{ID: "id"}, request: newRequest(r, e)}
+	require.NoError(f, whole.seal())
+	f.Add("id", whole.rec.Request, whole.rec.Checksum, false)
+	f.Add("id", whole.rec.Request, whole.rec.Checksum, true)
+	f.Add("other", whole.rec.Request, whole.rec.Checksum, false)
+	f.Add("id", []byte("\x02{}the body"), []byte{}, true)
+	f.Add("id", []byte("\x04null"), []byte{}, true)
+	f.Add("", []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}, []byte(nil), true)
+	f.Fuzz(func(t *testing.T, id string, request, checksum []byte, seal bool) {
+		rec := &Record{ID: id, Request: request, Checksum: checksum, Attempts: 1}
+		if seal { // so that what comes after the checksum sees it
+			rec.Checksum = rec.checksum()
+		}
+		decoded, err := decodeRequest(rec)
+		if err != nil {
+			return
+		}
+		require.Equal(t, rec.checksum(), rec.Checksum, "never one whose checksum does not hold")
+		got := decoded.prepare(t.Context(), new(caddyhttp.Server), newAnswer(), rec)
+		all, err := io.ReadAll(got.Body)
+		require.NoError(t, err)
+		require.True(t, strings.HasSuffix(string(request), string(all)))
+		require.NotNil(t, event.FromContext(got.Context()))
+		_ = got.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).ReplaceAll("{http.request.local}{http.request.uri}{http.request.remote.host}", "")
+		again, err := decoded.encode() // as a command that moves it
+		require.NoError(t, err)
+		moved := &Record{ID: id, Request: again}
+		moved.Checksum = moved.checksum()
+		_, err = decodeRequest(moved)
+		require.NoError(t, err)
+	})
+}
