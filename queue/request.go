@@ -14,6 +14,7 @@ import (
 	"net/http"
 	"net/url"
 	"time"
+	"unicode/utf8"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 
@@ -33,14 +34,14 @@ type request struct {
 	Original   target      `json:"original"` // as it arrived
 	Proto      string      `json:"proto"`
 	Host       string      `json:"host"`
-	Header     http.Header `json:"header"`
+	Header     fields      `json:"header"`
 	RemoteAddr string      `json:"remote_addr"`
 	Local      *address    `json:"local,omitempty"`
 	TLS        *connection `json:"tls,omitempty"`
 
 	// Vars are the variables of the request that are plain values. The address of the
 	// client is one of them, as Caddy saw it then.
-	Vars map[string]any `json:"vars,omitempty"`
+	Vars vars `json:"vars,omitempty"`
 
 	SecretName     string `json:"secret_name,omitempty"`
 	IdempotencyKey string `json:"idempotency_key,omitempty"`
@@ -51,18 +52,100 @@ type request struct {
 // target is what a URL holds in a request to a server. Its text alone would not do: a
 // path may start with two slashes.
 type target struct {
-	URI      string `json:"uri"`
-	Path     string `json:"path"`
-	RawPath  string `json:"raw_path,omitempty"`
-	RawQuery string `json:"raw_query,omitempty"`
+	URI      text `json:"uri"`
+	Path     text `json:"path"`
+	RawPath  text `json:"raw_path,omitempty"`
+	RawQuery text `json:"raw_query,omitempty"`
 }
 
 func newTarget(uri string, u *url.URL) target {
-	return target{uri, u.Path, u.RawPath, u.RawQuery}
+	return target{text(uri), text(u.Path), text(u.RawPath), text(u.RawQuery)}
 }
 
 func (t target) url() *url.URL {
-	return &url.URL{Path: t.Path, RawPath: t.RawPath, RawQuery: t.RawQuery}
+	return &url.URL{Path: string(t.Path), RawPath: string(t.RawPath), RawQuery: string(t.RawQuery)}
+}
+
+// text is a string that comes back as it was, though it may not be UTF-8, as a path
+// with %FF in it and header fields of old programs are not. JSON would change it.
+type text string
+
+func (t text) MarshalJSON() ([]byte, error) {
+	if utf8.ValidString(string(t)) {
+		return json.Marshal(string(t))
+	}
+	return json.Marshal(map[string][]byte{"base64": []byte(t)})
+}
+
+func (t *text) UnmarshalJSON(b []byte) error {
+	if len(b) > 0 && b[0] == '{' {
+		var encoded struct {
+			Bytes []byte `json:"base64"`
+		}
+		err := json.Unmarshal(b, &encoded)
+		*t = text(encoded.Bytes)
+		return err
+	}
+	return json.Unmarshal(b, (*string)(t))
+}
+
+// fields is a header of which each line is a text.
+type fields http.Header
+
+func (f fields) MarshalJSON() ([]byte, error) {
+	lines := make(map[string][]text, len(f))
+	for field, values := range f {
+		for _, value := range values {
+			lines[field] = append(lines[field], text(value))
+		}
+	}
+	return json.Marshal(lines)
+}
+
+func (f *fields) UnmarshalJSON(b []byte) error {
+	var lines map[string][]text
+	err := json.Unmarshal(b, &lines)
+	*f = make(fields, len(lines))
+	for field, values := range lines {
+		for _, value := range values {
+			(*f)[field] = append((*f)[field], string(value))
+		}
+	}
+	return err
+}
+
+// vars are plain values of which each comes back with its type: a placeholder shows
+// 1000000 and not 1e+06.
+type vars map[string]any
+
+func (v vars) MarshalJSON() ([]byte, error) {
+	values := maps.Clone(v)
+	for name, value := range values {
+		if value, ok := value.(string); ok {
+			values[name] = text(value)
+		}
+	}
+	return json.Marshal(map[string]any(values))
+}
+
+func (v *vars) UnmarshalJSON(b []byte) error {
+	var values map[string]json.RawMessage
+	err := json.Unmarshal(b, &values)
+	*v = make(vars, len(values))
+	for name, encoded := range values {
+		var number int
+		var str text
+		var other any
+		switch {
+		case json.Unmarshal(encoded, &number) == nil:
+			(*v)[name] = number
+		case json.Unmarshal(encoded, &str) == nil:
+			(*v)[name] = string(str)
+		case json.Unmarshal(encoded, &other) == nil:
+			(*v)[name] = other
+		}
+	}
+	return err
 }
 
 // address is a net.Addr that can be stored.
@@ -92,9 +175,9 @@ func newRequest(r *http.Request, e *event.Event) *request {
 		Original:       newTarget(original.RequestURI, original.URL),
 		Proto:          r.Proto,
 		Host:           r.Host,
-		Header:         r.Header.Clone(),
+		Header:         fields(r.Header.Clone()),
 		RemoteAddr:     r.RemoteAddr,
-		Vars:           make(map[string]any),
+		Vars:           make(vars),
 		SecretName:     e.SecretName,
 		IdempotencyKey: e.IdempotencyKey,
 		body:           e.Body,
@@ -105,8 +188,8 @@ func newRequest(r *http.Request, e *event.Event) *request {
 	if r.TLS != nil {
 		stored.TLS = &connection{r.TLS.Version, r.TLS.CipherSuite, r.TLS.ServerName, r.TLS.NegotiatedProtocol, !r.TLS.HandshakeComplete}
 	}
-	vars, _ := r.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
-	for name, value := range vars {
+	all, _ := r.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
+	for name, value := range all {
 		switch value := value.(type) {
 		case string, bool, int, int64:
 			stored.Vars[name] = value
@@ -145,7 +228,7 @@ func decodeRequest(rec *Record) (*request, error) {
 		return nil, errors.New("the stored request is not the JSON that it was") // whose error shows a part of it
 	}
 	if r.Header == nil {
-		r.Header = make(http.Header)
+		r.Header = make(fields)
 	}
 	return r, nil
 }
@@ -158,8 +241,8 @@ func (r *request) prepare(ctx context.Context, server *caddyhttp.Server, w http.
 		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(&address{"tcp", ""})) // Caddy's placeholders panic without
 	}
 	req := (&http.Request{
-		Method: r.Method, URL: r.Original.url(), RequestURI: r.Original.URI, Host: r.Host,
-		Proto: r.Proto, Header: r.Header.Clone(), RemoteAddr: r.RemoteAddr,
+		Method: r.Method, URL: r.Original.url(), RequestURI: string(r.Original.URI), Host: r.Host,
+		Proto: r.Proto, Header: http.Header(r.Header).Clone(), RemoteAddr: r.RemoteAddr,
 		ContentLength: int64(len(r.body)),
 		Body:          io.NopCloser(bytes.NewReader(r.body)),
 		GetBody:       func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(r.body)), nil },
@@ -173,7 +256,7 @@ func (r *request) prepare(ctx context.Context, server *caddyhttp.Server, w http.
 	}
 	repl := caddy.NewReplacer()
 	req = caddyhttp.PrepareRequest(req, repl, w, server)
-	req.URL, req.RequestURI = r.Target.url(), r.Target.URI
+	req.URL, req.RequestURI = r.Target.url(), string(r.Target.URI)
 	for name, value := range r.Vars {
 		caddyhttp.SetVar(req.Context(), name, value)
 	}
