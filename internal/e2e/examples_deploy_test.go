@@ -109,7 +109,9 @@ esac`
 	}
 	assert.Equal(t, "printf %s demo > inkit_webhook.secret\n", blocks[0].text)
 	assert.Equal(t, "204 No Content\n", run(blocks[2].text))
-	assert.Contains(t, backend.output.String(), "DOCUMENT_CREATE_FINISHED doc_1 ")
+	waitFor(t, "the backend has printed it", backend, func() bool {
+		return strings.Contains(backend.output.String(), "DOCUMENT_CREATE_FINISHED doc_1 ")
+	})
 	out := run(blocks[3].text)
 	assert.True(t, strings.HasPrefix(out, "200 OK\n"), out)
 	assert.Contains(t, out, " doc_2 ", "it is in the list")

@@ -280,11 +280,14 @@ func TestQueueDocs(t *testing.T) {
 			assert.NotContains(t, list(""), id)
 		}},
 		{became, func() { waiting("doc_1") }, func(script string) {
-			out := o.run(replace(script, "localhost:2019", c.admin))
-			lines := strings.SplitN(out, "\n", 3)
-			assert.NotContains(t, lines[0], "doc_", "no event is dead")
-			assert.Equal(t, "1", lines[1])
-			assert.Contains(t, lines[2], `caddy_inkit_queue_events{queue="default",state="dead"} 0`)
+			waitFor(t, "the gauges are counted", c.process, func() bool {
+				out := o.run(replace(script, "localhost:2019", c.admin))
+				lines := strings.SplitN(out, "\n", 3)
+				assert.NotContains(t, lines[0], "doc_", "no event is dead")
+				assert.Equal(t, "1", lines[1])
+				return strings.Contains(lines[2], `caddy_inkit_queue_events{queue="default",state="dead"} 0`) &&
+					strings.Contains(lines[2], `caddy_inkit_queue_events{queue="default",state="pending"} 1`)
+			})
 		}},
 		{"Look into the database", nil, func(script string) {
 			out := o.run(replace(script, "/var/lib/caddy/.local/share/caddy/inkit_queue.db", db))
