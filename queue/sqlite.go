@@ -175,7 +175,7 @@ func openSQLite(path string, connections int, busy time.Duration, pragmas ...str
 // prepare makes the schema, unless the file holds something else. If there is one, it
 // only reads: the commands need not wait for a Caddy that is busy writing.
 func (s *sqliteStore) prepare(ctx context.Context) error {
-	exists, err := s.exists(ctx, s.read)
+	exists, err := s.exists(ctx, s.write) // whose first read opens the log, of a copy that has none too
 	switch {
 	case err != nil:
 		_, statErr := os.Stat(s.reserve())
