@@ -4,6 +4,7 @@ package docs
 
 import (
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -100,9 +101,7 @@ func TestEveryCaddyfile(t *testing.T) {
 		}
 	}
 	inDocuments := len(shown)
-	for path, content := range files(t, "Caddyfile", "*.Caddyfile", "Caddyfile.*") {
-		shown[path] = content
-	}
+	maps.Copy(shown, files(t, "Caddyfile", "*.Caddyfile", "Caddyfile.*"))
 	assert.Greater(t, inDocuments, 5)
 	assert.Greater(t, len(shown)-inDocuments, 4)
 	for name, content := range shown {

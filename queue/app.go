@@ -123,6 +123,7 @@ func (s *shared) release(a *App) {
 	last := s.users == 0
 	if last {
 		delete(d.queues, s.queue.name)
+		d.strange[s.queue.name] = true // as the line below says
 	}
 	pending := d.counts[[2]string{s.queue.name, statePending}].Events
 	d.mu.Unlock()

@@ -304,8 +304,8 @@ func (q *queue) attempt(h *Handler, r *request, rec *Record) (res result) {
 		res.retryAfter = retryAfter(res.answer.header.Get("Retry-After"), time.Now())
 	}
 	if c := h.logger.Check(zapcore.DebugLevel, "attempt"); c != nil {
-		c.Write(zap.String("id", rec.ID), zap.Int("attempt", rec.Attempts), zap.Int("status", res.answer.status),
-			zap.Duration("duration", time.Since(began)), zap.Error(res.err))
+		c.Write(zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
+			zap.Int("attempt", rec.Attempts), zap.Int("status", status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
 	}
 	return res
 }
@@ -461,7 +461,7 @@ func (q *queue) heardLocked(down bool) {
 	switch {
 	case n == 0 || down == q.breaker.down:
 	case down:
-		q.downLocked(q.handlers[n-1], errors.New("another process says so"))
+		q.downLocked(q.handlers[n-1], errors.New("it was found to be down before, or by another process"))
 	default:
 		q.upLocked(q.handlers[n-1])
 	}
@@ -593,7 +593,7 @@ func (q *queue) live(h *Handler, r *request, rec *Record) *live {
 		}
 		defer q.leaveLive()
 		began := time.Now()
-		res := q.attempt(h, r, &Record{ID: rec.ID, Received: rec.Received, Attempts: 1})
+		res := q.attempt(h, r, &Record{ID: rec.ID, Received: rec.Received, Attempts: 1, EventType: rec.EventType, ResourceID: rec.ResourceID})
 		q.settle(h, rec, res, time.Since(began), finish)
 		l.attempted <- res
 	})

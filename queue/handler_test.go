@@ -449,7 +449,7 @@ func TestSenderThatHangsUp(t *testing.T) {
 				c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 					attempts++
 					time.Sleep(2 * time.Second)
-					assert.NoError(t, r.Context().Err())
+					require.NoError(t, r.Context().Err())
 					return status(tt.status)(w, r, next)
 				})})
 				defer c.stop(t)

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -188,7 +189,7 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 		rec           *Record
 	}{
 		{"another byte in the body", sum, &Record{ID: "id", Request: append(whole.rec.Request[:len(whole.rec.Request)-1:len(whole.rec.Request)-1], 'x'), Checksum: whole.rec.Checksum}},
-		{"a byte more", sum, &Record{ID: "id", Request: append(whole.rec.Request[:len(whole.rec.Request):len(whole.rec.Request)], 0), Checksum: whole.rec.Checksum}},
+		{"a byte more", sum, &Record{ID: "id", Request: append(slices.Clip(whole.rec.Request), 0), Checksum: whole.rec.Checksum}},
 		{"a byte less", sum, &Record{ID: "id", Request: whole.rec.Request[:len(whole.rec.Request)-1], Checksum: whole.rec.Checksum}},
 		{"the request of another event", sum, &Record{ID: "other", Request: whole.rec.Request, Checksum: whole.rec.Checksum}},
 		{"no checksum", sum, &Record{ID: "id", Request: whole.rec.Request}},

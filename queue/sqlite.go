@@ -156,7 +156,7 @@ func (s *SQLite) Open(ctx context.Context) (Store, error) {
 		_ = store.Close()
 		return nil, withoutPath(err)
 	}
-	store.full = !store.makeReserve()
+	store.full = s.busy == 0 && !store.makeReserve() // a command leaves none behind
 	return store, nil
 }
 
