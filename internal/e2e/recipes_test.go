@@ -231,7 +231,7 @@ func TestRecipeJSON(t *testing.T) {
 	block, _, _ = strings.Cut(block, "```\n")
 	c := startCaddy(t, "", "http://:{{port}} {\n\terror 404\n}\n")
 	for _, replacement := range [][2]string{
-		{"{\n\t\"apps\"", `{"admin": {"listen": "` + c.admin + `"}, "apps"`}, // or it is that of port 2019
+		{"{\n\t\"apps\"", `{"admin": {"listen": "` + c.admin + `"}, "apps"`},                                // or it is that of port 2019
 		{`"listen": [":443"]`, `"automatic_https": {"disable": true}, "listen": [":` + port(c.addr) + `"]`}, // and no certificate
 		{`"host": ["example.com"]`, `"host": ["127.0.0.1"]`},
 		{`"/var/lib/caddy/`, `"` + c.dir + `/`},
