@@ -45,7 +45,8 @@ func newExample(t *testing.T, name string) *example {
 	for _, file := range files {
 		content := e.replacer.Replace(readFile(t, filepath.Join(from, file.Name())))
 		if file.Name() == "Caddyfile" {
-			content = fmt.Sprintf("{\n\tadmin %s\n}\n%s", freeAddr(t), content)
+			require.Equal(t, 1, strings.Count(content, "\n{\n"), "the global options")
+			content = strings.Replace(content, "\n{\n", fmt.Sprintf("\n{\n\tadmin %s\n", freeAddr(t)), 1)
 		}
 		require.NoError(t, os.WriteFile(filepath.Join(e.dir, file.Name()), []byte(content), 0o644)) //nolint:gosec // PHP has another user
 	}
