@@ -3,6 +3,7 @@
 package docs
 
 import (
+	"fmt"
 	"io/fs"
 	"maps"
 	"os"
@@ -97,7 +98,7 @@ func TestEveryCaddyfile(t *testing.T) {
 	shown := make(map[string]string)
 	for path, content := range files(t, "*.md") {
 		for i, block := range blocks(content, "caddyfile") {
-			shown[path+", block "+string(rune('1'+i))] = block
+			shown[fmt.Sprintf("%s, block %d", path, i+1)] = block
 		}
 	}
 	inDocuments := len(shown)
@@ -158,8 +159,9 @@ func TestLinks(t *testing.T) {
 			path := name
 			if target != "" {
 				path = filepath.ToSlash(filepath.Join(filepath.Dir(name), target))
-				_, err := os.Stat(filepath.Join("..", path))
-				assert.NoError(t, err, "%s: %s", name, match[1])
+				if _, err := os.Stat(filepath.Join("..", path)); err != nil {
+					assert.Fail(t, err.Error(), "%s: %s", name, match[1])
+				}
 			}
 			if anchor != "" {
 				assert.Contains(t, anchors(documents[path]), anchor, "%s: %s", name, match[1])
@@ -167,6 +169,19 @@ func TestLinks(t *testing.T) {
 		}
 	}
 	assert.Greater(t, count, 20)
+}
+
+// The tests that the threat model names are there.
+func TestTestsOfTheThreatModel(t *testing.T) {
+	var source strings.Builder
+	for _, content := range files(t, "*_test.go") {
+		source.WriteString(content)
+	}
+	names := regexp.MustCompile("`((?:Test|Fuzz)\\w+)`").FindAllStringSubmatch(files(t, "security.md")["docs/security.md"], -1)
+	assert.Greater(t, len(names), 40)
+	for _, name := range names {
+		assert.Contains(t, source.String(), "\nfunc "+name[1]+"(", name[1])
+	}
 }
 
 // What the source calls things is in the README, to the letter: the grammar, the

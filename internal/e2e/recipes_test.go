@@ -6,7 +6,9 @@ import (
 	"context"
 	"io"
 	"net/http"
+	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -252,7 +254,14 @@ func TestRecipeJSON(t *testing.T) {
 	assert.Equal(t, 404, post(t, webhookURL(c, "/webhok"), body, sign(secret, body)).status)
 	require.Len(t, b.records(), 1)
 	assert.Equal(t, body, b.records()[0].Body)
-	assert.FileExists(t, c.path("inkit_queue.db"))
+	stored, err := filepath.Glob(c.path("inkit_queue.db*"))
+	require.NoError(t, err)
+	require.Contains(t, stored, c.path("inkit_queue.db"))
+	for _, name := range stored {
+		info, err := os.Stat(name)
+		require.NoError(t, err)
+		assert.Equal(t, os.FileMode(0o600), info.Mode(), "nobody else may read %s", name)
+	}
 }
 
 // TestQuickStart runs the example and plays what its comment says, and the README.

@@ -238,7 +238,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 		require.NoError(t, os.WriteFile(dir+"/inkit_webhook", []byte(secret+"\n"), 0o400))
 		require.NoError(t, os.Chmod(dir, 0o500))
 		t.Cleanup(func() { _ = os.Chmod(dir, 0o700) })
-		c := startCaddy(t, "", site(t, "inkit_webhook {file.{$INKIT_SECRET_FILE}}"), "INKIT_SECRET_FILE="+dir+"/inkit_webhook")
+		c := startCaddy(t, "", site(t, "inkit_webhook {file.{$CREDENTIALS_DIRECTORY}/inkit_webhook}"), "CREDENTIALS_DIRECTORY="+dir)
 		assert.Equal(t, 200, status(c, secret))
 		assert.NotContains(t, c.get("http://"+c.admin+"/config/"), secret)
 	})
