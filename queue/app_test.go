@@ -1,0 +1,238 @@
+package queue
+
+import (
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// caddy validate and adapt touch nothing, and work beside a Caddy that runs.
+func TestLoadingTouchesNoFile(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "folder", "queue.db")
+	c, err := provision(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(200))})
+	require.NoError(t, err)
+	require.NoError(t, c.handlers[0].Cleanup(), "before a start, as validate does")
+	c.end()
+	entries, err := os.ReadDir(dir)
+	require.NoError(t, err)
+	assert.Empty(t, entries)
+
+	c = start(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(200))})
+	require.Eventually(t, func() bool { return c.queue().db.opened() != nil }, 20*time.Second, time.Millisecond)
+	folder, err := os.Stat(filepath.Dir(path))
+	require.NoError(t, err)
+	assert.Equal(t, os.FileMode(0o700), folder.Mode().Perm(), "for nobody else to read")
+	for _, suffix := range []string{"", "-wal", "-reserve"} {
+		file, err := os.Stat(path + suffix)
+		require.NoError(t, err)
+		assert.Equal(t, os.FileMode(0o600), file.Mode().Perm(), suffix)
+	}
+	c.stop(t)
+}
+
+// by is a backend that says which configuration delivers.
+func by(counter *atomic.Int64, code int) caddyhttp.RouteList {
+	return routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+		counter.Add(1)
+		return status(code)(w, r, next)
+	})
+}
+
+// What happens to an event that waits when configurations come and go. The order is
+// Caddy's: the new one is provisioned and started, then the old one is stopped and
+// cleaned up.
+func TestReloads(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		reload   func(t *testing.T, old *configuration, next func() (*configuration, error))
+		old, new bool // which of them delivers
+	}{
+		{"a reload hands over", func(t *testing.T, old *configuration, next func() (*configuration, error)) {
+			c, err := next()
+			require.NoError(t, err)
+			require.NoError(t, c.app.Start())
+			old.stop(t)
+			old.handlers = c.handlers
+			old.app, old.end = c.app, c.end
+		}, false, true},
+		{"a reload that fails when it is loaded leaves the old one", func(t *testing.T, _ *configuration, next func() (*configuration, error)) {
+			c, err := next()
+			require.NoError(t, err)
+			require.NoError(t, c.handlers[0].Cleanup())
+			c.end()
+		}, true, false},
+		{"a reload that fails after this app was started leaves the old one", func(t *testing.T, _ *configuration, next func() (*configuration, error)) {
+			c, err := next()
+			require.NoError(t, err)
+			require.NoError(t, c.app.Start())
+			c.stop(t)
+		}, true, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				path := filepath.Join(t.TempDir(), "queue.db")
+				var oldCalls, newCalls atomic.Int64
+				c := start(t, &Handler{StoreRaw: sqliteAt(path), Routes: by(&oldCalls, 500)})
+				defer func() { c.stop(t) }()
+				synctest.Wait()
+				serve(t, c.handlers[0], post(body))
+				synctest.Wait()
+				tt.reload(t, c, func() (*configuration, error) {
+					return provision(t, &Handler{StoreRaw: sqliteAt(path), Routes: by(&newCalls, 500)})
+				})
+				synctest.Wait()
+				oldCalls.Store(0)
+				newCalls.Store(0)
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				assert.Equal(t, tt.old, oldCalls.Load() > 0, "the old one delivers")
+				assert.Equal(t, tt.new, newCalls.Load() > 0, "the new one delivers")
+				assert.Equal(t, map[string]int{statePending: 1}, c.counts(t))
+			})
+		})
+	}
+}
+
+// A request of the old configuration is served, and what is in flight ends under it.
+func TestReloadDuringAnAttempt(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "queue.db")
+		var newCalls atomic.Int64
+		old := start(t, &Handler{StoreRaw: sqliteAt(path), AnswerAfter: duration(time.Minute), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			time.Sleep(10 * time.Second)
+			if err := r.Context().Err(); err != nil {
+				return err
+			}
+			return status(200)(w, r, next)
+		})})
+		synctest.Wait()
+		var got answered
+		served := make(chan struct{})
+		go func() {
+			defer close(served)
+			got = serve(t, old.handlers[0], post(body))
+		}()
+		time.Sleep(time.Second)
+		c := start(t, &Handler{StoreRaw: sqliteAt(path), Routes: by(&newCalls, 200)})
+		old.stop(t)
+		<-served
+		assert.Equal(t, "the backend's body", got.body)
+		assert.Equal(t, 10*time.Second, got.after)
+		time.Sleep(2 * time.Minute)
+		synctest.Wait()
+		assert.Zero(t, newCalls.Load(), "and not again")
+		assert.Empty(t, c.counts(t))
+
+		refused := serve(t, old.handlers[0], post(body)) // after its cleanup
+		assert.Equal(t, 503, refused.status)
+		assert.Equal(t, "the queue is not open", refused.error)
+		assert.Equal(t, "30", refused.header.Get("Retry-After"))
+		c.stop(t)
+	})
+}
+
+// A request that comes before the app has started waits for it.
+func TestRequestBeforeTheStart(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		starts time.Duration
+		status int
+		after  time.Duration
+	}{
+		{"it starts soon", 3 * time.Second, 201, 3 * time.Second},
+		{"it does not start", time.Minute, 503, 5 * time.Second},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				c, err := provision(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(201))})
+				require.NoError(t, err)
+				time.AfterFunc(tt.starts, func() { assert.NoError(t, c.app.Start()) })
+				got := serve(t, c.handlers[0], post(body))
+				assert.Equal(t, tt.status, got.status)
+				assert.Equal(t, tt.after, got.after)
+				time.Sleep(tt.starts)
+				synctest.Wait()
+				c.stop(t)
+			})
+		})
+	}
+}
+
+// A clean end gives the leases back: whoever comes next delivers at once. What is in
+// flight has the grace period.
+func TestEndGivesLeasesBack(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		takes   time.Duration // of the attempt that is in flight
+		grace   time.Duration
+		ends    time.Duration
+		pending int
+	}{
+		{"the attempt ends within the grace period", 4 * time.Second, 10 * time.Second, 3 * time.Second, 0},
+		{"the attempt does not", time.Minute, 10 * time.Second, 10 * time.Second, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				path := filepath.Join(t.TempDir(), "queue.db")
+				c := start(t, &Handler{StoreRaw: sqliteAt(path), AnswerAfter: duration(0), AttemptTimeout: caddy.Duration(time.Hour), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+					select {
+					case <-time.After(tt.takes):
+						return status(200)(w, r, next)
+					case <-r.Context().Done():
+						return r.Context().Err()
+					}
+				})})
+				synctest.Wait()
+				began := time.Now()
+				assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+				time.Sleep(time.Second - time.Since(began))
+				q, d := c.queue(), c.queue().db
+				require.NoError(t, c.app.Stop())
+				grace := make(chan struct{})
+				time.AfterFunc(tt.grace, func() { close(grace) })
+				c.app.grace = grace // as the HTTP app of a configuration has it
+				stopped := time.Now()
+				require.NoError(t, c.handlers[0].Cleanup())
+				<-q.stopped
+				<-d.closed
+				assert.InDelta(t, tt.ends, time.Since(stopped), float64(50*time.Millisecond))
+				c.end()
+
+				store, err := (&SQLite{Path: path}).Open(t.Context())
+				require.NoError(t, err)
+				defer store.Close()
+				claim := &Claim{Queue: "default", Max: 10, Lease: time.Minute}
+				require.NoError(t, store.Apply(t.Context(), &Batch{Owner: "the next one", Claims: []*Claim{claim}}))
+				assert.Len(t, claim.Records, tt.pending, "due at once, with an hour of lease left")
+			})
+		})
+	}
+}
+
+// Two handlers of one name, and two queues in one file, share what they have to.
+func TestSharedDatabase(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "queue.db")
+		deliver := routes(status(500))
+		c := start(t,
+			&Handler{Name: "a", StoreRaw: sqliteAt(path), Routes: deliver},
+			&Handler{Name: "a", StoreRaw: sqliteAt(path), Routes: rawRoutes(string(deliver[0].HandlersRaw[0]))},
+			&Handler{Name: "b", StoreRaw: sqliteAt(path), Routes: routes(status(500))})
+		defer c.stop(t)
+		queueOf := func(i int) *queue { return c.handlers[i].shared.Load().queue }
+		assert.Same(t, queueOf(0), queueOf(1))
+		assert.NotSame(t, queueOf(0), queueOf(2))
+		assert.Same(t, queueOf(0).db, queueOf(2).db)
+	})
+}

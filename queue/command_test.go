@@ -1,0 +1,265 @@
+package queue
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spf13/cobra"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+)
+
+// run runs the command, and returns what it prints.
+func run(t *testing.T, args ...string) (string, error) {
+	t.Helper()
+	printed, err := os.Create(filepath.Join(t.TempDir(), "stdout"))
+	require.NoError(t, err)
+	defer printed.Close()
+	stdout := os.Stdout
+	os.Stdout = printed
+	defer func() { os.Stdout = stdout }()
+	cmd := &cobra.Command{Use: "inkit-queue", SilenceErrors: true}
+	caddycmd.Commands()["inkit-queue"].CobraFunc(cmd)
+	cmd.SetArgs(args)
+	cmd.SetOut(io.Discard)
+	cmd.SetErr(io.Discard)
+	runErr := cmd.ExecuteContext(t.Context())
+	text, err := os.ReadFile(printed.Name())
+	require.NoError(t, err)
+	return string(text), runErr
+}
+
+// kept is a file with four events: one that is due, one that is later, one that is dead
+// and one that is being delivered.
+func kept(t *testing.T) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "queue.db")
+	store, err := (&SQLite{Path: path}).Open(t.Context())
+	require.NoError(t, err)
+	b := &Batch{Owner: "another process"}
+	for i, id := range []string{"i1-due", "i2-later", "i3-dead", "i4-leased"} {
+		r, e := arrived(t, "http://example.com/webhook", body, func(r *http.Request) {
+			r.Header = http.Header{
+				"Inkit-Signature": {"s1gnature"}, "Authorization": {"cr3dential"}, "Proxy-Authorization": {"cr3dential"}, "Cookie": {"cr3dential"},
+				"Content-Type": {"application/json"},
+			}
+		})
+		a := &addition{request: newRequest(r, e), rec: &Record{
+			ID: id, Queue: "default", Received: time.Date(2026, 11, 25, 6, 30, i, 0, time.UTC), EventType: e.Type(), ResourceID: e.ResourceID(),
+		}}
+		require.NoError(t, a.seal())
+		switch id {
+		case "i2-later":
+			a.rec.Attempts, a.rec.Delay, a.rec.LastError = 3, time.Hour, "status 500: \x1b[31mno"
+		case "i3-dead", "i4-leased":
+			a.rec.Attempts, a.rec.Lease = 1, time.Hour
+		}
+		b.Add = append(b.Add, a.rec)
+	}
+	b.Finish = []Finish{{ID: "i3-dead", Queue: "default", Outcome: Dead, LastError: "status 404"}}
+	require.NoError(t, store.Apply(t.Context(), b))
+	require.NoError(t, store.Close())
+	return path
+}
+
+// states returns the events of a file with their states.
+func states(t *testing.T, path string) map[string]string {
+	t.Helper()
+	store, err := (&SQLite{Path: path}).Open(t.Context())
+	require.NoError(t, err)
+	defer store.Close()
+	all := make(map[string]string)
+	require.NoError(t, store.Select(t.Context(), Filter{}, false, func(r *Record) bool {
+		all[r.ID] = r.State
+		return true
+	}))
+	return all
+}
+
+// due returns when the attempts are due, in the form of the commands.
+func due(t *testing.T, path string) map[string]string {
+	t.Helper()
+	store, err := (&SQLite{Path: path}).Open(t.Context())
+	require.NoError(t, err)
+	defer store.Close()
+	all := make(map[string]string)
+	require.NoError(t, store.Select(t.Context(), Filter{}, false, func(r *Record) bool {
+		all[r.ID] = r.Due.UTC().Format(time.RFC3339)
+		return true
+	}))
+	return all
+}
+
+func TestList(t *testing.T) {
+	path := kept(t)
+	at := due(t, path)
+	const event = "DOCUMENT_CREATE_FINISHED  doc_2N0X2g4f3b1JJU75fqzDZs"
+	table := []string{
+		"ID         STATE    RECEIVED              EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT          LAST ERROR",
+		"i1-due     pending  2026-11-25T06:30:00Z  " + event + "  0         " + at["i1-due"] + "  ",
+		"i2-later   pending  2026-11-25T06:30:01Z  " + event + "  3         " + at["i2-later"] + "  status 500: \uFFFD[31mno",
+		"i3-dead    dead     2026-11-25T06:30:02Z  " + event + "  1                               status 404",
+		"i4-leased  pending  2026-11-25T06:30:03Z  " + event + "  1         " + at["i4-leased"] + "  ",
+	}
+	object := func(id, state, received string, attempts int, more string) string {
+		return fmt.Sprintf(`{"id":"%s","queue":"default","state":"%s","received":"2026-11-25T06:30:%sZ","event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"doc_2N0X2g4f3b1JJU75fqzDZs","attempts":%d%s}`,
+			id, state, received, attempts, more)
+	}
+	next := func(id string) string { return `,"next_attempt":"` + at[id] + `"` }
+	for _, tt := range []struct {
+		name string
+		args []string
+		want []string
+	}{
+		{"all", nil, table},
+		{"the dead ones", []string{"--dead"}, []string{
+			"ID       STATE  RECEIVED              EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
+			"i3-dead  dead   2026-11-25T06:30:02Z  " + event + "  1                       status 404",
+		}},
+		{"as JSON", []string{"--json"}, []string{
+			object("i1-due", "pending", "00", 0, next("i1-due")),
+			object("i2-later", "pending", "01", 3, next("i2-later")+`,"last_error":"status 500: \u001b[31mno"`),
+			object("i3-dead", "dead", "02", 1, `,"last_error":"status 404"`),
+			object("i4-leased", "pending", "03", 1, next("i4-leased")),
+		}},
+		{"the dead ones as JSON", []string{"--dead", "--json"}, []string{object("i3-dead", "dead", "02", 1, `,"last_error":"status 404"`)}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			got, err := run(t, append([]string{"list", "--db", path}, tt.args...)...)
+			require.NoError(t, err)
+			assert.Equal(t, strings.Join(tt.want, "\n")+"\n", got)
+		})
+	}
+}
+
+func TestListOfNothing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "queue.db")
+	store, err := (&SQLite{Path: path}).Open(t.Context())
+	require.NoError(t, err)
+	require.NoError(t, store.Close())
+	got, err := run(t, "list", "--db", path)
+	require.NoError(t, err)
+	assert.Equal(t, "ID  STATE  RECEIVED  EVENT TYPE  RESOURCE ID  ATTEMPTS  NEXT ATTEMPT  LAST ERROR\n", got)
+	got, err = run(t, "list", "--json", "--db", path)
+	require.NoError(t, err)
+	assert.Empty(t, got)
+}
+
+func TestShow(t *testing.T) {
+	path := kept(t)
+	got, err := run(t, "show", "i3-dead", "--db", path)
+	require.NoError(t, err)
+	shown, shownBody, found := strings.Cut(got, "\n\n")
+	require.True(t, found)
+	assert.Equal(t, body+"\n", shownBody)
+	var object map[string]any
+	require.NoError(t, json.Unmarshal([]byte(shown), &object))
+	request := object["request"].(map[string]any)
+	delete(object, "request")
+	assert.Equal(t, map[string]any{
+		"id": "i3-dead", "queue": "default", "state": "dead", "received": "2026-11-25T06:30:02Z", "event_type": "DOCUMENT_CREATE_FINISHED",
+		"resource_id": "doc_2N0X2g4f3b1JJU75fqzDZs", "attempts": 1.0, "last_error": "status 404",
+	}, object)
+	assert.Equal(t, map[string]any{
+		"Inkit-Signature": []any{"REDACTED"}, "Authorization": []any{"REDACTED"}, "Proxy-Authorization": []any{"REDACTED"}, "Cookie": []any{"REDACTED"},
+		"Content-Type": []any{"application/json"},
+	}, request["header"])
+	assert.NotContains(t, got, "s1gnature")
+	assert.NotContains(t, got, "cr3dential")
+}
+
+func TestRetryAndDrop(t *testing.T) {
+	all := map[string]string{"i1-due": "pending", "i2-later": "pending", "i3-dead": "dead", "i4-leased": "pending"}
+	with := func(changes map[string]string) map[string]string {
+		states := make(map[string]string)
+		for id, state := range all {
+			states[id] = state
+		}
+		for id, state := range changes {
+			if states[id] = state; state == "" {
+				delete(states, id)
+			}
+		}
+		return states
+	}
+	dropped := func(id string) string {
+		return "dropped " + id + " DOCUMENT_CREATE_FINISHED doc_2N0X2g4f3b1JJU75fqzDZs\n"
+	}
+	for _, tt := range []struct {
+		name, args, printed, message string
+		states                       map[string]string
+	}{
+		{"retry a dead one", "retry i3-dead", "pending i3-dead\n", "", with(map[string]string{"i3-dead": "pending"})},
+		{"retry all dead ones", "retry --dead", "1 dead events are pending\n", "", with(map[string]string{"i3-dead": "pending"})},
+		{"retry a pending one", "retry i2-later", "pending i2-later\n", "", all},
+		{"retry one that is being delivered", "retry i4-leased", "", "i4-leased is being delivered", all},
+		{"retry one that there is and one that there is not", "retry none i3-dead", "pending i3-dead\n", "there is no event none", with(map[string]string{"i3-dead": "pending"})},
+		{"retry nothing", "retry", "", "takes either events by their ids, or --dead", all},
+		{"retry both", "retry i3-dead --dead", "", "takes either events by their ids, or --dead", all},
+		{"drop one", "drop i1-due", dropped("i1-due"), "", with(map[string]string{"i1-due": ""})},
+		{"drop two", "drop i3-dead i1-due", dropped("i1-due") + dropped("i3-dead"), "", with(map[string]string{"i1-due": "", "i3-dead": ""})},
+		{"drop one that there is not", "drop none", "", "there is no event none", all},
+		{"drop one that there is and two that there are not", "drop none i1-due other", dropped("i1-due"), "there is no event none\nthere is no event other", with(map[string]string{"i1-due": ""})},
+		{"drop nothing", "drop", "", "requires at least 1 arg(s), only received 0", all},
+		{"show one that there is not", "show none", "", "there is no event none", all},
+		{"show an id that would have a terminal do something", "show \x1b[2J", "", "there is no event \uFFFD[2J", all},
+		{"an unknown command", "remove i1-due", "", `unknown command "remove" for "inkit-queue"`, all},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := kept(t)
+			got, err := run(t, append(strings.Fields(tt.args), "--db", path)...)
+			if tt.message == "" {
+				require.NoError(t, err)
+			} else {
+				require.EqualError(t, err, tt.message)
+			}
+			assert.Equal(t, tt.printed, got)
+			assert.Equal(t, tt.states, states(t, path))
+		})
+	}
+}
+
+// A command does not make a database, and does not touch one that is not ours.
+func TestCommandOnNoDatabase(t *testing.T) {
+	dir := t.TempDir()
+	none := filepath.Join(dir, "none.db")
+	_, err := run(t, "list", "--db", none)
+	require.EqualError(t, err, "there is no database "+none+": name it with --db")
+	assert.NoFileExists(t, none)
+
+	other := filepath.Join(dir, "other.txt")
+	require.NoError(t, os.WriteFile(other, []byte(strings.Repeat("not a database. ", 1000)), 0o600))
+	_, err = run(t, "list", "--db", other)
+	require.ErrorContains(t, err, "sqlite "+other+": ")
+	content, err := os.ReadFile(other)
+	require.NoError(t, err)
+	assert.Equal(t, strings.Repeat("not a database. ", 1000), string(content))
+}
+
+// With --config, the databases are those that the configuration names, each of them once.
+func TestCommandOnAConfiguration(t *testing.T) {
+	first, second := kept(t), kept(t)
+	queue := func(name, path string) string {
+		return "inkit_queue /" + name + " {\nname " + name + "\nstore sqlite " + path + "\ndeliver {\nreverse_proxy localhost:9000\n}\n}\n"
+	}
+	config := filepath.Join(t.TempDir(), "Caddyfile")
+	require.NoError(t, os.WriteFile(config, []byte(":8080 {\nroute {\n"+queue("a", first)+queue("b", first)+queue("c", second)+"}\n}\n"), 0o600))
+	got, err := run(t, "list", "--json", "--config", config)
+	require.NoError(t, err)
+	assert.Equal(t, 8, strings.Count(got, "\n"))
+
+	require.NoError(t, os.WriteFile(config, []byte(":8080 {\nrespond x\n}\n"), 0o600))
+	_, err = run(t, "list", "--config", config)
+	require.EqualError(t, err, "there is no inkit_queue in the configuration")
+	_, err = run(t, "list", "--config", config, "--db", first)
+	require.ErrorContains(t, err, "[config db]")
+}

@@ -1,0 +1,157 @@
+package queue
+
+import (
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+	"go.uber.org/zap/zapcore"
+)
+
+// seriesOf returns what the metrics hold of a queue, as text.
+func seriesOf(t *testing.T, queue string) map[string]float64 {
+	t.Helper()
+	registry := prometheus.NewPedanticRegistry()
+	require.NoError(t, registerMetrics(registry))
+	families, err := registry.Gather()
+	require.NoError(t, err)
+	series := make(map[string]float64)
+	for _, family := range families {
+		for _, metric := range family.GetMetric() {
+			labels := make(map[string]string)
+			for _, pair := range metric.GetLabel() {
+				labels[pair.GetName()] = pair.GetValue()
+			}
+			if labels["queue"] == queue {
+				name := strings.TrimSpace(strings.TrimPrefix(family.GetName(), "caddy_inkit_queue_") + " " + labels["state"] + labels["result"])
+				series[name] = metric.GetGauge().GetValue() + metric.GetCounter().GetValue() + float64(metric.GetHistogram().GetSampleCount())
+			}
+		}
+	}
+	return series
+}
+
+// A counter that is born at 1 has no increase, so that all are there from the start.
+func TestAllSeriesExistFromTheStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := start(t, &Handler{Name: "from-the-start", StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(200))})
+		defer c.stop(t)
+		assert.Equal(t, map[string]float64{
+			"events pending": 0, "events dead": 0, "oldest_age_seconds": 0, "store_seconds": 0, "backend_down": 0, "damaged_files": 0,
+			"stored_total stored": 0, "stored_total delivered": 0, "stored_total refused": 0, "stored_total failed": 0,
+			"attempts_total delivered": 0, "attempts_total failed": 0, "attempts_total unreachable": 0,
+		}, seriesOf(t, "from-the-start"))
+	})
+}
+
+func TestMetricsCount(t *testing.T) {
+	for i, tt := range []struct {
+		name   string
+		status int
+		store  error
+		events int
+		after  time.Duration
+		want   map[string]float64 // 0 for the others
+	}{
+		{"taken at once", 200, nil, 3, 0, map[string]float64{"stored_total delivered": 3, "attempts_total delivered": 3}},
+		{"failed for a reason of its own", 500, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total failed": 2}},
+		{"not reached", 502, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total unreachable": 2}},
+		{"down", 502, nil, 7, 0, map[string]float64{"stored_total stored": 7, "store_seconds": 7, "attempts_total unreachable": 5, "backend_down": 1}},
+		{"cannot be kept", 500, ErrFull, 2, 0, map[string]float64{"stored_total failed": 2, "attempts_total failed": 2}},
+		{"more than max_events", 500, nil, 12, 0, map[string]float64{"stored_total stored": 10, "stored_total refused": 2, "store_seconds": 10, "attempts_total failed": 12}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				name := fmt.Sprint("counted-", i)
+				opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
+				c := start(t, &Handler{Name: name, StoreRaw: storeOf(opener), MaxEvents: 10, Routes: routes(status(tt.status))})
+				defer c.stop(t)
+				synctest.Wait()
+				opener.fail(tt.store)
+				for range tt.events {
+					serve(t, c.handlers[0], post(body))
+					synctest.Wait()
+				}
+				for series, got := range seriesOf(t, name) {
+					assert.InDelta(t, tt.want[series], got, 0, series)
+				}
+			})
+		})
+	}
+}
+
+// What waits is counted every few seconds, the age of the oldest too.
+func TestEventsAreCounted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := start(t, &Handler{Name: "waiting", StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(500))})
+		defer c.stop(t)
+		synctest.Wait()
+		for range 3 {
+			serve(t, c.handlers[0], post(body))
+			time.Sleep(10 * time.Second)
+		}
+		synctest.Wait()
+		series := seriesOf(t, "waiting")
+		assert.InDelta(t, 3, series["events pending"], 0)
+		assert.InDelta(t, 30, series["oldest_age_seconds"], 7)
+	})
+}
+
+// The events of a queue that a reload removes stay, and a metric and one line say so.
+func TestQueueThatAReloadRemoves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "queue.db")
+		load := func(names ...string) *configuration {
+			var handlers []*Handler
+			for _, name := range names {
+				handlers = append(handlers, &Handler{Name: name, StoreRaw: sqliteAt(path), Routes: routes(status(500))})
+			}
+			return start(t, handlers...)
+		}
+		first := load("kept", "removed")
+		synctest.Wait()
+		for range 4 {
+			serve(t, first.handlers[1], post(body))
+		}
+		synctest.Wait()
+		second := load("kept")
+		first.stop(t)
+		synctest.Wait()
+		gone := first.logs.FilterMessage("a queue is no longer configured: its events stay").FilterLevelExact(zapcore.WarnLevel)
+		require.Equal(t, 1, gone.Len())
+		assert.Equal(t, map[string]any{"queue": "removed", "pending": int64(4)}, gone.All()[0].ContextMap())
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		assert.InDelta(t, 4, seriesOf(t, "removed")["events pending"], 0)
+		assert.Equal(t, map[string]int{statePending: 4}, second.counts(t))
+		second.stop(t)
+		synctest.Wait()
+
+		third := load("kept", "removed") // and they are delivered when it is there again
+		defer third.stop(t)
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		assert.Greater(t, seriesOf(t, "removed")["attempts_total failed"], 8.0)
+	})
+}
+
+func TestMetricsFollowTheConventions(t *testing.T) {
+	newQueueMetrics("linted")
+	registry := prometheus.NewPedanticRegistry()
+	require.NoError(t, registerMetrics(registry))
+	require.NoError(t, registerMetrics(registry), "a second handler of a configuration")
+	problems, err := testutil.GatherAndLint(registry)
+	require.NoError(t, err)
+	assert.Empty(t, problems)
+
+	taken := prometheus.NewRegistry()
+	taken.MustRegister(prometheus.NewCounter(prometheus.CounterOpts{Name: "caddy_inkit_queue_events", Help: "Of another module."}))
+	require.Error(t, registerMetrics(taken))
+}
