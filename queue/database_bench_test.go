@@ -53,7 +53,7 @@ func BenchmarkStore(b *testing.B) {
 		d.start()
 		metrics := newQueueMetrics("benchmark")
 		run("group_commit", func() error {
-			a := d.add(newRecord(), request, &metrics)
+			a := d.add(newRecord(), request, false, &metrics)
 			<-a.done
 			return a.err
 		})

@@ -361,7 +361,7 @@ func TestNewEventsPassABacklog(t *testing.T) {
 		q := c.queue()
 		for i := range 500 { // a backlog that is due
 			r, e := arrived(t, "http://example.com/", body, nil)
-			q.db.add(&Record{ID: fmt.Sprintf("backlog-%03d", i), Queue: "default", Received: time.Now()}, newRequest(r, e), &q.metrics)
+			q.db.add(&Record{ID: fmt.Sprintf("backlog-%03d", i), Queue: "default", Received: time.Now()}, newRequest(r, e), false, &q.metrics)
 		}
 		synctest.Wait()
 		q.poke()

@@ -77,7 +77,7 @@ func measure(b *testing.B, name string, store queue.Store) {
 }
 
 // BenchmarkSQLite measures transactions of 16 events, with few and with many events
-// that wait, and what it is worth to add 64 events in one transaction.
+// that wait.
 func BenchmarkSQLite(b *testing.B) {
 	open := func(b *testing.B, pending int) queue.Store {
 		b.Helper()
@@ -91,17 +91,4 @@ func BenchmarkSQLite(b *testing.B) {
 	}
 	measure(b, "1000_wait", open(b, 1000))
 	measure(b, "1000000_wait", open(b, 1_000_000))
-	store := open(b, 0)
-	b.Run("64/in_one_transaction", func(b *testing.B) {
-		for b.Loop() {
-			benchApply(b, store, newBatch(64))
-		}
-	})
-	b.Run("64/each_by_itself", func(b *testing.B) {
-		for b.Loop() {
-			for range 64 {
-				benchApply(b, store, newBatch(1))
-			}
-		}
-	})
 }
