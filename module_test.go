@@ -76,7 +76,7 @@ import (
 // The tests that docs/security.md and the list above name are there.
 func TestDocumentedTestsExist(t *testing.T) {
 	var sources []byte
-	for _, pattern := range []string{"*_test.go", "internal/*/*_test.go"} {
+	for _, pattern := range []string{"*_test.go", "internal/*/*_test.go", "queue/*_test.go"} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, file := range files {

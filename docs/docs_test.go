@@ -171,19 +171,6 @@ func TestLinks(t *testing.T) {
 	assert.Greater(t, count, 20)
 }
 
-// The tests that the threat model names are there.
-func TestTestsOfTheThreatModel(t *testing.T) {
-	var source strings.Builder
-	for _, content := range files(t, "*_test.go") {
-		source.WriteString(content)
-	}
-	names := regexp.MustCompile("`((?:Test|Fuzz)\\w+)`").FindAllStringSubmatch(files(t, "security.md")["docs/security.md"], -1)
-	assert.Greater(t, len(names), 40)
-	for _, name := range names {
-		assert.Contains(t, source.String(), "\nfunc "+name[1]+"(", name[1])
-	}
-}
-
 // What the source calls things is in the README, to the letter: the grammar, the
 // outcomes, the metrics and the placeholders.
 func TestREADMEHasWhatTheSourceHas(t *testing.T) {
