@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -160,7 +161,7 @@ func TestShow(t *testing.T) {
 	require.NoError(t, err)
 	shown, shownBody, found := strings.Cut(got, "\n\n")
 	require.True(t, found)
-	assert.Equal(t, body+"\n", shownBody)
+	assert.Equal(t, []string{body, ""}, strings.Split(shownBody, "\n"))
 	var object map[string]any
 	require.NoError(t, json.Unmarshal([]byte(shown), &object))
 	request := object["request"].(map[string]any)
@@ -180,10 +181,7 @@ func TestShow(t *testing.T) {
 func TestRetryAndDrop(t *testing.T) {
 	all := map[string]string{"i1-due": "pending", "i2-later": "pending", "i3-dead": "dead", "i4-leased": "pending"}
 	with := func(changes map[string]string) map[string]string {
-		states := make(map[string]string)
-		for id, state := range all {
-			states[id] = state
-		}
+		states := maps.Clone(all)
 		for id, state := range changes {
 			if states[id] = state; state == "" {
 				delete(states, id)

@@ -218,11 +218,13 @@ func TestBackendThatIsDown(t *testing.T) {
 				var calls atomic.Int64
 				var backend atomic.Value
 				backend.Store(tt.backend)
-				c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), AnswerAfter: duration(0), AttemptTimeout: caddy.Duration(10 * time.Second),
+				c := start(t, &Handler{
+					StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), AnswerAfter: duration(0), AttemptTimeout: caddy.Duration(10 * time.Second),
 					Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 						calls.Add(1)
 						return backend.Load().(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error)(w, r, next)
-					})})
+					}),
+				})
 				defer c.stop(t)
 				synctest.Wait()
 				for range 5 {

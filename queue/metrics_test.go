@@ -152,6 +152,6 @@ func TestMetricsFollowTheConventions(t *testing.T) {
 	assert.Empty(t, problems)
 
 	taken := prometheus.NewRegistry()
-	taken.MustRegister(prometheus.NewCounter(prometheus.CounterOpts{Name: "caddy_inkit_queue_events", Help: "Of another module."}))
+	taken.MustRegister(prometheus.NewGauge(prometheus.GaugeOpts{Name: "caddy_inkit_queue_events", Help: "Of another module."}))
 	require.Error(t, registerMetrics(taken))
 }
