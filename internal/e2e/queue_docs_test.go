@@ -254,7 +254,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Contains(t, out, `"Content-Type": [`)
 			assert.Contains(t, out, "\n\n"+string(event("doc_1")))
 			assert.NotContains(t, out, sign(secret, event("doc_1")))
-			assert.Regexp(t, `"msg":"attempt","id":"`+id+`","attempt":1,"status":500,.*"error":"status 500"`, out)
+			assert.Regexp(t, `"msg":"attempt","id":"`+id+`","event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"doc_1","attempt":1,"status":500,.*"error":"status 500"`, out)
 		}},
 		{became, func() {
 			waiting("doc_dead")
