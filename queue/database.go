@@ -59,10 +59,11 @@ type database struct {
 	mu       sync.Mutex
 	store    Store // nil while it is not open
 	broken   error // why it is not
+	useless  Store // damaged, and still to be moved aside
 	work     work
 	counts   map[[2]string]Count
-	held     map[string]bool // events that this process has, but the database does not say so
-	unsaid   map[string]int  // how many announcements of a queue are not written
+	held     map[string]bool          // events that this process has, but the database does not say so
+	said     map[string]announcements // by queue
 	queues   map[string]*shared
 	strange  map[string]bool // queues that are not configured, of which the log says so
 	lastLine time.Time       // when an error was logged
@@ -131,7 +132,7 @@ func newDatabase(opener Opener, logger *zap.Logger) *database {
 		owner: fmt.Sprintf("%s-%d-%s", host, os.Getpid(), rand.Text()[:6]),
 		wake:  make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
 		broken: errNotOpen,
-		counts: make(map[[2]string]Count), held: make(map[string]bool), unsaid: make(map[string]int),
+		counts: make(map[[2]string]Count), held: make(map[string]bool), said: make(map[string]announcements),
 		queues: make(map[string]*shared), strange: make(map[string]bool),
 	}
 }
@@ -203,16 +204,19 @@ func (d *database) finish(a *addition, f Finish) {
 func (d *database) announce(b Backend) {
 	d.mu.Lock()
 	d.work.backends = append(d.work.backends, b)
-	d.unsaid[b.Queue]++
+	d.said[b.Queue] = announcements{d.said[b.Queue].made + 1, d.said[b.Queue].waiting + 1}
 	d.mu.Unlock()
 	d.poke()
 }
 
-// announcing reports whether that is not written yet.
-func (d *database) announcing(queue string) bool {
+// announcements are those of a queue: how many were made, and how many of these wait to
+// be written.
+type announcements struct{ made, waiting int }
+
+func (d *database) announced(queue string) announcements {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.unsaid[queue] > 0
+	return d.said[queue]
 }
 
 // claim leases events that are due. If nothing can be written, it takes what it can
@@ -303,8 +307,10 @@ func (d *database) run() {
 		case <-d.closing:
 			d.write()
 			d.write() // what the first one left
-			if store := d.opened(); store != nil {
-				_ = store.Close()
+			for _, store := range []Store{d.opened(), d.useless} {
+				if store != nil {
+					_ = store.Close()
+				}
 			}
 			return
 		}
@@ -327,6 +333,14 @@ func (d *database) open() bool {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
 	defer cancel()
+	d.mu.Lock()
+	useless, why := d.useless, d.broken
+	d.useless = nil
+	d.mu.Unlock()
+	if useless != nil {
+		_ = useless.Close()
+		d.moveAside(why)
+	}
 	store, err := d.opener.Open(ctx)
 	if errors.Is(err, ErrDamaged) {
 		d.moveAside(err)
@@ -493,7 +507,7 @@ func (d *database) written(w work) {
 		}
 	}
 	for _, b := range w.backends {
-		d.unsaid[b.Queue]--
+		d.said[b.Queue] = announcements{d.said[b.Queue].made, d.said[b.Queue].waiting - 1}
 	}
 	for _, f := range w.finish {
 		delete(d.held, f.ID)
@@ -563,20 +577,16 @@ func (d *database) recoveredLocked() {
 	}
 }
 
-// observe gives up a store that has turned out to be damaged.
+// observe gives up a store that has turned out to be damaged. The goroutine that writes
+// moves it aside: two that do would move the new one, too.
 func (d *database) observe(store Store, err error) {
 	if !errors.Is(err, ErrDamaged) {
 		return
 	}
 	d.mu.Lock()
-	mine := d.store == store
-	if mine {
-		d.store, d.broken = nil, err
-	}
-	d.mu.Unlock()
-	if mine {
-		_ = store.Close()
-		d.moveAside(err)
+	defer d.mu.Unlock()
+	if d.store == store {
+		d.store, d.broken, d.useless = nil, err, store
 		d.poke()
 	}
 }

@@ -185,12 +185,13 @@ func (q *queue) next() time.Duration {
 	if wait := time.Until(q.probe); wait > 0 && q.isDown() {
 		return wait
 	}
+	before := q.db.announced(q.name)
 	p, err := q.db.peek(q.name)
 	if err != nil {
 		return min(reopenInterval, pollInterval)
 	}
 	q.mu.Lock()
-	if !q.db.announcing(q.name) {
+	if before.waiting == 0 && q.db.announced(q.name) == before { // or else what was read may be older than what is known here
 		q.heardLocked(p.Down)
 	}
 	down := q.breaker.down

@@ -309,7 +309,12 @@ func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *C
 		r.Received, r.Age = time.UnixMilli(received), time.Duration(now-queued)*time.Millisecond
 		claim.Records = append(claim.Records, r)
 	}
-	return rows.Err()
+	if err := errors.Join(rows.Err(), rows.Close()); err != nil || len(claim.Records) > 0 || !claim.Probe {
+		return err
+	}
+	// there was nothing to probe with, and the next one need not wait for that
+	_, err = tx.ExecContext(ctx, s.text(`UPDATE {schema}inkit_queue_backends SET probe = {now} WHERE queue = $1`), claim.Queue)
+	return err
 }
 
 // Peek is of Store.

@@ -337,7 +337,13 @@ func (s *sqliteStore) Tidy(ctx context.Context) (more bool, err error) {
 // moveAside renames a damaged database under a name that says when, with its log, and
 // returns that name.
 func (s *SQLite) moveAside(now time.Time) (string, error) {
-	name := s.Path + ".damaged-" + now.UTC().Format("20060102T150405Z")
+	name := ""
+	for ; ; now = now.Add(time.Second) { // nothing is to be overwritten
+		name = s.Path + ".damaged-" + now.UTC().Format("20060102T150405Z")
+		if _, err := os.Lstat(name); err != nil {
+			break
+		}
+	}
 	for _, suffix := range []string{"-wal", "-shm", ""} {
 		if err := os.Rename(s.Path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "", withoutPath(err)
