@@ -168,7 +168,8 @@ func TestMemoryOfLargeUploads(t *testing.T) {
 		posts, size>>20, plain>>20, unsigned>>20, tooLarge>>20, forged>>20)
 	assert.Less(t, float64(unsigned), 1.2*float64(plain))
 	assert.Less(t, float64(tooLarge), 1.2*float64(plain))
-	assert.Less(t, float64(forged), 1.2*posts*size)
+	// what a body has outgrown, a third of it, may not be collected yet
+	assert.Less(t, float64(forged-plain), 1.35*posts*size)
 }
 
 // compactSignature has the right form.
