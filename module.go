@@ -474,18 +474,21 @@ func (h *Handler) newIdempotencyKey() string {
 // setBody makes room in the request for a body of that length, which a FastCGI
 // backend has to know. Nothing is left with which the sender could steer what comes
 // next: trailers would bring back chunks; Connection could have a proxy drop the
-// fields set here or, with Upgrade, open a tunnel; Incremental would forbid it to
-// hold the body.
+// fields set here or, with Upgrade or the :protocol of HTTP/2 and HTTP/3, open a
+// tunnel; Incremental would forbid it to hold the body.
 func setBody(r *http.Request, length int) {
 	r.Body, r.GetBody = http.NoBody, nil
 	r.ContentLength, r.TransferEncoding, r.Trailer = int64(length), nil, nil
+	if r.Method == http.MethodConnect { // in HTTP/3, its :protocol is here
+		r.Proto = fmt.Sprintf("HTTP/%d.%d", r.ProtoMajor, r.ProtoMinor)
+	}
 	text := strconv.Itoa(length)
 	if lines := r.Header["Content-Length"]; len(lines) != 1 || lines[0] != text {
 		r.Header["Content-Length"] = []string{text}
 	}
 	for field := range r.Header {
 		switch field {
-		case "Connection", "Upgrade", "Expect", "Te", "Keep-Alive", "Proxy-Connection", "Incremental",
+		case "Connection", "Upgrade", "Expect", "Te", "Keep-Alive", "Proxy-Connection", "Incremental", ":protocol",
 			idempotencyKeyField, "X-Idempotency-Key":
 			delete(r.Header, field)
 		}

@@ -494,6 +494,36 @@ func TestSenderDoesNotSteer(t *testing.T) {
 	}
 }
 
+// A proxy in an error route makes a request for a tunnel out of an extended CONNECT
+// (RFC 8441 and 9220), which it knows by these.
+func TestRejectedConnectOpensNoTunnel(t *testing.T) {
+	for _, tt := range []struct {
+		name   string
+		change func(r *http.Request)
+	}{
+		{"HTTP/2", func(r *http.Request) {
+			r.Proto, r.ProtoMajor, r.ProtoMinor = "HTTP/2.0", 2, 0
+			r.Header[":protocol"] = []string{"websocket"}
+		}},
+		{"HTTP/3", func(r *http.Request) { r.Proto, r.ProtoMajor, r.ProtoMinor = "websocket", 3, 0 }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
+			r := with(signed("x"), func(r *http.Request) {
+				r.Method = http.MethodConnect
+				tt.change(r)
+			})
+			w := httptest.NewRecorder()
+			r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), w, &caddyhttp.Server{})
+			var handlerErr caddyhttp.HandlerError
+			require.ErrorAs(t, h.ServeHTTP(w, r, nil), &handlerErr)
+			assert.Equal(t, http.StatusMethodNotAllowed, handlerErr.StatusCode)
+			assert.NotContains(t, r.Header, ":protocol")
+			assert.Equal(t, fmt.Sprintf("HTTP/%d.0", r.ProtoMajor), r.Proto)
+		})
+	}
+}
+
 func TestVerifiedRequestHasItsLength(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	large := strings.Repeat("a", 5000)

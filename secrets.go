@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -231,6 +232,11 @@ func resolve(value string) (secret string, err error) {
 	for _, mistake := range mistakes {
 		if mistake.form.MatchString(secret) {
 			return "", errors.New(mistake.message)
+		}
+	}
+	if strings.HasPrefix(secret, "/") {
+		if _, err := os.Stat(secret); err == nil {
+			return "", errors.New("is the path of a file, and not what stands in it: write {file./path}")
 		}
 	}
 	return secret, nil

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,7 +40,6 @@ func TestSecretsThatAreResolved(t *testing.T) {
 		{"a file that ends as Windows has it", "{file." + writeFile(t, filepath.Join(dir, "windows"), testSecret+"\r\n") + "}", testSecret},
 		{"a file of 1 MiB", "{file." + writeFile(t, filepath.Join(dir, "large"), strings.Repeat("s", 1<<20)) + "}", strings.Repeat("s", 1<<20)},
 		{"a file whose text would be a reference on a line of the Caddyfile", "{file." + writeFile(t, filepath.Join(dir, "dollar"), "$ecret") + "}", "$ecret"},
-		{"another global placeholder", "{system.os}", runtime.GOOS},
 		{"a literal", testSecret, testSecret},
 		{"a literal with white space inside", "a b", "a b"},
 		{"a literal with braces in it", "a{b}c", "a{b}c"},
@@ -92,6 +90,9 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"a directory", one("{file." + dir + "}"), "secret 1: file cannot be read: is not a regular file"},
 		{"a device", one("{file." + os.DevNull + "}"), "secret 1: file cannot be read: is not a regular file"},
 		{"a file without a name", one("{file.}"), "secret 1: file cannot be read: no such file or directory"},
+		{"the path of a file in its place", one(writeFile(t, filepath.Join(dir, "inkit"), confidential)), "secret 1: is the path of a file, and not what stands in it: write {file./path}"},
+		{"what anybody can guess", one("{time.now.year}"), "secret 1: placeholder is no secret: anybody can guess what it stands for"},
+		{"the name of the machine", one("{system.hostname}"), "secret 1: placeholder is no secret: anybody can guess what it stands for"},
 		{"an empty file", one(file("empty", "")), "secret 1: file is empty"},
 		{"a file of one newline", one(file("newline", "\n")), "secret 1: file is empty"},
 		{"a file of several newlines", one(file("newlines", "\r\n\n\r\n")), "secret 1: file is empty"},

@@ -116,7 +116,7 @@ func acquire(opener Opener, name string, logger *zap.Logger) *shared {
 
 // release gives up the queue. The last one to do so closes it: at once if Caddy ends,
 // and otherwise when what is in flight has ended.
-func (s *shared) release(a *App) {
+func (s *shared) release(a *App, exiting bool) {
 	d := s.queue.db
 	d.mu.Lock()
 	s.users--
@@ -128,20 +128,21 @@ func (s *shared) release(a *App) {
 	pending := d.counts[[2]string{s.queue.name, statePending}].Events
 	d.mu.Unlock()
 
-	end := func() {
+	end := func(grace <-chan struct{}) {
 		if last {
-			s.queue.close(a.grace)
+			s.queue.close(grace)
 		}
 		_, _ = databases.Delete(s.opener.Key())
 	}
-	if caddy.Exiting() {
-		end()
+	if exiting {
+		end(a.grace)
 		return
 	}
 	if last && pending > 0 {
-		a.logger.Warn("a queue is no longer configured: its events stay", zap.String("queue", s.queue.name), zap.Int("pending", pending))
+		a.logger.Warn("a queue is no longer configured: its events stay", zap.String("queue", s.queue.name),
+			zap.String("database", s.opener.Key()), zap.Int("pending", pending))
 	}
-	go end()
+	go end(nil) // after a reload, what is in flight has all the time of an attempt
 }
 
 // Interface guards

@@ -203,7 +203,7 @@ func TestEndGivesLeasesBack(t *testing.T) {
 				time.AfterFunc(tt.grace, func() { close(grace) })
 				c.app.grace = grace // as the HTTP app of a configuration has it
 				stopped := time.Now()
-				require.NoError(t, c.handlers[0].Cleanup())
+				c.handlers[0].shared.Swap(nil).release(c.app, true)
 				<-q.stopped
 				<-d.closed
 				assert.InDelta(t, tt.ends, time.Since(stopped), float64(50*time.Millisecond))

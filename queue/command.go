@@ -277,13 +277,19 @@ The age of an event counts anew.
 		if o.config == "" {
 			return errors.New("--config is needed: it names the database to move to")
 		}
-		var to Store
-		return o.each(cmd.Context(), func(store Store) error {
-			if to != nil {
-				return errors.New("the configuration names several databases: it is not known which to move to")
-			}
-			to = store
+		openers, done, err := o.load(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer done()
+		if len(openers) > 1 {
+			return errors.New("the configuration names several databases: it is not known which to move to")
+		}
+		return o.each(cmd.Context(), func(to Store) error {
 			return (&origin{db: *file}).each(cmd.Context(), func(from Store) error {
+				if sameFile(from, to) { // in which to copy is nothing, and to drop is all
+					return errors.New("the configuration names the database that is to be moved from: change it first")
+				}
 				var left int
 				moved, err := copyEvents(cmd.Context(), from, to, "move", func(r *Record) bool {
 					if r.LeasedUntil.After(time.Now()) {
@@ -304,6 +310,12 @@ The age of an event counts anew.
 		})
 	}
 	return cmd
+}
+
+func sameFile(a, b Store) bool {
+	one, isFile := a.(*sqliteStore)
+	other, isFileToo := b.(*sqliteStore)
+	return isFile && isFileToo && os.SameFile(one.file, other.file)
 }
 
 // origin says which databases a command works on.
@@ -382,7 +394,7 @@ func (o *origin) each(ctx context.Context, f func(Store) error) error {
 	defer done()
 	for _, opener := range openers {
 		if file, ok := opener.(*SQLite); ok { // which would make one
-			if _, err := os.Stat(file.Path); errors.Is(err, fs.ErrNotExist) {
+			if info, err := os.Stat(file.Path); errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0 {
 				return fmt.Errorf("there is no database %s: name it with --db", file.Path)
 			}
 			file.busy = commandBusyTimeout

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -50,7 +51,7 @@ var errNotOpen = errors.New("the database is not open yet")
 type database struct {
 	opener Opener
 	owner  string
-	logger *zap.Logger
+	logger atomic.Pointer[zap.Logger] // of the configuration that was loaded last
 
 	wake    chan struct{}
 	closing chan struct{}
@@ -127,14 +128,16 @@ var errCalledBack = errors.New("delivered before it was written")
 
 func newDatabase(opener Opener, logger *zap.Logger) *database {
 	host, _ := os.Hostname()
-	return &database{
-		opener: opener, logger: logger,
-		owner: fmt.Sprintf("%s-%d-%s", host, os.Getpid(), rand.Text()[:6]),
-		wake:  make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
+	d := &database{
+		opener: opener,
+		owner:  fmt.Sprintf("%s-%d-%s", host, os.Getpid(), rand.Text()[:6]),
+		wake:   make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
 		broken: errNotOpen,
 		counts: make(map[[2]string]Count), held: make(map[string]bool), said: make(map[string]announcements),
 		queues: make(map[string]*shared), strange: make(map[string]bool),
 	}
+	d.logger.Store(logger)
+	return d
 }
 
 func (d *database) start() {
@@ -207,6 +210,13 @@ func (d *database) announce(b Backend) {
 	d.said[b.Queue] = announcements{d.said[b.Queue].made + 1, d.said[b.Queue].waiting + 1}
 	d.mu.Unlock()
 	d.poke()
+}
+
+// keeping reports whether events can be kept, as far as is known.
+func (d *database) keeping() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return !d.failing
 }
 
 // announcements are those of a queue: how many were made, and how many of these wait to
@@ -379,10 +389,10 @@ func (d *database) moveAside(why error) {
 	}
 	name, err := mover.moveAside(time.Now())
 	if err != nil {
-		d.logger.Error("moving a damaged database aside", zap.Error(err))
+		d.logger.Load().Error("moving a damaged database aside", zap.Error(err))
 		return
 	}
-	d.logger.Error("the database is damaged: it was moved aside, and what can be recovered of its events is for an operator to recover",
+	d.logger.Load().Error("the database is damaged: it was moved aside, and what can be recovered of its events is for an operator to recover",
 		zap.String("moved_to", name), zap.Error(why))
 }
 
@@ -565,7 +575,7 @@ func (d *database) failedLocked(err error) {
 	d.failing = true
 	if time.Since(d.lastLine) >= errorInterval {
 		d.lastLine = time.Now()
-		d.logger.Error("events cannot be kept: while that is so, they pass to a backend that is up, and are refused with status 503 otherwise", zap.Error(err))
+		d.logger.Load().Error("events cannot be kept: while that is so, they pass to a backend that is up, and are refused with status 503 otherwise", zap.Error(err))
 	}
 }
 
@@ -573,7 +583,7 @@ func (d *database) recoveredLocked() {
 	if d.failing {
 		d.failing = false
 		d.lastLine = time.Time{}
-		d.logger.Info("events are kept again")
+		d.logger.Load().Info("events are kept again")
 	}
 }
 
@@ -609,7 +619,7 @@ func (d *database) rescue(old Store) {
 		d.store, d.broken = nil, errNotOpen
 		d.mu.Unlock()
 		d.poke()
-		d.logger.Error("the write-ahead log of the database was deleted while it was open: nothing is lost")
+		d.logger.Load().Error("the write-ahead log of the database was deleted while it was open: nothing is lost")
 		return
 	}
 	var store Store
@@ -631,7 +641,7 @@ func (d *database) rescue(old Store) {
 	}
 	d.store = store
 	_ = old.Close()
-	d.logger.Error("the database was deleted or replaced while it was open: what was in it was copied into the new one", zap.Int("events", copied))
+	d.logger.Load().Error("the database was deleted or replaced while it was open: what was in it was copied into the new one", zap.Int("events", copied))
 }
 
 // copyEvents copies events from one store to another, and returns how many: those that
@@ -754,7 +764,7 @@ func (d *database) showLocked() {
 		eventsGauge.WithLabelValues(key[0], key[1]).Set(float64(c.Events))
 		if c.State == statePending && !d.strange[c.Queue] {
 			d.strange[c.Queue] = true
-			d.logger.Warn("events wait in a queue that is not configured: they stay", zap.String("queue", c.Queue), zap.Int("pending", c.Events))
+			d.logger.Load().Warn("events wait in a queue that is not configured: they stay", zap.String("queue", c.Queue), zap.Int("pending", c.Events))
 		}
 	}
 }

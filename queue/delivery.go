@@ -81,7 +81,7 @@ func (q *queue) attach(h *Handler) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.handlers = append(q.handlers, h)
-	q.lanes.limit = h.Concurrency
+	q.followLocked(h)
 	q.poke()
 }
 
@@ -95,8 +95,14 @@ func (q *queue) detach(h *Handler) {
 		}
 	}
 	if n := len(q.handlers); n > 0 {
-		q.lanes.limit = q.handlers[n-1].Concurrency
+		q.followLocked(q.handlers[n-1])
 	}
+}
+
+// followLocked takes on what a configuration says.
+func (q *queue) followLocked(h *Handler) {
+	q.lanes.limit = h.Concurrency
+	q.db.logger.Store(h.app.logger)
 }
 
 // current returns the handler that delivers, or nil.
@@ -194,9 +200,17 @@ func (q *queue) next() time.Duration {
 	if before.waiting == 0 && q.db.announced(q.name) == before { // or else what was read may be older than what is known here
 		q.heardLocked(p.Down)
 	}
-	down := q.breaker.down
+	// An event that nobody ever answers would be taken for the backend, and come first
+	// again and again. The newest ones have met it the least.
+	down, ramping := q.breaker.down, q.breaker.ramp > 0
 	free := q.lanes.backlogLocked(q.breaker.allowed(q.lanes.limit))
-	q.lanes.wanted = !p.Empty && p.Wait == 0 && free == 0
+	due := !p.Empty && p.Wait == 0
+	if !due {
+		free = 0
+	}
+	q.lanes.wanted = due && free == 0
+	q.lanes.enterBacklogLocked(free)
+	q.lanes.grantLocked()
 	q.mu.Unlock()
 	switch {
 	case p.Empty:
@@ -206,19 +220,20 @@ func (q *queue) next() time.Duration {
 	case free == 0:
 		return pollInterval // a lane that gets free pokes
 	}
-	claim := &Claim{Queue: q.name, Max: free, Lease: time.Duration(h.AttemptTimeout) + leaseMargin, Probe: down}
+	claim := &Claim{Queue: q.name, Max: free, Lease: time.Duration(h.AttemptTimeout) + leaseMargin, Probe: down, Newest: down || ramping}
 	records, err := q.db.claim(claim)
-	if err != nil {
-		return min(reopenInterval, pollInterval)
+	q.mu.Lock()
+	for range free - len(records) {
+		q.lanes.leaveLocked(true)
 	}
+	q.running.Add(len(records))
+	q.mu.Unlock()
 	for _, rec := range records {
-		q.mu.Lock()
-		q.lanes.enterBacklogLocked()
-		q.running.Add(1)
-		q.mu.Unlock()
 		go q.deliver(h, rec, time.Now())
 	}
 	switch {
+	case err != nil:
+		return min(reopenInterval, pollInterval)
 	case down: // whose turn it is, the database knows
 		q.probe = time.Now().Add(probeInterval / 2)
 		return probeInterval / 2
@@ -468,41 +483,66 @@ func (q *queue) heardLocked(down bool) {
 	}
 }
 
-// lanes are the attempts at a time. New events have the right of way, and a quarter
-// of them for themselves, so that they do not wait behind a backlog.
+// lanes are the attempts at a time. A quarter of them is for new events alone, so that
+// they do not wait behind a backlog, and a quarter for the backlog, so that retries come
+// at all. For the rest, new events have the right of way.
 type lanes struct {
 	limit   int
 	all     int         // in use
 	backlog int         // of which by the backlog
 	waiting []chan bool // each of which gets a lane, or none
 	wanted  bool        // whether the backlog waits for one
+	turn    bool        // whether it is that of the backlog, if there is one lane alone
 }
 
 // backlogLocked returns how many attempts at events of the backlog may begin now.
 func (l *lanes) backlogLocked(allowed int) int {
-	if len(l.waiting) > 0 {
-		return 0
-	}
 	most := allowed
 	if allowed > 1 {
 		most -= max(1, allowed/4)
 	}
+	if len(l.waiting) > 0 { // the rest is for them
+		most = min(most, max(1, allowed/4))
+		if l.limit == 1 && !l.turn {
+			return 0
+		}
+	}
 	return max(0, min(allowed-l.all, most-l.backlog))
 }
 
-func (l *lanes) enterBacklogLocked() {
-	l.all++
-	l.backlog++
+// liveLocked reports whether there is a lane for a new event.
+func (l *lanes) liveLocked(limit int) bool {
+	switch {
+	case l.all >= limit:
+		return false
+	case !l.wanted:
+		return true
+	case limit == 1:
+		return !l.turn
+	}
+	return l.all-l.backlog < limit-max(1, limit/4)
 }
 
-// leaveLocked ends an attempt. Its lane goes to the new event that waits for the
-// longest, if there is one.
+func (l *lanes) enterBacklogLocked(n int) {
+	l.all += n
+	l.backlog += n
+	l.turn = l.turn && n == 0
+}
+
+// leaveLocked ends an attempt.
 func (l *lanes) leaveLocked(backlog bool) {
 	l.all--
 	if backlog {
 		l.backlog--
+	} else {
+		l.turn = true
 	}
-	if len(l.waiting) > 0 && l.all < l.limit {
+	l.grantLocked()
+}
+
+// grantLocked gives what is free to the new events that wait for the longest.
+func (l *lanes) grantLocked() {
+	for len(l.waiting) > 0 && l.liveLocked(l.limit) {
 		l.all++
 		l.waiting[0] <- true
 		l.waiting = l.waiting[1:]
@@ -510,14 +550,14 @@ func (l *lanes) leaveLocked(backlog bool) {
 }
 
 // enterLive takes a lane for a new event. It returns false if there is none until
-// given is closed, and if the backend is down.
-func (q *queue) enterLive(given <-chan struct{}) bool {
+// given is closed, and if the backend is down and the event can be kept.
+func (q *queue) enterLive(given <-chan struct{}, keeping bool) bool {
 	q.mu.Lock()
-	if q.breaker.down {
+	if q.breaker.down && keeping {
 		q.mu.Unlock()
 		return false
 	}
-	if q.lanes.all < q.breaker.allowed(q.lanes.limit) && len(q.lanes.waiting) == 0 {
+	if q.lanes.liveLocked(q.lanes.limit) && (!keeping || q.lanes.all < q.breaker.allowed(q.lanes.limit)) && len(q.lanes.waiting) == 0 {
 		q.lanes.all++
 		q.mu.Unlock()
 		return true
@@ -564,7 +604,8 @@ func (l *live) stopWaiting() { l.stop.Do(func() { close(l.given) }) }
 // live starts to keep a new event, and to deliver it.
 func (q *queue) live(h *Handler, r *request, rec *Record) *live {
 	l := &live{given: make(chan struct{})}
-	down := q.isDown()
+	keeping := q.db.keeping()
+	down := q.isDown() && keeping // or else this event is the only probe that there can be
 	if !down {
 		rec.Attempts, rec.Lease = 1, time.Duration(h.AttemptTimeout)+leaseMargin
 	}
@@ -587,7 +628,7 @@ func (q *queue) live(h *Handler, r *request, rec *Record) *live {
 				q.db.finish(l.addition, f)
 			}
 		}
-		if !q.enterLive(l.given) {
+		if !q.enterLive(l.given, keeping) {
 			finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Unbegun})
 			l.attempted <- result{err: errors.New("no attempt was to be had")}
 			return

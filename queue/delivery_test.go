@@ -138,7 +138,7 @@ func bare(t *testing.T, concurrency int) (*queue, *Handler) {
 	t.Helper()
 	d := newDatabase(&SQLite{Path: filepath.Join(t.TempDir(), "never opened")}, zap.NewNop())
 	q := &queue{name: t.Name(), db: d, metrics: newQueueMetrics(t.Name()), wake: make(chan struct{}, 1)}
-	h := &Handler{Concurrency: concurrency, logger: zap.NewNop()}
+	h := &Handler{Concurrency: concurrency, logger: zap.NewNop(), app: &App{logger: zap.NewNop()}}
 	q.attach(h)
 	return q, h
 }
@@ -277,7 +277,10 @@ func TestLanes(t *testing.T) {
 		{"the backlog has all that it may", 16, 12, 12, 0, 0},
 		{"none is free", 16, 16, 12, 0, 0},
 		{"more are in use than there are after a reload", 4, 16, 12, 0, 0},
-		{"a new event waits", 16, 0, 0, 1, 0},
+		{"a new event waits", 16, 12, 0, 1, 4},
+		{"a new event waits, and the backlog has its quarter", 16, 14, 4, 1, 0},
+		{"a new event waits for one of two lanes", 2, 1, 0, 1, 1},
+		{"a new event waits for the only lane", 1, 0, 0, 1, 0},
 		{"one lane in all", 1, 0, 0, 0, 1},
 		{"one lane in all, in use", 1, 1, 0, 0, 0},
 		{"two lanes", 2, 0, 0, 0, 1},
@@ -290,11 +293,68 @@ func TestLanes(t *testing.T) {
 	}
 }
 
+// New events that never end do not keep retries from happening: with one lane, they take
+// turns.
+func TestRetriesBesideManyNewEvents(t *testing.T) {
+	for _, limit := range []int{1, 2, 3, 16} {
+		t.Run(fmt.Sprint(limit, " at a time"), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var mu sync.Mutex
+				attempts := make(map[string]int)
+				c := start(t, &Handler{
+					StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Concurrency: limit, AnswerAfter: duration(time.Minute),
+					Routes: routes(func(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+						time.Sleep(2 * time.Second)
+						mu.Lock()
+						defer mu.Unlock()
+						name := r.Header.Get("X-Name")
+						attempts[name]++
+						if name == "once" && attempts[name] == 1 {
+							w.WriteHeader(500)
+						} else {
+							w.WriteHeader(200)
+						}
+						return nil
+					}),
+				})
+				synctest.Wait()
+				done := make(chan struct{})
+				var senders sync.WaitGroup
+				for range 2*limit + 4 {
+					senders.Go(func() {
+						for {
+							select {
+							case <-done:
+								return
+							default:
+								serve(t, c.handlers[0], post(body))
+							}
+						}
+					})
+				}
+				time.Sleep(time.Second)
+				r := post(body)
+				r.Header.Set("X-Name", "once")
+				serve(t, c.handlers[0], r)
+				time.Sleep(time.Minute)
+				mu.Lock()
+				assert.Equal(t, 2, attempts["once"])
+				assert.Greater(t, attempts[""], 10*limit, "and new events go on")
+				mu.Unlock()
+				close(done)
+				senders.Wait()
+				c.stop(t)
+				time.Sleep(time.Minute) // it has written what is left
+			})
+		})
+	}
+}
+
 func TestLaneGoesToTheNewEventThatWaitsLongest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		q, _ := bare(t, 2)
-		require.True(t, q.enterLive(nil))
-		require.True(t, q.enterLive(nil))
+		require.True(t, q.enterLive(nil, true))
+		require.True(t, q.enterLive(nil, true))
 		var order []string
 		gaveUp := make(chan struct{})
 		for _, name := range []string{"first", "second, which gives up", "third"} {
@@ -303,7 +363,7 @@ func TestLaneGoesToTheNewEventThatWaitsLongest(t *testing.T) {
 				given = gaveUp
 			}
 			go func() {
-				order = append(order, fmt.Sprint(name, " ", q.enterLive(given)))
+				order = append(order, fmt.Sprint(name, " ", q.enterLive(given, true)))
 			}()
 			synctest.Wait()
 		}
@@ -316,14 +376,14 @@ func TestLaneGoesToTheNewEventThatWaitsLongest(t *testing.T) {
 		assert.Equal(t, []string{"second, which gives up false", "first true", "third true"}, order)
 		assert.Equal(t, 2, q.lanes.all)
 
-		go func() { order = append(order, fmt.Sprint("fourth ", q.enterLive(nil))) }()
+		go func() { order = append(order, fmt.Sprint("fourth ", q.enterLive(nil, true))) }()
 		synctest.Wait()
 		q.mu.Lock()
 		q.downLocked(q.handlers[0], errors.New("x"))
 		q.mu.Unlock()
 		synctest.Wait()
 		assert.Equal(t, "fourth false", order[len(order)-1], "nobody waits for a backend that is down")
-		assert.False(t, q.enterLive(nil))
+		assert.False(t, q.enterLive(nil, true))
 	})
 }
 

@@ -198,7 +198,7 @@ func (h *Handler) Validate() error {
 func (h *Handler) Cleanup() error {
 	if h.shared != nil {
 		if s := h.shared.Swap(nil); s != nil {
-			s.release(h.app)
+			s.release(h.app, caddy.Exiting())
 		}
 	}
 	return nil
@@ -210,7 +210,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	if e == nil {
 		return caddyhttp.Error(http.StatusInternalServerError, errors.New("there is no verified event: inkit_webhook must come before inkit_queue"))
 	}
-	q := h.enter(r)
+	q := h.enter()
 	if q == nil {
 		return refuse(w, errors.New("the queue is not open"))
 	}
@@ -232,7 +232,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	defer answerAfter.Stop()
 	giveUp := time.NewTimer(max(storeWait, time.Duration(*h.AnswerAfter)))
 	defer giveUp.Stop()
-	durable, attempted := l.durable, l.attempted
+	durable, attempted, gone := l.durable, l.attempted, r.Context().Done()
 	waited, kept := *h.AnswerAfter == 0, false
 	for {
 		select {
@@ -251,9 +251,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 			if !kept {
 				return refuse(w, errors.New("the event could not be kept in time"))
 			}
-		case <-r.Context().Done():
+		case <-gone: // or has ended its side of the connection, and waits: what it is told must be true
+			gone, waited = nil, true
 			l.stopWaiting()
-			return nil // nobody is there to be told; the event goes its way
 		}
 		switch {
 		case kept && (waited || attempted == nil):
@@ -267,12 +267,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 
 // enter waits for the app to have started, and returns the queue, or nil if it is not
 // there.
-func (h *Handler) enter(r *http.Request) *queue {
+func (h *Handler) enter() *queue {
 	select {
 	case <-h.started:
 	case <-time.After(storeWait):
-		return nil
-	case <-r.Context().Done():
 		return nil
 	}
 	if s := h.shared.Load(); s != nil && s.queue.enter() {

@@ -126,7 +126,7 @@ func TestQueueThatAReloadRemoves(t *testing.T) {
 		synctest.Wait()
 		gone := first.logs.FilterMessage("a queue is no longer configured: its events stay").FilterLevelExact(zapcore.WarnLevel)
 		require.Equal(t, 1, gone.Len())
-		assert.Equal(t, map[string]any{"queue": "removed", "pending": int64(4)}, gone.All()[0].ContextMap())
+		assert.Equal(t, map[string]any{"queue": "removed", "pending": int64(4), "database": "sqlite " + path}, gone.All()[0].ContextMap())
 		time.Sleep(time.Minute)
 		synctest.Wait()
 		assert.InDelta(t, 4, seriesOf(t, "removed")["events pending"], 0)

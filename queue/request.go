@@ -305,6 +305,7 @@ func (a *answer) Flush() {}
 func (a *answer) copyTo(w http.ResponseWriter) error {
 	header := w.Header()
 	maps.Copy(header, a.sent)
+	header.Del("Trailer") // of which nothing was kept
 	if a.cut {
 		header.Del("Content-Length")
 		a.body = nil // rather than a part of it that looks like all

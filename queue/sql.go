@@ -286,11 +286,27 @@ func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *C
 		}
 		events = 1
 	}
+	if claim.Newest {
+		// by a look at the last ones alone: to sort all that are due takes long
+		err := s.claimWhere(ctx, tx, owner, claim, events, `AND id IN (SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT 1000)`, `id DESC`)
+		if err != nil || len(claim.Records) > 0 {
+			return err
+		}
+	}
+	if err := s.claimWhere(ctx, tx, owner, claim, events, ``, `due`); err != nil || len(claim.Records) > 0 || !claim.Probe {
+		return err
+	}
+	// there was nothing to probe with, and the next one need not wait for that
+	_, err := tx.ExecContext(ctx, s.text(`UPDATE {schema}inkit_queue_backends SET probe = {now} WHERE queue = $1`), claim.Queue)
+	return err
+}
+
+func (s *sqlStore) claimWhere(ctx context.Context, tx *sql.Tx, owner string, claim *Claim, events int, condition, order string) error {
 	rows, err := tx.QueryContext(ctx, s.text(`
 		WITH picked AS MATERIALIZED (
 			SELECT id FROM {schema}inkit_queue_events
-			WHERE queue = $1 AND state = 'pending' AND due <= {now}
-			ORDER BY due LIMIT $2 {skip})
+			WHERE queue = $1 AND state = 'pending' AND due <= {now} `+condition+`
+			ORDER BY `+order+` LIMIT $2 {skip})
 		UPDATE {schema}inkit_queue_events
 		SET due = {now} + CAST($3 AS BIGINT), lease = {now} + CAST($3 AS BIGINT), owner = $4, attempts = attempts + 1
 		WHERE id IN (SELECT id FROM picked)
@@ -309,12 +325,7 @@ func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *C
 		r.Received, r.Age = time.UnixMilli(received), time.Duration(now-queued)*time.Millisecond
 		claim.Records = append(claim.Records, r)
 	}
-	if err := errors.Join(rows.Err(), rows.Close()); err != nil || len(claim.Records) > 0 || !claim.Probe {
-		return err
-	}
-	// there was nothing to probe with, and the next one need not wait for that
-	_, err = tx.ExecContext(ctx, s.text(`UPDATE {schema}inkit_queue_backends SET probe = {now} WHERE queue = $1`), claim.Queue)
-	return err
+	return rows.Err()
 }
 
 // Peek is of Store.

@@ -35,7 +35,9 @@ func init() {
 // (`-wal`) and an index of that (`-shm`), and this module a megabyte of room
 // (`-reserve`) that is given up when the disk is full, since deleting takes room too.
 type SQLite struct {
-	// The path of the file. Default: `inkit_queue.db` in Caddy's data directory.
+	// The path of the file, in which placeholders such as `{env.NAME}` are replaced when
+	// the configuration is loaded. One that is relative starts at the directory in which
+	// Caddy was started. Default: `inkit_queue.db` in Caddy's data directory.
 	Path string `json:"path,omitempty"`
 
 	busy time.Duration // busyTimeout, if it is another one
@@ -51,6 +53,9 @@ func (SQLite) CaddyModule() caddy.ModuleInfo {
 
 // Provision sets the default, and makes the path absolute. It touches no file.
 func (s *SQLite) Provision(caddy.Context) (err error) {
+	if s.Path, err = caddy.NewReplacer().ReplaceOrErr(s.Path, true, true); err != nil {
+		return fmt.Errorf("path: %w", err)
+	}
 	if s.Path == "" {
 		s.Path = filepath.Join(caddy.AppDataDir(), "inkit_queue.db")
 	}
@@ -78,6 +83,15 @@ func (s *SQLite) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		return d.Err("store: sqlite takes a path at most")
 	}
 	return nil
+}
+
+// real returns where the file is, beside which SQLite puts its log: the path may be a
+// symbolic link.
+func (s *SQLite) real() string {
+	if path, err := filepath.EvalSymlinks(s.Path); err == nil {
+		return path
+	}
+	return s.Path
 }
 
 // Key is of Opener.
@@ -131,6 +145,7 @@ func (s *SQLite) Open(ctx context.Context) (Store, error) {
 	if !info.Mode().IsRegular() {
 		return nil, errors.New("is not a regular file")
 	}
+	path := s.real()
 
 	busy := s.busy
 	if busy == 0 {
@@ -138,23 +153,28 @@ func (s *SQLite) Open(ctx context.Context) (Store, error) {
 	}
 	store := &sqliteStore{
 		sqlStore: sqlStore{dialect: dialect{bytes: "BLOB", rows: sqliteRows, now: "inkit_queue_now()", wrap: wrapSQLite}},
-		path:     s.Path,
+		path:     path,
 		file:     info,
 	}
-	if store.write, err = openSQLite(s.Path, 1, busy,
+	if store.write, err = openSQLite(path, 1, busy,
 		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
 		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize)); err != nil {
 		return nil, err
 	}
-	if store.read, err = openSQLite(s.Path, 2, busy, "query_only(1)"); err != nil {
+	if store.read, err = openSQLite(path, 2, busy, "query_only(1)"); err != nil {
 		return nil, errors.Join(err, store.write.Close())
 	}
 	if err = store.prepare(ctx); err == nil {
-		store.log, err = os.Stat(s.Path + "-wal")
+		store.log, err = os.Stat(path + "-wal")
 	}
 	if err != nil {
 		_ = store.Close()
 		return nil, withoutPath(err)
+	}
+	for _, suffix := range []string{"", "-wal", "-shm"} { // one that was there may be another's to read
+		if info, err := os.Stat(path + suffix); s.busy == 0 && err == nil && info.Mode().Perm()&0o077 != 0 {
+			_ = os.Chmod(path+suffix, 0o600) // which only fails for who does not own it
+		}
 	}
 	store.full = s.busy == 0 && !store.makeReserve() // a command leaves none behind
 	return store, nil
@@ -337,15 +357,15 @@ func (s *sqliteStore) Tidy(ctx context.Context) (more bool, err error) {
 // moveAside renames a damaged database under a name that says when, with its log, and
 // returns that name.
 func (s *SQLite) moveAside(now time.Time) (string, error) {
-	name := ""
+	path, name := s.real(), ""
 	for ; ; now = now.Add(time.Second) { // nothing is to be overwritten
-		name = s.Path + ".damaged-" + now.UTC().Format("20060102T150405Z")
+		name = path + ".damaged-" + now.UTC().Format("20060102T150405Z")
 		if _, err := os.Lstat(name); err != nil {
 			break
 		}
 	}
 	for _, suffix := range []string{"-wal", "-shm", ""} {
-		if err := os.Rename(s.Path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := os.Rename(path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return "", withoutPath(err)
 		}
 	}
@@ -354,7 +374,7 @@ func (s *SQLite) moveAside(now time.Time) (string, error) {
 
 // damagedFiles returns how many of the databases that were moved aside are still there.
 func (s *SQLite) damagedFiles() int {
-	names, _ := filepath.Glob(globEscape.Replace(s.Path) + ".damaged-*Z")
+	names, _ := filepath.Glob(globEscape.Replace(s.real()) + ".damaged-*Z")
 	return len(names)
 }
 

@@ -75,6 +75,7 @@ type Claim struct {
 	Max     int           // how many events at most
 	Lease   time.Duration // for how long nobody else may deliver them
 	Probe   bool          // whether the backend is down: one event then, and only if no other owner probes
+	Newest  bool          // whether the events come first that arrived last
 	Records []*Record
 }
 

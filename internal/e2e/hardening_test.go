@@ -178,6 +178,7 @@ const compactSignature = "f1e17187f7a3a3a72ab9c6f7f23d4bdff836ec5d8eb75930533a25
 // TestDribblingClients: good events are answered within a second beside 2,000
 // clients that send a byte a second, which read_timeout gets rid of in the end.
 func TestDribblingClients(t *testing.T) {
+	t.Parallel()
 	raiseFileLimit(t)
 	connections := 2000
 	if raceEnabled {

@@ -27,6 +27,7 @@ const monitoring = "../../examples/monitoring"
 // way: each alert has a case that fires and one that must not, so that they fail.
 func TestAlertRules(t *testing.T) {
 	t.Parallel()
+	t.Parallel()
 	promtool, err := exec.LookPath("promtool")
 	if err != nil {
 		t.Skip("promtool is not installed")
@@ -291,6 +292,7 @@ func (p *prometheus) when(what string, exprs ...string) (at time.Time) {
 
 // TestDashboard asks a Prometheus, which scrapes two Caddys, what the panels ask.
 func TestDashboard(t *testing.T) {
+	t.Parallel()
 	t.Parallel()
 	file := newSecretFile(t, "from_file")
 	site := strings.NewReplacer("{{file}}", file.path, "{{db}}", t.TempDir()+"/events.db", "{{down}}", freeAddr(t)).Replace(monitored)

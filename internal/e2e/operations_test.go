@@ -20,6 +20,7 @@ import (
 // The values of secrets and the signatures show nowhere, whatever the log level,
 // as long as the filter is in place that the recipe has.
 func TestNothingConfidentialShows(t *testing.T) {
+	t.Parallel()
 	const next = "the_next_secret"
 	b := newBackend(t, modeGood)
 	file := writeFile(t, t.TempDir()+"/next", next+"\n")

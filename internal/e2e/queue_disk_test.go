@@ -78,6 +78,7 @@ func refused(t *testing.T, got answer) {
 const cannotBeKept = "events cannot be kept"
 
 func TestQueueOnADiskThatIsFull(t *testing.T) {
+	t.Parallel()
 	backend, up := switchable(t)
 	c := newQueueCaddy(t, backend.addr, "")
 	tmpfs(t, c.path("queue"), "size=4m")
@@ -198,6 +199,7 @@ func copyDatabase(t *testing.T, from, to string) {
 }
 
 func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
+	t.Parallel()
 	backend, up := switchable(t)
 	c := queueCaddy(t, backend.addr, "")
 	s := newSender(t, c)

@@ -20,6 +20,7 @@ import (
 const pendingMetric = `caddy_inkit_queue_events{queue="default",state="pending"}`
 
 func TestQueueAcrossReloads(t *testing.T) {
+	t.Parallel()
 	old := newTaker(t, func(id string, attempt int) int {
 		time.Sleep(1500 * time.Millisecond)
 		if strings.HasPrefix(id, "stays") {
@@ -111,6 +112,7 @@ func TestQueueOfACaddyThatStops(t *testing.T) {
 }
 
 func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
+	t.Parallel()
 	backend := newTaker(t, sometimes)
 	one := queueCaddy(t, backend.addr, "")
 	two := newCaddy(t, "grace_period 5s", strings.ReplaceAll(queueSite(backend.addr, ""), "{{dir}}", one.dir))
@@ -210,6 +212,7 @@ func TestQueueThatIsFull(t *testing.T) {
 }
 
 func TestQueueCommands(t *testing.T) {
+	t.Parallel()
 	backend := newTaker(t, func(id string, attempt int) int {
 		if strings.HasPrefix(id, "bad") && attempt < 3 {
 			return http.StatusNotFound

@@ -104,6 +104,9 @@ http://{{addr}} {
 
 // TestQueueOfManyEvents has a million events wait, or fewer.
 func TestQueueOfManyEvents(t *testing.T) {
+	if !long { // when it measures more
+		t.Parallel()
+	}
 	events := size(1_000_000, 20_000)
 	if n, err := strconv.Atoi(os.Getenv("E2E_EVENTS")); err == nil {
 		events = n

@@ -70,6 +70,7 @@ func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
 }
 
 func TestPostgresThatFails(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
 	name := server.NewDatabase(t)
 	var takes atomic.Bool
@@ -210,6 +211,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 }
 
 func TestPostgresCaddyThatDiesForGood(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
 	dsn := server.DSN(server.NewDatabase(t))
 	const attemptTimeout = 4 * time.Second

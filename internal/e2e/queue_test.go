@@ -358,6 +358,7 @@ func TestQueueOfACaddyThatIsKilledAndReloaded(t *testing.T) {
 }
 
 func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
+	t.Parallel()
 	const attemptTimeout = 4 * time.Second
 	backend := newTaker(t, func(id string, attempt int) int {
 		if attempt == 1 {

@@ -193,6 +193,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 
 // TestRecipeSecretFiles has files as Docker, Kubernetes and systemd lay them out.
 func TestRecipeSecretFiles(t *testing.T) {
+	t.Parallel()
 	b := newBackend(t, modeGood)
 	site := func(t *testing.T, line string) string {
 		t.Helper()
@@ -247,6 +248,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 // TestRecipeRotation plays the walk through a rotation with the Caddyfile, the
 // files and the commands of the recipe.
 func TestRecipeRotation(t *testing.T) {
+	t.Parallel()
 	t.Parallel()
 	b := newBackend(t, modeGood)
 	dir := t.TempDir() + "/inkit"

@@ -27,6 +27,9 @@ func Value(name string) (string, error) {
 	if strings.HasPrefix(name, "http.") {
 		return "", errors.New("placeholder belongs to a request, and secrets are resolved before there is one")
 	}
+	if strings.HasPrefix(name, "time.") || strings.HasPrefix(name, "system.") {
+		return "", errors.New("placeholder is no secret: anybody can guess what it stands for")
+	}
 	if file, ok := strings.CutPrefix(name, "file."); ok {
 		if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() { // a pipe would have it wait
 			return "", errors.New("file cannot be read: is not a regular file")

@@ -337,6 +337,29 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		apply(t, store, &queue.Batch{Backends: []queue.Backend{{Queue: "default", Down: true, Probe: time.Hour}}})
 		assert.Empty(t, probe("me"), "or is not to begin yet")
 	})
+	test("the newest first", func(t *testing.T, store queue.Store) {
+		add(t, store, records(6, func(i int, r *queue.Record) {
+			if i == 5 {
+				r.Delay = time.Hour
+			}
+		})...)
+		newest := func(limit int) []string {
+			c := &queue.Claim{Queue: "default", Max: limit, Lease: time.Minute, Newest: true}
+			apply(t, store, &queue.Batch{Owner: "me", Claims: []*queue.Claim{c}})
+			return ids(c.Records)
+		}
+		assert.Equal(t, []string{"event-00004"}, newest(1))
+		assert.Equal(t, []string{"event-00002", "event-00003"}, newest(2))
+		assert.Equal(t, []string{"event-00000", "event-00001"}, newest(10))
+		assert.Empty(t, newest(10))
+	})
+	test("the newest first, if the last ones are of another queue", func(t *testing.T, store queue.Store) {
+		add(t, store, records(1, nil)...)
+		add(t, store, records(1100, func(i int, r *queue.Record) { r.ID, r.Queue = fmt.Sprintf("later-%05d", i), "other" })...)
+		c := &queue.Claim{Queue: "default", Max: 1, Lease: time.Minute, Newest: true}
+		apply(t, store, &queue.Batch{Owner: "me", Claims: []*queue.Claim{c}})
+		assert.Equal(t, []string{"event-00000"}, ids(c.Records))
+	})
 	test("counts", func(t *testing.T, store queue.Store) {
 		assert.Empty(t, counts(t, store))
 		add(t, store, records(7, func(i int, r *queue.Record) { r.Queue = []string{"a", "b"}[i%2] })...)
