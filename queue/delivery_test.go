@@ -344,7 +344,6 @@ func TestRetriesBesideManyNewEvents(t *testing.T) {
 				close(done)
 				senders.Wait()
 				c.stop(t)
-				time.Sleep(time.Minute) // it has written what is left
 			})
 		})
 	}

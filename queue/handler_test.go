@@ -181,8 +181,25 @@ func start(tb testing.TB, handlers ...*Handler) *configuration {
 func (c *configuration) stop(tb testing.TB) {
 	tb.Helper()
 	require.NoError(tb, c.app.Stop())
+	users := make(map[string]int) // of databases, by key
+	closed := make(map[string]chan struct{})
+	for _, h := range c.handlers {
+		users[h.opener.Key()]++
+		if s := h.shared.Load(); s != nil {
+			closed[h.opener.Key()] = s.queue.db.closed
+		}
+	}
+	var wait []chan struct{}
+	for key, n := range users {
+		if all, _ := databases.References(key); all == n && closed[key] != nil { // no other configuration has it
+			wait = append(wait, closed[key])
+		}
+	}
 	for _, h := range c.handlers {
 		require.NoError(tb, h.Cleanup())
+	}
+	for _, closed := range wait { // or else its folder is removed under it
+		<-closed
 	}
 	c.end()
 }

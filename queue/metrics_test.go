@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"crypto/rand"
 	"fmt"
 	"path/filepath"
 	"strings"
@@ -69,7 +70,7 @@ func TestMetricsCount(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				name := fmt.Sprint("counted-", i)
+				name := fmt.Sprint("counted-", i, "-", rand.Text()[:6])
 				opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
 				c := start(t, &Handler{Name: name, StoreRaw: storeOf(opener), MaxEvents: 10, Routes: routes(status(tt.status))})
 				defer c.stop(t)

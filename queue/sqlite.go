@@ -357,7 +357,8 @@ func (s *sqliteStore) Tidy(ctx context.Context) (more bool, err error) {
 // moveAside renames a damaged database under a name that says when, with its log, and
 // returns that name.
 func (s *SQLite) moveAside(now time.Time) (string, error) {
-	path, name := s.real(), ""
+	path := s.real()
+	var name string
 	for ; ; now = now.Add(time.Second) { // nothing is to be overwritten
 		name = path + ".damaged-" + now.UTC().Format("20060102T150405Z")
 		if _, err := os.Lstat(name); err != nil {

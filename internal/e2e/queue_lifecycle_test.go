@@ -20,7 +20,6 @@ import (
 const pendingMetric = `caddy_inkit_queue_events{queue="default",state="pending"}`
 
 func TestQueueAcrossReloads(t *testing.T) {
-	t.Parallel()
 	old := newTaker(t, func(id string, attempt int) int {
 		time.Sleep(1500 * time.Millisecond)
 		if strings.HasPrefix(id, "stays") {
