@@ -139,8 +139,8 @@ func (s *shared) release(a *App, exiting bool) {
 		return
 	}
 	if last && pending > 0 {
-		a.logger.Warn("a queue is no longer configured: its events stay", zap.String("queue", s.queue.name),
-			zap.String("database", s.opener.Key()), zap.Int("pending", pending))
+		a.logger.Warn("a queue is no longer configured: its events stay", zap.String("queue", s.queue.name), zap.Int("pending", pending),
+			zap.String("database", s.opener.Key()))
 	}
 	go end(nil) // after a reload, what is in flight has all the time of an attempt
 }

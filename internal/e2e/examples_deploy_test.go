@@ -72,7 +72,6 @@ func (d *deployed) shell(program, standIn, script string) string {
 
 func TestDockerExample(t *testing.T) {
 	t.Parallel()
-	t.Parallel()
 	for _, name := range []string{"python3", "prometheus", "curl"} {
 		if _, err := exec.LookPath(name); err != nil {
 			t.Skip(name + " is not installed")

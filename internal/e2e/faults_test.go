@@ -239,7 +239,6 @@ func TestKeptAliveConnectionsThatClose(t *testing.T) {
 
 func TestBackendRestarts(t *testing.T) {
 	t.Parallel()
-	t.Parallel()
 	b := newBackend(t, modeGood)
 	c := startCaddy(t, "", recommendedSite(t, b.addr))
 	l := newLoad(t, webhookURL(c, "/webhook"))

@@ -27,7 +27,6 @@ const monitoring = "../../examples/monitoring"
 // way: each alert has a case that fires and one that must not, so that they fail.
 func TestAlertRules(t *testing.T) {
 	t.Parallel()
-	t.Parallel()
 	promtool, err := exec.LookPath("promtool")
 	if err != nil {
 		t.Skip("promtool is not installed")
@@ -292,7 +291,6 @@ func (p *prometheus) when(what string, exprs ...string) (at time.Time) {
 
 // TestDashboard asks a Prometheus, which scrapes two Caddys, what the panels ask.
 func TestDashboard(t *testing.T) {
-	t.Parallel()
 	t.Parallel()
 	file := newSecretFile(t, "from_file")
 	site := strings.NewReplacer("{{file}}", file.path, "{{db}}", t.TempDir()+"/events.db", "{{down}}", freeAddr(t)).Replace(monitored)

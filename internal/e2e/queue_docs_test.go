@@ -170,7 +170,6 @@ func (o *operator) run(script string) string {
 // TestQueueDocs types every command of docs/queue.md, from its first line to its last.
 func TestQueueDocs(t *testing.T) {
 	t.Parallel()
-	t.Parallel()
 	for _, name := range []string{"bash", "curl", "sqlite3"} {
 		if _, err := exec.LookPath(name); err != nil {
 			t.Skip(name + " is not installed")

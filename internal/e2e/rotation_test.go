@@ -248,7 +248,6 @@ func TestRecipeSecretFiles(t *testing.T) {
 // files and the commands of the recipe.
 func TestRecipeRotation(t *testing.T) {
 	t.Parallel()
-	t.Parallel()
 	b := newBackend(t, modeGood)
 	dir := t.TempDir() + "/inkit"
 	blocks := strings.Split(section(t, "Rotate a secret"), "```sh\n")
