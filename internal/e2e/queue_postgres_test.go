@@ -70,7 +70,6 @@ func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
 }
 
 func TestPostgresThatFails(t *testing.T) {
-	t.Parallel()
 	server := pgtest.Start(t)
 	name := server.NewDatabase(t)
 	var takes atomic.Bool
