@@ -160,10 +160,15 @@ func freeAddr(t *testing.T) string {
 	t.Helper()
 	for range 1000 {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 20_000+lastPort.Add(1)%12_000))
-		if err == nil {
-			defer l.Close()
-			return l.Addr().String()
+		if err != nil {
+			continue
 		}
+		addr := l.Addr().String()
+		l.Close()
+		for listening(addr)() { // a program that a parallel test starts just then has it too, for a moment
+			time.Sleep(time.Millisecond)
+		}
+		return addr
 	}
 	require.FailNow(t, "no port is free")
 	return ""

@@ -111,8 +111,16 @@ func freePort(t testing.TB) string {
 	for port := 15_000 + os.Getpid()%5_000; port < 32_000; port++ {
 		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
 		if err == nil {
+			addr := l.Addr().String()
 			require.NoError(t, l.Close())
-			return strconv.Itoa(port)
+			for { // a program that a parallel test starts just then has it too, for a moment
+				conn, err := net.Dial("tcp", addr)
+				if err != nil {
+					return strconv.Itoa(port)
+				}
+				conn.Close()
+				time.Sleep(time.Millisecond)
+			}
 		}
 	}
 	require.FailNow(t, "no port is free")
