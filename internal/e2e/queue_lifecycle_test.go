@@ -43,8 +43,8 @@ func TestQueueAcrossReloads(t *testing.T) {
 	next.hasAll(t, []string{"stays"}, 20*time.Second)
 	s.once(t, "new")
 	next.hasAll(t, []string{"new"}, 5*time.Second)
-	assert.Len(t, old.attempts, 2)
-	assert.Zero(t, next.attempts["in flight"])
+	assert.Equal(t, 2, old.snapshot().events)
+	assert.Zero(t, next.of("in flight").attempts)
 
 	t.Run("one that fails leaves the old one delivering", func(t *testing.T) {
 		next.close()
@@ -58,7 +58,7 @@ func TestQueueAcrossReloads(t *testing.T) {
 		}
 		next.listen(t)
 		next.hasAll(t, s.ids()[2:], 20*time.Second)
-		assert.Len(t, old.attempts, 2)
+		assert.Equal(t, 2, old.snapshot().events)
 	})
 	t.Run("that take the queue away and bring it back", func(t *testing.T) {
 		next.close()
@@ -106,8 +106,8 @@ func TestQueueOfACaddyThatStops(t *testing.T) {
 	slow.Store(false)
 	c.start()
 	backend.hasAll(t, s.ids(), 5*time.Second) // and not after the lease of 32 s
-	assert.Equal(t, 1, backend.taken["slow"])
-	assert.Equal(t, 2, backend.attempts["hangs"])
+	assert.Equal(t, 1, backend.of("slow").taken)
+	assert.Equal(t, 2, backend.of("hangs").attempts)
 }
 
 func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
@@ -260,7 +260,7 @@ func TestQueueCommands(t *testing.T) {
 	assert.Equal(t, "1 dead events are pending\n", run("retry", "--dead"))
 	backend.hasAll(t, []string{"bad-2"}, 10*time.Second)
 	waitFor(t, "nothing is left", c.process, func() bool { return len(c.list(t)) == 0 })
-	assert.Empty(t, backend.taken["bad-0"])
+	assert.Zero(t, backend.of("bad-0").taken)
 
 	for _, tt := range []struct {
 		name, says string

@@ -200,8 +200,9 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	assert.LessOrEqual(t, most, 2)
 	up.Store(true)
 	backend.hasAll(t, s.ids(), 2*time.Minute) // one that was a probe waits for as long again as it has waited
-	t.Logf("%d attempts at most at a time", backend.most)
-	assert.LessOrEqual(t, backend.most, 2*16)
+	most = backend.snapshot().most
+	t.Logf("%d attempts at most at a time", most)
+	assert.LessOrEqual(t, most, 2*16)
 	for _, c := range caddys {
 		waitFor(t, "the metrics say that the backend is up", nil, func() bool {
 			return strings.Contains(c.get("http://"+c.admin+"/metrics"), `caddy_inkit_queue_backend_down{queue="default"} 0`)
@@ -227,8 +228,8 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 	s := newSender(t, one)
 	<-s.sendAll(t.Context(), "orphan", 12)
 	require.Len(t, s.ids(), 12)
-	require.Len(t, backend.attempts, 12, "it has begun to deliver each")
-	require.Equal(t, 12, backend.now, "and has delivered none")
+	require.Equal(t, 12, backend.snapshot().events, "it has begun to deliver each")
+	require.Equal(t, 12, backend.snapshot().now, "and has delivered none")
 	killHard(one)
 	began := time.Now()
 	backend.hasAll(t, s.ids(), 30*time.Second)
