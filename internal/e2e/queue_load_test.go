@@ -73,7 +73,7 @@ http://{{addr}} {
 	}
 	median := func(values []float64) float64 { return slices.Sorted(slices.Values(values))[len(values)/2] }
 
-	slack := 0.9 // for a machine that does other things
+	slack := 0.8 // the figures differ by so much from run to run
 	if !long {   // short rounds beside other tests say little
 		slack = 0.4
 	}
