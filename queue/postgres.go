@@ -300,7 +300,7 @@ func postgresDialect(schema string) dialect {
 		qualified = pgx.Identifier{schema}.Sanitize() + "."
 	}
 	return dialect{
-		bytes: "BYTEA", schema: qualified, rows: 100, skip: "FOR UPDATE SKIP LOCKED",
+		bytes: "BYTEA", schema: qualified, rows: 100, skip: "FOR UPDATE OF e SKIP LOCKED",
 		// and not clock_timestamp(), for which no index is used
 		now: "(extract(epoch FROM statement_timestamp()) * 1000)::bigint",
 		tx:  &sql.TxOptions{Isolation: sql.LevelReadCommitted},

@@ -287,13 +287,14 @@ func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *C
 		events = 1
 	}
 	if claim.Newest {
-		// by a look at the last ones alone: to sort all that are due takes long
-		err := s.claimWhere(ctx, tx, owner, claim, events, `AND id IN (SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT 1000)`, `id DESC`)
+		// by a look at the last ones alone, first: to go through all that are due takes long
+		err := s.claimFrom(ctx, tx, owner, claim, events,
+			`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT 200) AS n CROSS JOIN {schema}inkit_queue_events AS e WHERE e.id = n.id AND`, `e.id DESC`)
 		if err != nil || len(claim.Records) > 0 {
 			return err
 		}
 	}
-	if err := s.claimWhere(ctx, tx, owner, claim, events, ``, `due`); err != nil || len(claim.Records) > 0 || !claim.Probe {
+	if err := s.claimFrom(ctx, tx, owner, claim, events, `{schema}inkit_queue_events AS e WHERE`, `e.due`); err != nil || len(claim.Records) > 0 || !claim.Probe {
 		return err
 	}
 	// there was nothing to probe with, and the next one need not wait for that
@@ -301,11 +302,10 @@ func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *C
 	return err
 }
 
-func (s *sqlStore) claimWhere(ctx context.Context, tx *sql.Tx, owner string, claim *Claim, events int, condition, order string) error {
+func (s *sqlStore) claimFrom(ctx context.Context, tx *sql.Tx, owner string, claim *Claim, events int, from, order string) error {
 	rows, err := tx.QueryContext(ctx, s.text(`
 		WITH picked AS MATERIALIZED (
-			SELECT id FROM {schema}inkit_queue_events
-			WHERE queue = $1 AND state = 'pending' AND due <= {now} `+condition+`
+			SELECT e.id FROM `+from+` e.queue = $1 AND e.state = 'pending' AND e.due <= {now}
 			ORDER BY `+order+` LIMIT $2 {skip})
 		UPDATE {schema}inkit_queue_events
 		SET due = {now} + CAST($3 AS BIGINT), lease = {now} + CAST($3 AS BIGINT), owner = $4, attempts = attempts + 1
