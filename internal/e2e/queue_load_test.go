@@ -75,7 +75,7 @@ http://{{addr}} {
 
 	slack := 0.8 // the figures differ by so much from run to run
 	if !long {   // short rounds beside other tests say little
-		slack = 0.4
+		slack = 0.25
 	}
 	for _, tt := range []struct {
 		senders int
