@@ -69,6 +69,7 @@ type database struct {
 	strange  map[string]bool // queues that are not configured, of which the log says so
 	lastLine time.Time       // when an error was logged
 	failing  bool            // whether events cannot be kept
+	alarm    bool            // whether the goroutine that writes will look for events that are due
 }
 
 // listener is a store that other machines use too, and that calls heard when one of
@@ -169,7 +170,9 @@ func (d *database) add(rec *Record, r *request, urgent bool, metrics *queueMetri
 		return a
 	}
 	d.work.adds = append(d.work.adds, a)
-	d.poke()
+	if a.urgent || !d.alarm {
+		d.poke()
+	}
 	return a
 }
 
@@ -178,10 +181,10 @@ func (d *database) add(rec *Record, r *request, urgent bool, metrics *queueMetri
 func (d *database) finish(a *addition, f Finish) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.poke()
 	switch {
 	case a == nil || a.err == nil && a.writing:
 		d.work.finish = append(d.work.finish, f)
+		d.poke()
 		return
 	case a.err != nil: // it never got there
 		return
@@ -199,6 +202,7 @@ func (d *database) finish(a *addition, f Finish) {
 			a.rec.Attempts--
 		}
 		a.rec.Lease, a.rec.Delay, a.rec.LastError, a.urgent = 0, f.After, f.LastError, true
+		d.poke()
 		return
 	}
 }
@@ -397,11 +401,13 @@ func (d *database) moveAside(why error) {
 }
 
 // untilDue returns how long it is until an event has been with its backend for long
-// enough.
+// enough. Those that come meanwhile need not wake the goroutine that writes, which would
+// cost more than all else here.
 func (d *database) untilDue() time.Duration {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(d.work.adds) == 0 {
+	d.alarm = len(d.work.adds) > 0
+	if !d.alarm {
 		return time.Hour
 	}
 	return linger - time.Since(d.work.adds[0].began)
@@ -436,6 +442,9 @@ func (d *database) take() (w work, store Store) {
 			continue
 		}
 		w.adds = append(w.adds, a)
+	}
+	if len(w.adds) == maxBatch {
+		d.poke() // for the rest
 	}
 	return w, d.store
 }
@@ -506,7 +515,9 @@ func (d *database) written(w work) {
 	change := func(queue, state string, by int) {
 		key := [2]string{queue, state}
 		c := d.counts[key]
-		c.Events = max(0, c.Events+by)
+		if c.Events = max(0, c.Events+by); c.Events == 0 {
+			c.Oldest = 0
+		}
 		d.counts[key] = c
 	}
 	for _, a := range w.adds {
@@ -687,20 +698,33 @@ func copyEvents(ctx context.Context, from, to Store, owner string, wanted func(*
 }
 
 // count counts what waits, and has room given back to the disk, for a small part of
-// the time.
+// the time. In between, the metrics show what this process has changed since, if no
+// other writes to the database.
 func (d *database) count() {
-	wait := time.Duration(0)
+	var next time.Time
 	for {
+		store := d.opened()
+		_, isShared := store.(sharer)
+		switch {
+		case store == nil:
+			next = time.Time{}
+		case !time.Now().Before(next):
+			began := time.Now()
+			d.countOnce(store)
+			next = time.Now().Add(countPause(time.Since(began)))
+		case !isShared:
+			d.mu.Lock()
+			d.showLocked()
+			d.mu.Unlock()
+		}
+		wait := countInterval
+		if store == nil {
+			wait = reopenInterval
+		}
 		select {
 		case <-time.After(wait):
 		case <-d.closing:
 			return
-		}
-		began := time.Now()
-		d.countOnce()
-		wait = countPause(time.Since(began))
-		if d.opened() == nil {
-			wait = reopenInterval
 		}
 	}
 }
@@ -710,11 +734,7 @@ func countPause(took time.Duration) time.Duration {
 	return max(countInterval, time.Duration(float64(took)/countShare))
 }
 
-func (d *database) countOnce() {
-	store := d.opened()
-	if store == nil {
-		return
-	}
+func (d *database) countOnce(store Store) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	var counts []Count
