@@ -16,6 +16,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -106,21 +107,30 @@ func newDir(t testing.TB) string {
 	return dir
 }
 
+var lastPort atomic.Uint32
+
+// Another process that tests begins elsewhere, so that they do not try the same ports.
+func init() { lastPort.Store(uint32(os.Getpid()*97) % 10_000) }
+
+// freePort returns a port on which nothing listens, and never the same again: a server
+// that is stopped keeps its own. It is below those of the end-to-end tests.
 func freePort(t testing.TB) string {
 	t.Helper()
-	for port := 15_000 + os.Getpid()%5_000; port < 32_000; port++ {
-		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port))
-		if err == nil {
-			addr := l.Addr().String()
-			require.NoError(t, l.Close())
-			for { // a program that a parallel test starts just then has it too, for a moment
-				conn, err := net.Dial("tcp", addr)
-				if err != nil {
-					return strconv.Itoa(port)
-				}
-				conn.Close()
-				time.Sleep(time.Millisecond)
+	for range 1000 {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+lastPort.Add(1)%10_000))
+		if err != nil {
+			continue
+		}
+		addr := l.Addr().String()
+		require.NoError(t, l.Close())
+		for { // a program that a parallel test starts just then has it too, for a moment
+			conn, err := net.Dial("tcp", addr)
+			if err != nil {
+				_, port, _ := net.SplitHostPort(addr)
+				return port
 			}
+			conn.Close()
+			time.Sleep(time.Millisecond)
 		}
 	}
 	require.FailNow(t, "no port is free")
