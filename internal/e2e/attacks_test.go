@@ -37,6 +37,7 @@ func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reade
 // forwards nothing that was not signed, whatever the outcome. A handler that copies
 // the request, such as timeouts, changes nothing about that.
 func TestErrorRouteGetsNothingForged(t *testing.T) {
+	t.Parallel()
 	for name, before := range map[string]string{"": "", "behind timeouts": "timeouts {\n\t\tread_timeout 10s\n\t}\n\t"} {
 		t.Run("no gate "+name, func(t *testing.T) {
 			b, fallback := newBackend(t, modeGood), newBackend(t, modeGood)
@@ -128,6 +129,7 @@ func TestSenderDoesNotSteerTheProxy(t *testing.T) {
 }
 
 func TestUnhandledEvent(t *testing.T) {
+	t.Parallel()
 	c := startCaddy(t, "", `http://:{{port}} {
 	inkit_webhook {env.INKIT_WEBHOOK_SECRET} {
 		name hook
@@ -150,6 +152,7 @@ func TestUnhandledEvent(t *testing.T) {
 // Transport wants to send the request again on another connection, and in error
 // routes. That it is lost then is what happens behind plain Caddy, too.
 func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
+	t.Parallel()
 	b, fallback := newBackend(t, modeDropReused), newBackend(t, modeGood)
 	c := startCaddy(t, "", `http://:{{port}} {
 	route {
@@ -183,6 +186,7 @@ func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
 
 // 200 clients that hang up leave nothing behind, and Caddy ends when it is told to.
 func TestSenderThatHangsUp(t *testing.T) {
+	t.Parallel()
 	const senders = 200
 	b := newBackend(t, modeHang)
 	c := startCaddy(t, "", recommendedSite(t, b.addr))

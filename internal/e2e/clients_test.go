@@ -28,6 +28,7 @@ const (
 // TestBrokenClients speaks HTTP/1.1 badly. None of what it sends may reach the
 // backend, but for the rows that say so.
 func TestBrokenClients(t *testing.T) {
+	t.Parallel()
 	b := newBackend(t, modeGood)
 	c := startCaddy(t, `	log {
 		output file {{dir}}/log

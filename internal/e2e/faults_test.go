@@ -418,6 +418,7 @@ func TestTwoUpstreams(t *testing.T) {
 // An upstream that answers before it reads leaves the transport reading the body
 // after the handler has returned. No byte of it may show up in another request.
 func TestUpstreamThatAnswersEarly(t *testing.T) {
+	t.Parallel()
 	b := newBackend(t, modeEarly413)
 	c := startCaddy(t, "", strings.ReplaceAll(bareSite, "UPSTREAMS", b.addr))
 	const requests = 10_000

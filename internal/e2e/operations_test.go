@@ -212,6 +212,7 @@ func TestMetrics(t *testing.T) {
 
 // TestRecipeTraces has Caddy print its spans, for which OpenTelemetry has an exporter.
 func TestRecipeTraces(t *testing.T) {
+	t.Parallel()
 	b := newBackend(t, modeGood)
 	options, site := recipe(t, "Logs and traces", "localhost:9000", b.addr, "output file rejections.log", "output file {{dir}}/rejections.log")
 	c := startCaddy(t, options, site, "OTEL_TRACES_EXPORTER=console", "OTEL_BSP_SCHEDULE_DELAY=50")

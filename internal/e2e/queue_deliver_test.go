@@ -27,6 +27,7 @@ import (
 // TestQueueAttemptsAreAlike has each event fail at its first attempt, kills Caddy, and
 // compares what the backend gets at the second attempt with what it got at the first.
 func TestQueueAttemptsAreAlike(t *testing.T) {
+	t.Parallel()
 	rows := []struct {
 		name, before, deliver string
 		seen                  string // what the attempts must show
@@ -201,6 +202,7 @@ func TestQueueAttemptsAreAlike(t *testing.T) {
 
 // TestQueueAttemptsAreAlikeInPHP is the same for php_fastcgi.
 func TestQueueAttemptsAreAlikeInPHP(t *testing.T) {
+	t.Parallel()
 	root, php := startPHP(t, `<?php
 $seen = $_SERVER;
 foreach (['REQUEST_TIME', 'REQUEST_TIME_FLOAT', 'ATTEMPT'] as $name) unset($seen[$name]);
@@ -244,6 +246,7 @@ http://{{addr}} {
 
 // TestQueueDeliverBlocksThatFail has blocks that cannot deliver beside one that can.
 func TestQueueDeliverBlocksThatFail(t *testing.T) {
+	t.Parallel()
 	backend := newTaker(t, all)
 	cut := rawBackend(t, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nonly this")
 	garbage := rawBackend(t, "SSH-2.0-OpenSSH_9.2\r\n")

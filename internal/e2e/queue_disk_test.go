@@ -117,6 +117,7 @@ func TestQueueOnADiskThatIsFull(t *testing.T) {
 }
 
 func TestQueueWhoseFolderCannotBeWritten(t *testing.T) {
+	t.Parallel()
 	backend, up := switchable(t)
 	c := newQueueCaddy(t, backend.addr, "")
 	tmpfs(t, c.path("queue"), "size=4m,mode=0500")
@@ -334,6 +335,7 @@ func execSQL(t *testing.T, path, statement string) {
 // cuts the copy of the log, which is what a power cut may leave. That at 200 places is
 // in the package queue, without a Caddy.
 func TestQueueAfterAPowerCut(t *testing.T) {
+	t.Parallel()
 	backend := newTaker(t, all)
 	backend.close()
 	running := queueCaddy(t, backend.addr, "")

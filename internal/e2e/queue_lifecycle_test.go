@@ -20,6 +20,7 @@ import (
 const pendingMetric = `caddy_inkit_queue_events{queue="default",state="pending"}`
 
 func TestQueueAcrossReloads(t *testing.T) {
+	t.Parallel()
 	old := newTaker(t, func(id string, attempt int) int {
 		time.Sleep(1500 * time.Millisecond)
 		if strings.HasPrefix(id, "stays") {
@@ -82,6 +83,7 @@ func TestQueueAcrossReloads(t *testing.T) {
 }
 
 func TestQueueOfACaddyThatStops(t *testing.T) {
+	t.Parallel()
 	var slow atomic.Bool
 	slow.Store(true)
 	backend := newTaker(t, func(id string, attempt int) int {
@@ -129,6 +131,7 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 }
 
 func TestQueueIsNotTouchedByValidate(t *testing.T) {
+	t.Parallel()
 	backend := newTaker(t, all)
 	backend.close()
 	c := newQueueCaddy(t, backend.addr, "")
@@ -158,6 +161,7 @@ func TestQueueIsNotTouchedByValidate(t *testing.T) {
 
 // An event whose sender goes away has arrived all the same.
 func TestQueueOfASenderThatHangsUp(t *testing.T) {
+	t.Parallel()
 	var up atomic.Bool
 	backend := newTaker(t, func(id string, attempt int) int {
 		if !up.Load() {
@@ -191,6 +195,7 @@ func TestQueueOfASenderThatHangsUp(t *testing.T) {
 }
 
 func TestQueueThatIsFull(t *testing.T) {
+	t.Parallel()
 	backend, up := switchable(t)
 	c := queueCaddy(t, backend.addr, "max_events 10")
 	s := newSender(t, c)

@@ -45,6 +45,7 @@ http://{{addr}} {
 }
 
 func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
 	dsn := server.DSN(server.NewDatabase(t))
 	backend := newTaker(t, sometimes)
@@ -70,6 +71,7 @@ func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
 }
 
 func TestPostgresThatFails(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
 	name := server.NewDatabase(t)
 	var takes atomic.Bool
@@ -120,6 +122,7 @@ func TestPostgresThatFails(t *testing.T) {
 }
 
 func TestPostgresStandbyThatTakesOver(t *testing.T) {
+	t.Parallel()
 	primary := pgtest.Start(t)
 	name := primary.NewDatabase(t)
 	standby := primary.Standby(t)
@@ -319,6 +322,7 @@ http://{{addr}} {
 
 // TestPostgresExample runs examples/two-caddys as its README says.
 func TestPostgresExample(t *testing.T) {
+	t.Parallel()
 	for _, needed := range []string{"python3", "bash", "curl", "openssl"} {
 		if _, err := exec.LookPath(needed); err != nil {
 			t.Skip(needed + " is not installed")
@@ -367,6 +371,7 @@ func TestPostgresExample(t *testing.T) {
 // Whatever is wrong with the database, the other sites are served, and the log says
 // what it is.
 func TestPostgresThatIsNotThere(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
 	name := server.NewDatabase(t)
 	backend := newTaker(t, func(string, int) int { return http.StatusServiceUnavailable })
@@ -393,6 +398,7 @@ func TestPostgresThatIsNotThere(t *testing.T) {
 
 // TestPostgresMove is a move from SQLite, as docs/postgres.md says.
 func TestPostgresMove(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
 	dsn := server.DSN(server.NewDatabase(t))
 	backend, up := switchable(t)
@@ -447,6 +453,7 @@ func TestPostgresMove(t *testing.T) {
 
 // TestPostgresMigrate has another role make the tables.
 func TestPostgresMigrate(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
 	name := server.NewDatabase(t)
 	server.Exec(t, name, "CREATE ROLE few LOGIN PASSWORD '"+pgtest.Password+"'", "REVOKE CREATE ON SCHEMA public FROM PUBLIC")

@@ -347,6 +347,7 @@ func TestQueueOutage(t *testing.T) {
 }
 
 func TestQueueOfACaddyThatIsKilledAndReloaded(t *testing.T) {
+	t.Parallel()
 	backend := newTaker(t, func(id string, attempt int) int {
 		time.Sleep(2 * time.Millisecond)
 		if attempt == 1 && (id[len(id)-1]-'0')%3 == 0 {
@@ -399,6 +400,7 @@ func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 
 // TestQueueSyncsBeforeItAnswers looks at the system calls of Caddy.
 func TestQueueSyncsBeforeItAnswers(t *testing.T) {
+	t.Parallel()
 	if _, err := exec.LookPath("strace"); err != nil {
 		t.Skip("strace is not installed")
 	}
@@ -485,6 +487,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 }
 
 func TestQueueAsksADeadBackendSeldom(t *testing.T) {
+	t.Parallel()
 	backend := newTaker(t, func(string, int) int { return http.StatusServiceUnavailable })
 	c := queueCaddy(t, backend.addr, "")
 	for i := range 5 { // one after the other, or else as many are in flight as there are senders

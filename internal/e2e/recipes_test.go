@@ -67,6 +67,7 @@ func split(caddyfile string) (options, sites string) {
 func webhookURL(c *caddy, path string) string { return "http://" + c.addr + path }
 
 func TestRecipeNothingLost(t *testing.T) {
+	t.Parallel()
 	b := newBackend(t, modeGood)
 	options, site := recipe(t, "Nothing verified gets lost", "localhost:9000", b.addr, "read_timeout 10s 1024", "read_timeout 1s 1024")
 	c := startCaddy(t, options, site)
@@ -104,6 +105,7 @@ func TestRecipeNothingLost(t *testing.T) {
 }
 
 func TestRecipeSeveralWebhooks(t *testing.T) {
+	t.Parallel()
 	root, php := startPHP(t, `<?php echo $_SERVER['HTTP_IDEMPOTENCY_KEY'] . ' ' . file_get_contents('php://input');`)
 	documents := newBackend(t, modeGood)
 	options, site := recipe(t, "Several webhooks with their own secrets, and PHP",
@@ -132,6 +134,7 @@ func TestRecipeSeveralWebhooks(t *testing.T) {
 }
 
 func TestRecipeRouteByEvent(t *testing.T) {
+	t.Parallel()
 	others, deleted := newBackend(t, modeGood), newBackend(t, modeGood)
 	options, site := recipe(t, "Route by event", "localhost:9000", others.addr, "localhost:9001", deleted.addr)
 	c := startCaddy(t, options, site)
@@ -160,6 +163,7 @@ func TestRecipeRouteByEvent(t *testing.T) {
 
 // TestHandleErrors: the errors reach the error routes, and nothing is written twice.
 func TestHandleErrors(t *testing.T) {
+	t.Parallel()
 	const heading = "Error page, and an allow-list of addresses"
 	b := newBackend(t, modeGood)
 	options, site := recipe(t, heading, "localhost:9000", b.addr, "192.0.2.0/24", "127.0.0.0/8")
@@ -195,6 +199,7 @@ func TestHandleErrors(t *testing.T) {
 }
 
 func TestRecipeLogs(t *testing.T) {
+	t.Parallel()
 	b := newBackend(t, modeGood)
 	options, site := recipe(t, "Logs and traces", "localhost:9000", b.addr, "output file rejections.log", "output file {{dir}}/rejections.log")
 	options = strings.Replace(options, "\tlog {\n", "\tlog {\n\t\tlevel DEBUG\n", 1)
@@ -227,6 +232,7 @@ func TestRecipeLogs(t *testing.T) {
 // TestRecipeJSON has a Caddy that runs take the JSON. It must not ask for a certificate:
 // one of Caddy's own would be put among those that this machine trusts.
 func TestRecipeJSON(t *testing.T) {
+	t.Parallel()
 	b := newBackend(t, modeGood)
 	_, block, found := strings.Cut(section(t, "JSON"), "```json\n")
 	require.True(t, found)

@@ -193,6 +193,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 
 // TestRecipeSecretFiles has files as Docker, Kubernetes and systemd lay them out.
 func TestRecipeSecretFiles(t *testing.T) {
+	t.Parallel()
 	b := newBackend(t, modeGood)
 	site := func(t *testing.T, line string) string {
 		t.Helper()
