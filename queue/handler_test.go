@@ -108,10 +108,11 @@ func sqliteAt(path string) json.RawMessage {
 	return raw
 }
 
-// faulty is SQLite that fails when a test says so.
+// faulty is SQLite that fails, or is slow, when a test says so.
 type faulty struct {
 	SQLite
-	err atomic.Pointer[error] // of Apply, if it adds
+	err      atomic.Pointer[error] // of Apply, if it adds
+	counting time.Duration         // how long a count takes
 }
 
 func (f *faulty) fail(err error) { f.err.Store(&err) }
@@ -131,6 +132,11 @@ func (s *faultyStore) Apply(ctx context.Context, b *Batch) error {
 		return *err
 	}
 	return s.Store.Apply(ctx, b)
+}
+
+func (s *faultyStore) Counts(ctx context.Context) ([]Count, error) {
+	time.Sleep(s.faulty.counting)
+	return s.Store.Counts(ctx)
 }
 
 // configuration is one that is loaded.

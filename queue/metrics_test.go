@@ -3,8 +3,10 @@ package queue
 import (
 	"crypto/rand"
 	"fmt"
+	"net/http"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,6 +16,8 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap/zapcore"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // seriesOf returns what the metrics hold of a queue, as text.
@@ -102,6 +106,31 @@ func TestEventsAreCounted(t *testing.T) {
 		series := seriesOf(t, "waiting")
 		assert.InDelta(t, 3, series["events pending"], 0)
 		assert.InDelta(t, 30, series["oldest_age_seconds"], 7)
+	})
+}
+
+// A count that has taken long is made seldom, and meanwhile the metrics show what this
+// process has done.
+func TestMetricsBetweenTwoCounts(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
+		var up atomic.Bool
+		c := start(t, &Handler{Name: "between", StoreRaw: storeOf(opener), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			if up.Load() {
+				return status(200)(w, r, next)
+			}
+			return status(500)(w, r, next)
+		})})
+		defer c.stop(t)
+		time.Sleep(time.Minute) // the next count is in 40 minutes
+		serve(t, c.handlers[0], post(body))
+		time.Sleep(countInterval)
+		synctest.Wait()
+		assert.InDelta(t, 1, seriesOf(t, "between")["events pending"], 0)
+		up.Store(true)
+		time.Sleep(2 * countInterval)
+		synctest.Wait()
+		assert.Zero(t, seriesOf(t, "between")["events pending"])
 	})
 }
 

@@ -243,14 +243,7 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 // and with one that is down. The figures of docs/performance.md are those of E2E_LONG=1.
 func TestPostgresCost(t *testing.T) {
 	server := pgtest.Start(t)
-	var up atomic.Bool
-	backend := newTaker(t, func(string, int) int {
-		if up.Load() {
-			return http.StatusOK
-		}
-		return http.StatusServiceUnavailable
-	})
-	backend.quiet = true
+	backend := newBackend(t, modeDiscard)
 	site := func(store string) string {
 		return `
 http://{{addr}} {
@@ -287,9 +280,10 @@ http://{{addr}} {
 				continue // nothing is accepted
 			}
 			t.Run(fmt.Sprintf("%s, takes %v", row.name, takes), func(t *testing.T) {
-				up.Store(takes)
 				caddys := row.start(t)
 				if !takes {
+					backend.kill()
+					defer backend.start()
 					s := newSender(t, caddys...)
 					for i := range 12 {
 						s.send(t.Context(), fmt.Sprint("first-", i), i)
