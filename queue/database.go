@@ -63,6 +63,7 @@ type database struct {
 	useless  Store // damaged, and still to be moved aside
 	work     work
 	counts   map[[2]string]Count
+	changes  map[[2]string]int        // made while they are counted, or nil
 	held     map[string]bool          // events that this process has, but the database does not say so
 	said     map[string]announcements // by queue
 	queues   map[string]*shared
@@ -514,11 +515,10 @@ func (d *database) written(w work) {
 	defer d.mu.Unlock()
 	change := func(queue, state string, by int) {
 		key := [2]string{queue, state}
-		c := d.counts[key]
-		if c.Events = max(0, c.Events+by); c.Events == 0 {
-			c.Oldest = 0
+		d.counts[key] = d.counts[key].plus(by)
+		if d.changes != nil {
+			d.changes[key] += by
 		}
-		d.counts[key] = c
 	}
 	for _, a := range w.adds {
 		change(a.rec.Queue, statePending, 1)
@@ -739,9 +739,14 @@ func (d *database) countOnce(store Store) {
 	defer cancel()
 	var counts []Count
 	var err error
+	var changes map[[2]string]int // since what is counted
 	if sharer, ok := store.(sharer); ok {
 		counts, err = sharer.SharedCounts(ctx, countPause)
 	} else {
+		changes = make(map[[2]string]int)
+		d.mu.Lock()
+		d.changes = changes
+		d.mu.Unlock()
 		counts, err = store.Counts(ctx)
 	}
 	if err != nil {
@@ -749,9 +754,13 @@ func (d *database) countOnce(store Store) {
 		return
 	}
 	d.mu.Lock()
+	d.changes = nil
 	clear(d.counts)
 	for _, c := range counts {
 		d.counts[[2]string{c.Queue, c.State}] = c
+	}
+	for key, by := range changes {
+		d.counts[key] = d.counts[key].plus(by)
 	}
 	d.showLocked()
 	d.mu.Unlock()
@@ -778,13 +787,14 @@ func (d *database) showLocked() {
 		s.queue.metrics.damaged.Set(float64(damaged))
 	}
 	for key, c := range d.counts {
-		if _, configured := d.queues[c.Queue]; configured {
+		queue, state := key[0], key[1]
+		if _, configured := d.queues[queue]; configured {
 			continue
 		}
-		eventsGauge.WithLabelValues(key[0], key[1]).Set(float64(c.Events))
-		if c.State == statePending && !d.strange[c.Queue] {
-			d.strange[c.Queue] = true
-			d.logger.Load().Warn("events wait in a queue that is not configured: they stay", zap.String("queue", c.Queue), zap.Int("pending", c.Events))
+		eventsGauge.WithLabelValues(queue, state).Set(float64(c.Events))
+		if state == statePending && c.Events > 0 && !d.strange[queue] {
+			d.strange[queue] = true
+			d.logger.Load().Warn("events wait in a queue that is not configured: they stay", zap.String("queue", queue), zap.Int("pending", c.Events))
 		}
 	}
 }

@@ -135,7 +135,7 @@ func (s *faultyStore) Apply(ctx context.Context, b *Batch) error {
 }
 
 func (s *faultyStore) Counts(ctx context.Context) ([]Count, error) {
-	time.Sleep(s.faulty.counting)
+	defer time.Sleep(s.faulty.counting)
 	return s.Store.Counts(ctx)
 }
 

@@ -109,8 +109,8 @@ func TestEventsAreCounted(t *testing.T) {
 	})
 }
 
-// A count that has taken long is made seldom, and meanwhile the metrics show what this
-// process has done.
+// A count that takes long is made seldom. The metrics show what this process has done
+// since, and during the count.
 func TestMetricsBetweenTwoCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
@@ -122,13 +122,17 @@ func TestMetricsBetweenTwoCounts(t *testing.T) {
 			return status(500)(w, r, next)
 		})})
 		defer c.stop(t)
-		time.Sleep(time.Minute) // the next count is in 40 minutes
+		time.Sleep(reopenInterval + time.Second) // the first count has seen nothing, and has not ended
+		serve(t, c.handlers[0], post(body))
+		time.Sleep(opener.counting + countInterval) // and the next is in 40 minutes
+		synctest.Wait()
+		assert.InDelta(t, 1, seriesOf(t, "between")["events pending"], 0)
 		serve(t, c.handlers[0], post(body))
 		time.Sleep(countInterval)
 		synctest.Wait()
-		assert.InDelta(t, 1, seriesOf(t, "between")["events pending"], 0)
+		assert.InDelta(t, 2, seriesOf(t, "between")["events pending"], 0)
 		up.Store(true)
-		time.Sleep(2 * countInterval)
+		time.Sleep(10 * countInterval)
 		synctest.Wait()
 		assert.Zero(t, seriesOf(t, "between")["events pending"])
 	})

@@ -109,6 +109,14 @@ type Count struct {
 	Oldest       time.Duration // the age of the oldest of them
 }
 
+func (c Count) plus(events int) Count {
+	c.Events = max(0, c.Events+events)
+	if c.Events == 0 {
+		c.Oldest = 0
+	}
+	return c
+}
+
 // Filter selects events for the commands.
 type Filter struct {
 	Queue string // empty for all

@@ -37,7 +37,6 @@ func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reade
 // forwards nothing that was not signed, whatever the outcome. A handler that copies
 // the request, such as timeouts, changes nothing about that.
 func TestErrorRouteGetsNothingForged(t *testing.T) {
-	t.Parallel()
 	for name, before := range map[string]string{"": "", "behind timeouts": "timeouts {\n\t\tread_timeout 10s\n\t}\n\t"} {
 		t.Run("no gate "+name, func(t *testing.T) {
 			b, fallback := newBackend(t, modeGood), newBackend(t, modeGood)

@@ -80,7 +80,6 @@ func clients(t *testing.T, c *caddy) map[string]*http.Client {
 }
 
 func TestBodiesArriveWhole(t *testing.T) {
-	t.Parallel()
 	t.Run("reverse_proxy", func(t *testing.T) {
 		b := newBackend(t, modeGood)
 		c := startCaddy(t, "", `https://localhost:{{port}} {

@@ -27,7 +27,7 @@ const (
 
 // TestBrokenClients speaks HTTP/1.1 badly. None of what it sends may reach the
 // backend, but for the rows that say so.
-func TestBrokenClients(t *testing.T) {
+func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share a Caddy
 	t.Parallel()
 	b := newBackend(t, modeGood)
 	c := startCaddy(t, `	log {

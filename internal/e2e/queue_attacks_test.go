@@ -19,7 +19,6 @@ import (
 
 // A sender that has ended its side of the connection still reads what it is told.
 func TestQueueOfASenderThatHalfCloses(t *testing.T) {
-	t.Parallel()
 	halfClosed := func(c *caddy, id string) int {
 		t.Helper()
 		body := event(id)

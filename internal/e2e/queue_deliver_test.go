@@ -27,7 +27,6 @@ import (
 // TestQueueAttemptsAreAlike has each event fail at its first attempt, kills Caddy, and
 // compares what the backend gets at the second attempt with what it got at the first.
 func TestQueueAttemptsAreAlike(t *testing.T) {
-	t.Parallel()
 	rows := []struct {
 		name, before, deliver string
 		seen                  string // what the attempts must show

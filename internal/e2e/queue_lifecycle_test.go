@@ -19,7 +19,7 @@ import (
 
 const pendingMetric = `caddy_inkit_queue_events{queue="default",state="pending"}`
 
-func TestQueueAcrossReloads(t *testing.T) {
+func TestQueueAcrossReloads(t *testing.T) { //nolint:tparallel // its subtests share a Caddy
 	t.Parallel()
 	old := newTaker(t, func(id string, attempt int) int {
 		time.Sleep(1500 * time.Millisecond)

@@ -154,6 +154,7 @@ func TestPostgresStandbyThatTakesOver(t *testing.T) {
 }
 
 func TestPostgresBackendThatIsDown(t *testing.T) {
+	t.Parallel()
 	server := pgtest.Start(t)
 	dsn := server.DSN(server.NewDatabase(t))
 	var up atomic.Bool
@@ -293,7 +294,7 @@ http://{{addr}} {
 				for _, senders := range []int{1, 8, 64} {
 					s := newSender(t, caddys...)
 					s.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
-					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(size(4000, 200))*time.Millisecond)
+					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(size(2000, 200))*time.Millisecond)
 					began := time.Now()
 					var wg sync.WaitGroup
 					for i := range senders {

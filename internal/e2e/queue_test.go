@@ -433,6 +433,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 	isAnswer := func(line string) bool { return strings.Contains(line, "HTTP/1.1 200 OK") }
 
 	t.Run("one sender", func(t *testing.T) {
+		t.Parallel()
 		calls := traced(t, func(c *caddy) {
 			s := newSender(t, c)
 			for i := range 100 {
@@ -463,6 +464,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 		assert.Equal(t, 100, ordered, "answers after the write-ahead log was synced")
 	})
 	t.Run("64 senders", func(t *testing.T) {
+		t.Parallel()
 		events := size(6400, 1600)
 		calls := traced(t, func(c *caddy) {
 			s := newSender(t, c)

@@ -67,7 +67,6 @@ func split(caddyfile string) (options, sites string) {
 func webhookURL(c *caddy, path string) string { return "http://" + c.addr + path }
 
 func TestRecipeNothingLost(t *testing.T) {
-	t.Parallel()
 	b := newBackend(t, modeGood)
 	options, site := recipe(t, "Nothing verified gets lost", "localhost:9000", b.addr, "read_timeout 10s 1024", "read_timeout 1s 1024")
 	c := startCaddy(t, options, site)
@@ -163,7 +162,6 @@ func TestRecipeRouteByEvent(t *testing.T) {
 
 // TestHandleErrors: the errors reach the error routes, and nothing is written twice.
 func TestHandleErrors(t *testing.T) {
-	t.Parallel()
 	const heading = "Error page, and an allow-list of addresses"
 	b := newBackend(t, modeGood)
 	options, site := recipe(t, heading, "localhost:9000", b.addr, "192.0.2.0/24", "127.0.0.0/8")

@@ -206,6 +206,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 	}
 
 	t.Run("Docker", func(t *testing.T) {
+		t.Parallel()
 		// a file of its own that all may read, under the name of the secret
 		dir := t.TempDir()
 		require.NoError(t, os.WriteFile(dir+"/inkit_webhook", []byte(secret), 0o444))
@@ -214,6 +215,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 		assert.Equal(t, 401, status(c, "wrong"))
 	})
 	t.Run("Kubernetes", func(t *testing.T) {
+		t.Parallel()
 		// secret -> ..data/secret, ..data -> ..<time>: an update makes a new folder, and
 		// moves a new link over ..data
 		dir := t.TempDir()
@@ -233,6 +235,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 		waitFor(t, "the first secret is refused", c.process, func() bool { return status(c, "first") == 401 })
 	})
 	t.Run("systemd", func(t *testing.T) {
+		t.Parallel()
 		// a folder that only the service may open, whose path is in the environment
 		dir := t.TempDir() + "/caddy.service"
 		require.NoError(t, os.Mkdir(dir, 0o700))
