@@ -708,7 +708,7 @@ func (d *database) count() {
 		switch {
 		case store == nil:
 			next = time.Time{}
-		case !time.Now().Before(next):
+		case !time.Now().Before(next), !isShared && d.isEmpty(): // which is soon counted, and has room to give back
 			began := time.Now()
 			d.countOnce(store)
 			next = time.Now().Add(countPause(time.Since(began)))
@@ -727,6 +727,18 @@ func (d *database) count() {
 			return
 		}
 	}
+}
+
+// isEmpty reports whether no events are left, as far as is known.
+func (d *database) isEmpty() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range d.counts {
+		if c.Events > 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // countPause returns how long to wait after a count that has taken so long.

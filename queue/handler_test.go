@@ -113,6 +113,7 @@ type faulty struct {
 	SQLite
 	err      atomic.Pointer[error] // of Apply, if it adds
 	counting time.Duration         // how long a count takes
+	counted  atomic.Int32          // how many have begun
 }
 
 func (f *faulty) fail(err error) { f.err.Store(&err) }
@@ -135,6 +136,7 @@ func (s *faultyStore) Apply(ctx context.Context, b *Batch) error {
 }
 
 func (s *faultyStore) Counts(ctx context.Context) ([]Count, error) {
+	s.faulty.counted.Add(1)
 	defer time.Sleep(s.faulty.counting)
 	return s.Store.Counts(ctx)
 }
