@@ -72,8 +72,8 @@ http://{{addr}} {
 	}
 	median := func(values []float64) float64 { return slices.Sorted(slices.Values(values))[len(values)/2] }
 
-	slack := 1.0
-	if !long { // short rounds beside other tests say little
+	slack := 0.9 // for neighbours that are noisy: docs/performance.md has what was measured
+	if !long {   // short rounds beside other tests say little
 		slack = 0.25
 	}
 	for _, tt := range []struct {
@@ -107,9 +107,6 @@ func TestQueueOfManyEvents(t *testing.T) {
 		t.Parallel()
 	}
 	events := size(1_000_000, 5_000)
-	if n, err := strconv.Atoi(os.Getenv("E2E_EVENTS")); err == nil {
-		events = n
-	}
 	backend, up := switchable(t)
 	backend.quiet = true
 	var taken sync.Map
@@ -129,7 +126,8 @@ func TestQueueOfManyEvents(t *testing.T) {
 		return time.Since(began)
 	}
 	accept("first", 100)
-	at1000 := accept("few", 2000)
+	more := size(5000, 2000)
+	few := accept("few", more)
 	empty := resident(t, c)
 	db := c.path("queue/events.db")
 	c.stop(t, syscall.SIGTERM)
@@ -146,13 +144,13 @@ func TestQueueOfManyEvents(t *testing.T) {
 	began := time.Now()
 	time.Sleep(time.Duration(size(20, 2)) * time.Second) // it is idle, but for a probe a second
 	idle := float64(cpuTicks(t, c)-ticks) / 100 / time.Since(began).Seconds()
-	atMany := accept("many", 2000)
+	many := accept("many", more)
 	full := resident(t, c)
-	t.Logf("idle: %.2f %% of a core; 2000 events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
-		100*idle, atMany.Round(time.Millisecond), at1000.Round(time.Millisecond), full>>20, empty>>20)
+	t.Logf("idle: %.2f %% of a core; %d events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
+		100*idle, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
 	if long {
 		assert.Less(t, idle, 0.01)
-		assert.LessOrEqual(t, atMany.Seconds(), 1.5*at1000.Seconds())
+		assert.LessOrEqual(t, many.Seconds(), 1.5*few.Seconds())
 	}
 	assert.LessOrEqual(t, full-empty, int64(60<<20))
 
