@@ -37,7 +37,7 @@ const (
 	// countInterval is the pause between two counts of what waits, and countShare the
 	// part of the time that they may take.
 	countInterval = 5 * time.Second
-	countShare    = 0.004
+	countShare    = 0.002
 
 	// errorInterval is how long an error of the database is not worth another line.
 	errorInterval = time.Minute

@@ -140,6 +140,11 @@ func TestQueueOfManyEvents(t *testing.T) {
 		n, _ := strconv.ParseFloat(c.metric(pendingMetric), 64)
 		return int(n) >= events
 	})
+	waitLong(t, "the work of the start is done", time.Minute, func() bool {
+		before := cpuTicks(t, c)
+		time.Sleep(time.Second)
+		return cpuTicks(t, c)-before < 5 // hundredths of a second
+	})
 	ticks := cpuTicks(t, c)
 	began := time.Now()
 	time.Sleep(time.Duration(size(20, 2)) * time.Second) // it is idle, but for a probe a second
