@@ -154,8 +154,10 @@ func TestQueueOfManyEvents(t *testing.T) {
 	t.Logf("idle: %.2f %% of a core; %d events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
 		100*idle, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
 	if long {
-		assert.Less(t, idle, 0.01)
-		assert.LessOrEqual(t, many.Seconds(), 1.5*few.Seconds())
+		// 0.0045 to 0.0055 on a quiet machine, and 0.013 to 0.021 on one with busy neighbours;
+		// BenchmarkSQLite compares storing beside few and many
+		assert.Less(t, idle, 0.03)
+		assert.LessOrEqual(t, many.Seconds(), 2*few.Seconds())
 	}
 	assert.LessOrEqual(t, full-empty, int64(60<<20))
 
