@@ -402,8 +402,7 @@ func (d *database) moveAside(why error) {
 }
 
 // untilDue returns how long it is until an event has been with its backend for long
-// enough. Those that come meanwhile need not wake the goroutine that writes, which would
-// cost more than all else here.
+// enough. Those that come meanwhile need not wake the goroutine that writes.
 func (d *database) untilDue() time.Duration {
 	d.mu.Lock()
 	defer d.mu.Unlock()
