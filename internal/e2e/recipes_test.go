@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -258,13 +257,14 @@ func TestRecipeJSON(t *testing.T) {
 	assert.Equal(t, 404, post(t, webhookURL(c, "/webhok"), body, sign(secret, body)).status)
 	require.Len(t, b.records(), 1)
 	assert.Equal(t, body, b.records()[0].Body)
-	stored, err := filepath.Glob(c.path("inkit_queue.db*"))
-	require.NoError(t, err)
-	require.Contains(t, stored, c.path("inkit_queue.db"))
-	for _, name := range stored {
-		info, err := os.Stat(name)
+	waitFor(t, "the database is open", c.process, func() bool { // an event that the backend takes at once does not wait for it
+		_, err := os.Stat(c.path("inkit_queue.db-reserve")) // which is made last
+		return err == nil
+	})
+	for _, suffix := range []string{"", "-wal", "-shm", "-reserve"} {
+		info, err := os.Stat(c.path("inkit_queue.db" + suffix))
 		require.NoError(t, err)
-		assert.Equal(t, os.FileMode(0o600), info.Mode(), "nobody else may read %s", name)
+		assert.Equal(t, os.FileMode(0o600), info.Mode(), "nobody else may read %s", suffix)
 	}
 }
 
