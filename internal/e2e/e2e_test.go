@@ -20,6 +20,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -293,6 +294,32 @@ func (c *caddy) reload() {
 	cmd.Env = c.env
 	out, err := cmd.CombinedOutput()
 	require.NoError(c.t, err, "%s", out)
+	c.settled()
+}
+
+// settled waits until the configuration before listens no longer, which may be a moment
+// after Caddy says that it has loaded the new one. The kernel resets a connection that
+// came to it and was not accepted.
+func (c *caddy) settled() {
+	c.t.Helper()
+	waitFor(c.t, "the old configuration listens no longer", c.process, func() bool {
+		return listeners(port(c.addr)) <= 1
+	})
+}
+
+// listeners returns how many sockets listen on a port, as far as Linux says it.
+func listeners(port string) (n int) {
+	number, _ := strconv.Atoi(port)
+	suffix := fmt.Sprintf(":%04X", number)
+	for _, name := range []string{"/proc/net/tcp", "/proc/net/tcp6"} {
+		table, _ := os.ReadFile(name)
+		for line := range strings.Lines(string(table)) {
+			if f := strings.Fields(line); strings.HasSuffix(f[1], suffix) && f[3] == "0A" {
+				n++
+			}
+		}
+	}
+	return n
 }
 
 func (c *caddy) get(url string) string {

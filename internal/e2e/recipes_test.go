@@ -251,6 +251,7 @@ func TestRecipeJSON(t *testing.T) {
 	resp.Body.Close()
 	require.NoError(t, err)
 	require.Equal(t, 200, resp.StatusCode, "%s", problem)
+	c.settled()
 	body := event("doc_1")
 	assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
 	assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, sign("wrong", body)).status)
