@@ -208,13 +208,13 @@ func (d *database) finish(a *addition, f Finish) {
 	}
 }
 
-// announce tells the other owners of a queue of its backend.
+// announce tells the other owners of a queue of its backend, with the next transaction:
+// that of the event from which it is known.
 func (d *database) announce(b Backend) {
 	d.mu.Lock()
 	d.work.backends = append(d.work.backends, b)
 	d.said[b.Queue] = announcements{d.said[b.Queue].made + 1, d.said[b.Queue].waiting + 1}
 	d.mu.Unlock()
-	d.poke()
 }
 
 // keeping reports whether events can be kept, as far as is known.

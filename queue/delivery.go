@@ -63,7 +63,7 @@ type queue struct {
 
 	refusedLine time.Time // when the log said that too many events wait
 
-	probe time.Time // when to ask for the next probe; for the schedule alone
+	probe time.Time // when to look whether a probe is due; for the schedule alone
 }
 
 func newQueue(name string, db *database) *queue {
@@ -205,10 +205,11 @@ func (q *queue) next() time.Duration {
 	down, ramping := q.breaker.down, q.breaker.ramp > 0
 	free := q.lanes.backlogLocked(q.breaker.allowed(q.lanes.limit))
 	due := !p.Empty && p.Wait == 0
-	if !due {
+	early := due && down && p.Probe > 0 // whose turn it is, the database knows
+	if !due || early {
 		free = 0
 	}
-	q.lanes.wanted = due && free == 0
+	q.lanes.wanted = due && free == 0 && !early
 	q.lanes.enterBacklogLocked(free)
 	q.lanes.grantLocked()
 	q.mu.Unlock()
@@ -217,6 +218,8 @@ func (q *queue) next() time.Duration {
 		return pollInterval
 	case p.Wait > 0:
 		return min(p.Wait, pollInterval)
+	case early:
+		return q.untilProbe(min(p.Probe, probeInterval)) // others may find sooner that the backend is back
 	case free == 0:
 		return pollInterval // a lane that gets free pokes
 	}
@@ -234,13 +237,18 @@ func (q *queue) next() time.Duration {
 	switch {
 	case err != nil:
 		return min(reopenInterval, pollInterval)
-	case down: // whose turn it is, the database knows
-		q.probe = time.Now().Add(probeInterval / 2)
-		return probeInterval / 2
+	case down:
+		return q.untilProbe(probeInterval + probeInterval/50) // when the next one is due, if this one fails at once
 	case len(records) == 0:
 		return minBackoff / 4 // another process was faster
 	}
 	return 0
+}
+
+// untilProbe has the schedule look at the database after that wait, and not before.
+func (q *queue) untilProbe(wait time.Duration) time.Duration {
+	q.probe = time.Now().Add(wait)
+	return wait
 }
 
 // deliver makes one attempt at an event of the backlog.
@@ -372,15 +380,22 @@ func lastError(err error) string {
 // settle draws the consequences of an attempt: for the event, which finish writes, and
 // for what is known of the backend.
 func (q *queue) settle(h *Handler, rec *Record, res result, age time.Duration, finish func(Finish)) {
-	if res.err == nil {
-		q.metrics.attempts[resultDelivered].Inc()
-		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Delivered})
-		q.reached(h)
-		return
-	}
-	if q.ctx.Err() != nil { // it was cut off by the end of this process
+	if res.err != nil && q.ctx.Err() != nil { // it was cut off by the end of this process
 		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Released})
 		return
+	}
+	if announced := q.judge(h, rec.ID, res); announced {
+		defer q.db.poke() // what finish does not always do
+	}
+	switch {
+	case res.err == nil:
+		q.metrics.attempts[resultDelivered].Inc()
+		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Delivered})
+		return
+	case res.unreachable:
+		q.metrics.attempts[resultUnreachable].Inc()
+	default:
+		q.metrics.attempts[resultFailed].Inc()
 	}
 	if age >= time.Duration(h.MaxAge) {
 		h.logger.Error("an event is dead: the backend has not taken it for max_age", zap.String("id", rec.ID),
@@ -390,13 +405,6 @@ func (q *queue) settle(h *Handler, rec *Record, res result, age time.Duration, f
 	} else {
 		after := max(backoff(age), res.retryAfter)
 		finish(Finish{ID: rec.ID, Queue: q.name, Outcome: Later, After: after, LastError: lastError(res.err)})
-	}
-	if res.unreachable {
-		q.metrics.attempts[resultUnreachable].Inc()
-		q.unreached(h, rec.ID, res.err)
-	} else {
-		q.metrics.attempts[resultFailed].Inc()
-		q.reached(h)
 	}
 }
 
@@ -420,20 +428,31 @@ func (b *breaker) allowed(limit int) int {
 	return limit
 }
 
-// reached notes that an attempt has reached the backend.
-func (q *queue) reached(h *Handler) {
+// judge notes what an attempt says of the backend, and reports whether others are to
+// hear of it.
+func (q *queue) judge(h *Handler, id string, res result) (announced bool) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	if res.err != nil && res.unreachable {
+		return q.unreachedLocked(h, id, res.err)
+	}
+	return q.reachedLocked(h)
+}
+
+// reachedLocked notes that an attempt has reached the backend.
+func (q *queue) reachedLocked(h *Handler) (announced bool) {
 	b := &q.breaker
 	b.lost = nil
 	if b.ramp *= 2; b.ramp >= q.lanes.limit {
 		b.ramp = 0
 	}
-	if b.down {
-		q.upLocked(h)
-		q.db.announce(Backend{Queue: q.name})
-		q.poke()
+	if !b.down {
+		return false
 	}
+	q.upLocked(h)
+	q.db.announce(Backend{Queue: q.name})
+	q.poke()
+	return true
 }
 
 func (q *queue) upLocked(h *Handler) {
@@ -443,22 +462,19 @@ func (q *queue) upLocked(h *Handler) {
 	q.metrics.down.Set(0)
 }
 
-// unreached notes that an attempt has reached nobody.
-func (q *queue) unreached(h *Handler, id string, err error) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	b := &q.breaker
-	if b.lost == nil {
-		b.lost = make(map[string]bool)
-	}
-	b.lost[id] = true
-	switch {
-	case b.down:
-		q.db.announce(Backend{Queue: q.name, Down: true, Probe: probeInterval})
-	case len(b.lost) >= downAfter:
+// unreachedLocked notes that an attempt has reached nobody.
+func (q *queue) unreachedLocked(h *Handler, id string, err error) (announced bool) {
+	if b := &q.breaker; !b.down {
+		if b.lost == nil {
+			b.lost = make(map[string]bool)
+		}
+		if b.lost[id] = true; len(b.lost) < downAfter {
+			return false
+		}
 		q.downLocked(h, err)
-		q.db.announce(Backend{Queue: q.name, Down: true, Probe: probeInterval})
 	}
+	q.db.announce(Backend{Queue: q.name, Down: true, Probe: probeInterval})
+	return true
 }
 
 func (q *queue) downLocked(h *Handler, err error) {

@@ -147,11 +147,11 @@ func TestBreaker(t *testing.T) {
 	lost := func(ids ...string) func(*queue, *Handler) {
 		return func(q *queue, h *Handler) {
 			for _, id := range ids {
-				q.unreached(h, id, errors.New("connection refused"))
+				q.judge(h, id, result{err: errors.New("connection refused"), unreachable: true})
 			}
 		}
 	}
-	found := func(q *queue, h *Handler) { q.reached(h) }
+	found := func(q *queue, h *Handler) { q.judge(h, "", result{}) }
 	for _, tt := range []struct {
 		name    string
 		steps   []func(*queue, *Handler)

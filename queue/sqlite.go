@@ -167,6 +167,9 @@ func (s *SQLite) Open(ctx context.Context) (Store, error) {
 	if err = store.prepare(ctx); err == nil {
 		store.log, err = os.Stat(path + "-wal")
 	}
+	if err == nil {
+		store.peek, err = store.read.PrepareContext(ctx, store.text(peekQuery)) //nolint:sqlclosecheck // closed with the database
+	}
 	if err != nil {
 		_ = store.Close()
 		return nil, withoutPath(err)

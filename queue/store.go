@@ -100,6 +100,7 @@ type Peek struct {
 	Wait  time.Duration // until the next event is due; 0 if one is
 	Empty bool          // no event is pending
 	Down  bool          // some owner has found the backend to be down
+	Probe time.Duration // until the next probe of it is due; 0 if one is
 }
 
 // Count is how many events of a queue are in a state.

@@ -317,6 +317,8 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, queue.Peek{}, peek())
 		apply(t, store, &queue.Batch{Backends: []queue.Backend{{Queue: "default", Down: true}, {Queue: "other", Down: true}}})
 		assert.Equal(t, queue.Peek{Down: true}, peek())
+		apply(t, store, &queue.Batch{Backends: []queue.Backend{{Queue: "default", Down: true, Probe: time.Hour}}})
+		assert.InDelta(t, time.Hour, peek().Probe, float64(time.Minute))
 		apply(t, store, &queue.Batch{Backends: []queue.Backend{{Queue: "default"}}})
 		assert.Equal(t, queue.Peek{}, peek())
 	})
