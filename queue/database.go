@@ -70,7 +70,6 @@ type database struct {
 	strange  map[string]bool // queues that are not configured, of which the log says so
 	lastLine time.Time       // when an error was logged
 	failing  bool            // whether events cannot be kept
-	alarm    bool            // whether the goroutine that writes will look for events that are due
 }
 
 // listener is a store that other machines use too, and that calls heard when one of
@@ -171,9 +170,7 @@ func (d *database) add(rec *Record, r *request, urgent bool, metrics *queueMetri
 		return a
 	}
 	d.work.adds = append(d.work.adds, a)
-	if a.urgent || !d.alarm {
-		d.poke()
-	}
+	d.poke()
 	return a
 }
 
@@ -402,12 +399,11 @@ func (d *database) moveAside(why error) {
 }
 
 // untilDue returns how long it is until an event has been with its backend for long
-// enough. Those that come meanwhile need not wake the goroutine that writes.
+// enough.
 func (d *database) untilDue() time.Duration {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.alarm = len(d.work.adds) > 0
-	if !d.alarm {
+	if len(d.work.adds) == 0 {
 		return time.Hour
 	}
 	return linger - time.Since(d.work.adds[0].began)

@@ -118,6 +118,8 @@ func TestQueueOfManyEvents(t *testing.T) {
 		return http.StatusOK
 	}
 	c := queueCaddy(t, backend.addr, "max_events 2000000\nconcurrency 64")
+	beside := queueCaddy(t, backend.addr, "") // to compare with
+	<-newSender(t, beside).sendAll(t.Context(), "beside", 100)
 	s := newSender(t, c)
 	s.workers = 64
 	accept := func(name string, n int) time.Duration {
@@ -143,20 +145,24 @@ func TestQueueOfManyEvents(t *testing.T) {
 	waitLong(t, "the work of the start is done", time.Minute, func() bool {
 		before := cpuTicks(t, c)
 		time.Sleep(time.Second)
-		return cpuTicks(t, c)-before < 5 // hundredths of a second
+		return cpuTicks(t, c)-before < 10 // hundredths of a second
 	})
-	ticks := cpuTicks(t, c)
+	ticks, ticksBeside := cpuTicks(t, c), cpuTicks(t, beside)
 	began := time.Now()
 	time.Sleep(time.Duration(size(20, 2)) * time.Second) // it is idle, but for a probe a second
-	idle := float64(cpuTicks(t, c)-ticks) / 100 / time.Since(began).Seconds()
+	seconds := 100 * time.Since(began).Seconds()
+	idle, idleBeside := float64(cpuTicks(t, c)-ticks)/seconds, float64(cpuTicks(t, beside)-ticksBeside)/seconds
+	beside.stop(t, syscall.SIGTERM)
 	many := accept("many", more)
 	full := resident(t, c)
-	t.Logf("idle: %.2f %% of a core; %d events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
-		100*idle, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
+	t.Logf("idle: %.2f %% of a core, and beside few events %.2f %%; %d events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
+		100*idle, 100*idleBeside, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
 	if long {
-		// 0.0045 to 0.0055 on a quiet machine, and 0.013 to 0.021 on one with busy neighbours;
-		// BenchmarkSQLite compares storing beside few and many
-		assert.Less(t, idle, 0.03)
+		// A probe a second takes what it takes to fetch its code and data into the caches: 0.5 %
+		// of a core on a quiet machine, and up to 4 % on one whose neighbours fill them. That
+		// is the same with few events, but no two are alike. BenchmarkSQLite compares storing beside few and many.
+		assert.Less(t, idle, max(0.01, 3*idleBeside))
+		assert.Less(t, idle, 0.1)
 		assert.LessOrEqual(t, many.Seconds(), 2*few.Seconds())
 	}
 	assert.LessOrEqual(t, full-empty, int64(60<<20))
