@@ -183,7 +183,9 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	<-s.sendAll(t.Context(), "waiting", size(5_000, 500))
 	median := s.median()
 	t.Logf("the median of %d accepted: %v", len(s.times), median.Round(100*time.Microsecond))
-	assert.Less(t, median, 100*time.Millisecond)
+	if long { // and not with the race detector, beside other tests
+		assert.Less(t, median, 100*time.Millisecond)
+	}
 	time.Sleep(time.Until(down.Add(time.Duration(size(60, 8)) * time.Second))) // that long it is down
 	backend.mu.Lock()
 	times := slices.Clone(backend.times)
