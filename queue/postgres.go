@@ -3,7 +3,6 @@ package queue
 import (
 	"context"
 	"crypto/sha256"
-	"crypto/tls"
 	"crypto/x509"
 	"database/sql"
 	"encoding/json"
@@ -768,7 +767,7 @@ func postgresCause(err error) string {
 	_, unknown := errors.AsType[x509.UnknownAuthorityError](err)
 	_, other := errors.AsType[x509.HostnameError](err)
 	_, invalid := errors.AsType[x509.CertificateInvalidError](err)
-	_, alert := errors.AsType[tls.AlertError](err)
+	opErr, _ := errors.AsType[*net.OpError](err)
 	switch {
 	case unknown:
 		return "the server's certificate is from an authority that is not trusted"
@@ -776,7 +775,7 @@ func postgresCause(err error) string {
 		return "the server's certificate is for another name"
 	case invalid:
 		return "the server's certificate is not valid, or not any more"
-	case alert:
+	case opErr != nil && opErr.Op == "remote error": // what crypto/tls makes of an alert
 		return "the server refuses TLS, or the client's certificate"
 	case errors.Is(err, pgconn.ErrReadOnlyConnection):
 		return "the server is read-only, as a standby is"

@@ -466,6 +466,72 @@ func TestPostgresCredentialsThatChange(t *testing.T) {
 	assert.NotContains(t, key, file)
 }
 
+// What the documentation says of a connection by TLS and of where a password may stand.
+func TestPostgresConnecting(t *testing.T) {
+	server := pgtest.Start(t, "fsync=off")
+	name := server.NewDatabase(t)
+	authority := pgtest.NewAuthority(t)
+	server.Exec(t, name, "CREATE ROLE certified LOGIN", "CREATE ROLE known LOGIN PASSWORD '"+pgtest.Password+"'", "GRANT CREATE ON SCHEMA public TO certified")
+	server.Exec(t, name, (&queue.Postgres{}).Migration(), "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO certified, known")
+	server.TLS(t, authority,
+		"hostssl all certified 127.0.0.1/32 cert", "hostssl all known 127.0.0.1/32 scram-sha-256")
+	certificate, key := authority.Issue(t, "certified")
+	foreign, foreignKey := pgtest.NewAuthority(t).Issue(t, "certified")
+	dir := t.TempDir()
+	write := func(name, content string) (path string) {
+		path = filepath.Join(dir, name)
+		require.NoError(t, os.WriteFile(path, []byte(content), 0o600))
+		return path
+	}
+	passwords := write("pgpass", "127.0.0.1:"+server.Port+":"+name+":known:"+pgtest.Password+"\n")
+	anywhere := write("pgpass-anywhere", "*:*:"+name+":known:"+pgtest.Password+"\n")
+	services := write("services", "[inkit]\nhost=127.0.0.1\nport="+server.Port+"\ndbname="+name+"\nuser=known\n")
+
+	address := "host=127.0.0.1 port=" + server.Port + " dbname=" + name
+	trusted := " sslmode=verify-full sslrootcert=" + authority.File
+	for name, tt := range map[string]struct {
+		dsn  string
+		want string // an error; none if it is empty
+	}{
+		"a client's certificate":           {address + " user=certified" + trusted + " sslcert=" + certificate + " sslkey=" + key, ""},
+		"no certificate of the client's":   {address + " user=certified" + trusted, "the server refuses the role"},
+		"a certificate that nobody knows":  {address + " user=certified" + trusted + " sslcert=" + foreign + " sslkey=" + foreignKey, "the server refuses TLS, or the client's certificate"},
+		"a certificate for another role":   {address + " user=known" + trusted + " sslcert=" + certificate + " sslkey=" + key, "the server refuses the role: wrong password, or none"},
+		"an authority that is not trusted": {address + " user=certified sslmode=verify-full sslrootcert=" + pgtest.NewAuthority(t).File, "the server's certificate is from an authority that is not trusted"},
+		"a certificate for another name":   {strings.Replace(address, "127.0.0.1", "localhost", 1) + " user=known" + trusted, "the server's certificate is for another name"},
+		"the authority alone": {strings.Replace(address, "127.0.0.1", "localhost", 1) + " user=known sslmode=verify-ca sslrootcert=" + authority.File +
+			" password=" + pgtest.Password, ""},
+		"no TLS where the server insists":          {address + " user=known sslmode=disable password=" + pgtest.Password, "pg_hba.conf does not let it in from here"},
+		"a file of passwords":                      {address + " user=known" + trusted + " passfile=" + passwords, ""},
+		"a file of passwords that is not there":    {address + " user=known" + trusted + " passfile=" + passwords + ".none", "the server refuses the role: wrong password, or none"},
+		"a service":                                {"service=inkit servicefile=" + services + trusted + " password=" + pgtest.Password, ""},
+		"two servers of which the first is away":   {strings.Replace(address, "host=127.0.0.1 port=", "host=127.0.0.1,127.0.0.1 port=1,", 1) + " user=known" + trusted + " passfile=" + anywhere, ""},
+		"a certificate of the client's and no TLS": {address + " user=certified sslmode=disable sslcert=" + certificate + " sslkey=" + key, "pg_hba.conf does not let it in from here"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			store, err := opener(tt.dsn).Open(t.Context())
+			if tt.want != "" {
+				require.ErrorContains(t, err, tt.want)
+				assert.NotContains(t, err.Error(), dir)
+				assert.NotContains(t, err.Error(), "127.0.0.1")
+				return
+			}
+			require.NoError(t, err)
+			assert.NoError(t, add(store, newRecord(name)))
+			assert.NoError(t, store.Close())
+		})
+	}
+	t.Run("the variables of libpq", func(t *testing.T) {
+		for name, value := range map[string]string{
+			"PGHOST": "127.0.0.1", "PGPORT": server.Port, "PGDATABASE": name, "PGUSER": "known",
+			"PGPASSFILE": passwords, "PGSSLMODE": "verify-full", "PGSSLROOTCERT": authority.File,
+		} {
+			t.Setenv(name, value)
+		}
+		require.NoError(t, add(openPostgres(t, opener("application_name=caddy")), newRecord("variables")))
+	})
+}
+
 // A role that may do what the documentation says, and no more.
 func TestPostgresRoleWithFourRights(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
