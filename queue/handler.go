@@ -46,12 +46,13 @@ const (
 // Handler keeps verified webhooks in a database until the backend has taken them.
 //
 // It needs an event that `inkit_webhook` has verified in front of it; otherwise the
-// error has HTTP status 500, and nothing is kept. The event is written to the database
-// and handed to the `routes` at the same time. If the backend takes it, the sender gets
-// the backend's own answer. If not, or not within `answer_after`, the sender gets status
-// 200 once the event is on the disk, and it is attempted again: after about as long as
-// it has waited so far, a second at least and five minutes at most. Only a status of 2xx
-// delivers. Each attempt carries the same `Idempotency-Key`.
+// error has HTTP status 500, and nothing is kept. The event is handed to the `routes`,
+// and written to the database as soon as that attempt has failed or taken 25 ms. If the
+// backend takes it, the sender gets the backend's own answer. If not, or not within
+// `answer_after`, the sender gets status 200 once the event is on the disk, and it is
+// attempted again: after about as long as it has waited so far, a second at least and
+// five minutes at most. Only a status of 2xx delivers. Each attempt carries the same
+// `Idempotency-Key`.
 //
 // If an event cannot be kept, because the disk is full or `max_events` wait, the answer
 // of a backend that takes it still goes through. Otherwise the error has HTTP status 503,
