@@ -5,7 +5,9 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -189,8 +191,8 @@ func (k *keyring) reload() {
 	k.reloads[result].Inc()
 }
 
-// mistakes are what can be no secret of Inkit's: a cut file, or a paste with more
-// than the secret in it.
+// mistakes are what can be no secret of Inkit's: a cut file, a paste with more than the
+// secret in it, or what was meant to stand for the secret, which anybody can guess.
 var mistakes = []struct {
 	form    *regexp.Regexp
 	message string
@@ -199,7 +201,12 @@ var mistakes = []struct {
 	{regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), "must not start or end with white space"},
 	{regexp.MustCompile(`[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]`), "must not hold a line break, a control character or another invisible one"},
 	{regexp.MustCompile("^(\".*\"|'.*'|`.*`)$"), "must not stand in quotes"},
-	{regexp.MustCompile(`^(\{.*\}|\[.*\]|null|true|false)$`), "must be the secret alone, and not JSON or a template"},
+	{regexp.MustCompile(`^(\{.*\}|\[.*\]|<.*>|(?i:null|nil|none|undefined|true|false))$`), "must be the secret alone, and not JSON or a template"},
+	{
+		regexp.MustCompile(`^(\$[A-Z_][A-Z0-9_]*|\$[{(].*|%\w+%|(?i:env|file|process\.env)[.:(].*|\w+://.*|[A-Z]+(_[A-Z]+)+|\{[\w.$]+|(~|@|\.\.?)/.*)$|\{(\$|env\.|file\.)`),
+		unknownReference,
+	},
+	{regexp.MustCompile(`^[*•●]+$`), "must be the secret itself, and not the dots that hide it"},
 	{regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), "must be the secret alone, and not NAME=value"},
 }
 
@@ -234,26 +241,45 @@ func resolve(value string) (secret string, err error) {
 			return "", errors.New(mistake.message)
 		}
 	}
-	if strings.HasPrefix(secret, "/") {
-		if _, err := os.Stat(secret); err == nil {
-			return "", errors.New("is the path of a file, and not what stands in it: write {file./path}")
-		}
+	if _, ok := os.LookupEnv(secret); ok {
+		return "", errors.New("is the name of an environment variable, and not what stands in it: write {env.NAME}")
+	}
+	if isPath(secret) {
+		return "", errors.New("is the path of a file, and not what stands in it: write {file./path}")
 	}
 	return secret, nil
 }
 
+// isPath reports whether there is such a file, or at least such a folder as it would be
+// in. A secret in Base64 may start with a slash, too.
+func isPath(text string) bool {
+	if !strings.HasPrefix(text, "/") {
+		return false
+	}
+	folder := filepath.Dir(text)
+	for _, path := range []string{text, folder} {
+		if _, err := os.Stat(path); path != "/" && (err == nil || errors.Is(err, fs.ErrPermission)) {
+			return true
+		}
+	}
+	return false
+}
+
+const unknownReference = "stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}"
+
 var (
-	foreignReference = regexp.MustCompile(`^(env\..*|file\..*|\$[\w:.]+|\$\{.*\}|\$\(.*\)|%\w+%)$`)
+	literalReference = regexp.MustCompile(`^\$[\w:.]+$`) // and no more, as a secret in a file may start with a dollar sign
 	placeholderStart = regexp.MustCompile(`\{(\w+\.|\$)`)
 )
 
-// checkLiteral refuses a text that was meant to stand for the secret, and not to be it.
+// checkLiteral refuses a text of the configuration that was meant to stand for the
+// secret, and not to be it. What mistakes has is refused later.
 func checkLiteral(value string) error {
 	switch {
 	case value == "":
 		return ErrEmptySecret
-	case foreignReference.MatchString(value):
-		return errors.New("stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}")
+	case literalReference.MatchString(value):
+		return errors.New(unknownReference)
 	case placeholderStart.MatchString(value):
 		return errors.New("must be either one placeholder and nothing else, or a text without placeholders")
 	}

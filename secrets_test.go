@@ -48,7 +48,7 @@ func TestSecretsThatAreResolved(t *testing.T) {
 		{"a literal of digits", "1234567890123456", "1234567890123456"},
 		{"a literal that starts with a slash", "/abc", "/abc"},
 		{"a literal that starts with a quote", `"abc`, `"abc`},
-		{"a literal with one brace", "{abc", "{abc"},
+		{"a literal with one brace", "{a+b", "{a+b"},
 		{"a literal that ends in a brace", "abc}", "abc}"},
 		{"a literal with braces that are escaped for Caddy", `\{abc\}x`, `\{abc\}x`},
 		{"a literal that is not ASCII", "gehëim", "gehëim"},
@@ -90,7 +90,6 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"a directory", one("{file." + dir + "}"), "secret 1: file cannot be read: is not a regular file"},
 		{"a device", one("{file." + os.DevNull + "}"), "secret 1: file cannot be read: is not a regular file"},
 		{"a file without a name", one("{file.}"), "secret 1: file cannot be read: no such file or directory"},
-		{"the path of a file in its place", one(writeFile(t, filepath.Join(dir, "inkit"), confidential)), "secret 1: is the path of a file, and not what stands in it: write {file./path}"},
 		{"what anybody can guess", one("{time.now.year}"), "secret 1: placeholder is no secret: anybody can guess what it stands for"},
 		{"the name of the machine", one("{system.hostname}"), "secret 1: placeholder is no secret: anybody can guess what it stands for"},
 		{"an empty file", one(file("empty", "")), "secret 1: file is empty"},
@@ -144,6 +143,9 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		path := writeFile(t, filepath.Join(dir, "forbidden"), confidential)
 		require.NoError(t, os.Chmod(path, 0))
 		require.EqualError(t, load(t, &Handler{Secrets: one("{file." + path + "}")}), "secret 1: file cannot be read: permission denied")
+		folder := t.TempDir()
+		require.NoError(t, os.Chmod(folder, 0))
+		require.EqualError(t, load(t, &Handler{Secrets: one(folder + "/a/b")}), "secret 1: is the path of a file, and not what stands in it: write {file./path}")
 	})
 }
 
@@ -152,6 +154,9 @@ func TestSecretsThatAreRefused(t *testing.T) {
 func TestTextThatIsNoSecret(t *testing.T) {
 	const invisible = "secret 1: must not hold a line break, a control character or another invisible one"
 	const alone = "secret 1: must be the secret alone, and not "
+	const reference = "secret 1: stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}"
+	const path = "secret 1: is the path of a file, and not what stands in it: write {file./path}"
+	t.Setenv("test.inkit-name", confidential)
 	for _, tt := range []struct{ name, text, message string }{
 		{"33 NULs", strings.Repeat("\x00", 33), invisible},
 		{"a NUL at the end", confidential + "\x00", invisible},
@@ -174,6 +179,29 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		{"a JSON array", `["` + confidential + `"]`, alone + "JSON or a template"},
 		{"JSON's null, as jq prints what is not there", "null", alone + "JSON or a template"},
 		{"a template", "{{ ." + confidential + " }}", alone + "JSON or a template"},
+		{"what Python prints for nothing", "None", alone + "JSON or a template"},
+		{"what JavaScript prints for nothing", "undefined", alone + "JSON or a template"},
+		{"what is to be replaced", "<" + confidential + ">", alone + "JSON or a template"},
+		{"a variable that was not expanded", "${INKIT_WEBHOOK_SECRET}", reference},
+		{"a variable without braces that was not expanded", "$INKIT_WEBHOOK_SECRET", reference},
+		{"a command that was not run", "$(cat /run/secrets/inkit)", reference},
+		{"a variable of Windows", "%INKIT_WEBHOOK_SECRET%", reference},
+		{"a placeholder without braces", "env.INKIT_WEBHOOK_SECRET", reference},
+		{"a file's placeholder without braces", "file./run/secrets/inkit", reference},
+		{"a placeholder of another program", "ENV:INKIT_WEBHOOK_SECRET", reference},
+		{"a variable in JavaScript", "process.env.INKIT_WEBHOOK_SECRET", reference},
+		{"a placeholder whose brace is not closed", "{INKIT_WEBHOOK_SECRET", reference},
+		{"the name of a variable", "INKIT_WEBHOOK_SECRET", reference},
+		{"the URL of a file", "file:///run/secrets/inkit", reference},
+		{"the URL of a store for secrets", "op://vault/inkit", reference},
+		{"a path from the folder of the user", "~/inkit", reference},
+		{"a path from the current folder", "../inkit", reference},
+		{"a path that curl would read", "@/run/secrets/inkit", reference},
+		{"the name of a variable that is set", "test.inkit-name", "secret 1: is the name of an environment variable, and not what stands in it: write {env.NAME}"},
+		{"the path of a file", writeFile(t, filepath.Join(t.TempDir(), "inkit"), confidential), path},
+		{"the path of a file that is missing in its folder", filepath.Join(t.TempDir(), "inkit"), path},
+		{"the dots that hide a secret", "••••••••", "secret 1: must be the secret itself, and not the dots that hide it"},
+		{"the asterisks that hide a secret", "********", "secret 1: must be the secret itself, and not the dots that hide it"},
 		{"a line of a dotenv file", "INKIT_WEBHOOK_SECRET=" + confidential, alone + "NAME=value"},
 		{"a line for a shell", "export INKIT=" + confidential, alone + "NAME=value"},
 	} {
