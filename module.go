@@ -479,7 +479,7 @@ func (h *Handler) newIdempotencyKey() string {
 func setBody(r *http.Request, length int) {
 	r.Body, r.GetBody = http.NoBody, nil
 	r.ContentLength, r.TransferEncoding, r.Trailer = int64(length), nil, nil
-	if r.Method == http.MethodConnect { // in HTTP/3, its :protocol is here
+	if !strings.HasPrefix(r.Proto, "HTTP/") { // in HTTP/3, it is the :protocol of a CONNECT, which error routes see again
 		r.Proto = fmt.Sprintf("HTTP/%d.%d", r.ProtoMajor, r.ProtoMinor)
 	}
 	text := strconv.Itoa(length)

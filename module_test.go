@@ -497,15 +497,22 @@ func TestSenderDoesNotSteer(t *testing.T) {
 // A proxy in an error route makes a request for a tunnel out of an extended CONNECT
 // (RFC 8441 and 9220), which it knows by these.
 func TestRejectedConnectOpensNoTunnel(t *testing.T) {
+	http3 := func(r *http.Request) { r.Proto, r.ProtoMajor, r.ProtoMinor = "websocket", 3, 0 }
 	for _, tt := range []struct {
 		name   string
 		change func(r *http.Request)
+		status int
 	}{
 		{"HTTP/2", func(r *http.Request) {
 			r.Proto, r.ProtoMajor, r.ProtoMinor = "HTTP/2.0", 2, 0
 			r.Header[":protocol"] = []string{"websocket"}
-		}},
-		{"HTTP/3", func(r *http.Request) { r.Proto, r.ProtoMajor, r.ProtoMinor = "websocket", 3, 0 }},
+		}, http.StatusMethodNotAllowed},
+		{"HTTP/3", http3, http.StatusMethodNotAllowed},
+		{"HTTP/3, with another method until the error routes", func(r *http.Request) {
+			http3(r)
+			r.Method = http.MethodPost
+			r.Header.Del("Inkit-Signature")
+		}, http.StatusUnauthorized},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
@@ -517,7 +524,7 @@ func TestRejectedConnectOpensNoTunnel(t *testing.T) {
 			r = caddyhttp.PrepareRequest(r, caddy.NewReplacer(), w, &caddyhttp.Server{})
 			var handlerErr caddyhttp.HandlerError
 			require.ErrorAs(t, h.ServeHTTP(w, r, nil), &handlerErr)
-			assert.Equal(t, http.StatusMethodNotAllowed, handlerErr.StatusCode)
+			assert.Equal(t, tt.status, handlerErr.StatusCode)
 			assert.NotContains(t, r.Header, ":protocol")
 			assert.Equal(t, fmt.Sprintf("HTTP/%d.0", r.ProtoMajor), r.Proto)
 		})
