@@ -56,14 +56,17 @@ type target struct {
 	Path     text `json:"path"`
 	RawPath  text `json:"raw_path,omitempty"`
 	RawQuery text `json:"raw_query,omitempty"`
+
+	// ForceQuery says that there is a question mark and nothing behind it.
+	ForceQuery bool `json:"force_query,omitempty"`
 }
 
 func newTarget(uri string, u *url.URL) target {
-	return target{text(uri), text(u.Path), text(u.RawPath), text(u.RawQuery)}
+	return target{text(uri), text(u.Path), text(u.RawPath), text(u.RawQuery), u.ForceQuery}
 }
 
 func (t target) url() *url.URL {
-	return &url.URL{Path: string(t.Path), RawPath: string(t.RawPath), RawQuery: string(t.RawQuery)}
+	return &url.URL{Path: string(t.Path), RawPath: string(t.RawPath), RawQuery: string(t.RawQuery), ForceQuery: t.ForceQuery}
 }
 
 // text is a string that comes back as it was, though it may not be UTF-8, as a path

@@ -57,6 +57,7 @@ func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
 	}{
 		{"plain", "http://example.com/webhook", body, nil},
 		{"with a query", "http://example.com/webhook?a=1&b=%20+&&c", body, nil},
+		{"a question mark and nothing behind it", "http://example.com/webhook?", body, nil},
 		{"an escaped path", "http://example.com/a%2Fb/%C3%A4", body, nil},
 		{"a path that starts with two slashes", "http://example.com//webhook", body, nil},
 		{"a body that is no text", "http://example.com/", "\x00\xff\r\n\xc3(", nil},
@@ -89,6 +90,7 @@ func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
 			original := got.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
 			assert.Equal(t, []string{want.RequestURI, want.URL.Path, want.URL.RawPath, want.URL.RawQuery},
 				[]string{original.RequestURI, original.URL.Path, original.URL.RawPath, original.URL.RawQuery})
+			assert.Equal(t, []bool{want.URL.ForceQuery, want.URL.ForceQuery}, []bool{got.URL.ForceQuery, original.URL.ForceQuery})
 			assert.Equal(t, want.TLS, got.TLS)
 			assert.Equal(t, int64(len(tt.body)), got.ContentLength)
 			for range 2 { // as a proxy that sends it again
