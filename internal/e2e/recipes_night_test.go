@@ -156,6 +156,29 @@ func TestRecipeSignatureInLogs(t *testing.T) {
 	}
 }
 
+func TestRecipeSignatureInLogsOfPHP(t *testing.T) {
+	t.Parallel()
+	const line = "env>HTTP_INKIT_SIGNATURE delete"
+	require.Contains(t, section(t, "Keep the signature out of the logs"), "`"+line+"`")
+	require.Contains(t, readFile(t, "../../examples/php/Caddyfile"), "\t\t\t"+line+"\n")
+	const filter = "request>headers>Inkit-Signature delete\n"
+	for name, inTheLog := range map[string]bool{filter: true, filter + "\t\t\t" + line + "\n": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			root, addr := startPHP(t, "verified")
+			options, site := recipe(t, "Keep the signature out of the logs", "reverse_proxy localhost:9000", "rewrite * /index.php\n\t\t\t\troot "+root+"\n\t\t\t\tphp_fastcgi "+addr,
+				"/var/log/caddy", "{{dir}}", "inkit_queue {\n", "inkit_queue {\n\t\t\tstore sqlite {{dir}}/events.db\n")
+			options = strings.Replace(options, filter, name, 1)
+			c := startCaddy(t, strings.Replace(options, "\tlog {\n", "\tlog {\n\t\tlevel DEBUG\n", 1), site)
+			body := event("doc_1")
+			signature := sign(secret, body)
+			assert.Equal(t, "verified", post(t, webhookURL(c, "/webhook"), body, signature).body)
+			waitFor(t, "the attempt is in the log", c.process, func() bool { return strings.Contains(c.output.String(), "HTTP_IDEMPOTENCY_KEY") })
+			assert.Equal(t, inTheLog, strings.Contains(c.output.String(), signature))
+		})
+	}
+}
+
 func TestRecipeRetryByStatus(t *testing.T) {
 	t.Parallel()
 	const heading = "Retry what the backend answers 502, 503 or 504"
