@@ -33,7 +33,8 @@ func init() {
 // the first, and there must be one. On that line it must be a placeholder: a text
 // that starts with a slash would be a matcher, and what it does not match would
 // not be verified. Errors show no word of the input, since any that is in the
-// wrong place may be a secret.
+// wrong place may be a secret; those of Caddy's own do, such as for a matcher that
+// it does not know.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 

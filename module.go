@@ -103,10 +103,10 @@ type Handler struct {
 
 	// Whether a verified request gets an `Idempotency-Key` header field, in the place
 	// of any from the sender: unique to this delivery, and the same each time that a
-	// proxy sends it. With the key, a proxy sends the request again if the backend
-	// closes a connection that was kept alive, and the backend knows a double by it.
-	// Without it, such an event is lost, with status 502, unless the proxy is told
-	// to retry. Default: `true`.
+	// proxy sends it, so that the backend knows a double by it. With the key, net/http
+	// lets a proxy send the request again if the backend closes a connection that was
+	// kept alive, unless it does so in the middle of the request: only a proxy that is
+	// told to retry, or the queue, loses no event to that. Default: `true`.
 	IdempotencyKey *bool `json:"idempotency_key,omitempty"`
 
 	keyring  *keyring
