@@ -40,6 +40,13 @@ const (
 
 	// leaseMargin is how much longer than an attempt a lease is.
 	leaseMargin = 2 * time.Second
+
+	// endMargin is how long handlers have to end when an attempt has had its time. Not all
+	// heed that: php_fastcgi waits for as long as its read_timeout says, or for ever.
+	endMargin = time.Second
+
+	// maxUnended is how many attempts may go on after that. Each holds a connection.
+	maxUnended = 256
 )
 
 // queue delivers the events of one name in one database. It outlives the handlers of
@@ -60,6 +67,7 @@ type queue struct {
 	lanes    lanes
 	breaker  breaker
 	closing  bool
+	unended  map[string]bool // events whose last attempt goes on though it has had its time
 
 	refusedLine time.Time // when the log said that too many events wait
 
@@ -69,7 +77,7 @@ type queue struct {
 func newQueue(name string, db *database) *queue {
 	q := &queue{
 		name: name, db: db, metrics: newQueueMetrics(name),
-		wake: make(chan struct{}, 1), stopped: make(chan struct{}),
+		wake: make(chan struct{}, 1), stopped: make(chan struct{}), unended: make(map[string]bool),
 	}
 	q.ctx, q.cancel = context.WithCancel(context.Background())
 	go q.schedule()
@@ -283,13 +291,14 @@ func (q *queue) attempt(h *Handler, r *request, rec *Record) (res result) {
 	ctx, cancel := context.WithTimeout(q.ctx, time.Duration(h.AttemptTimeout))
 	defer cancel()
 	res.answer = newAnswer()
+	if res.err = q.unendedAttempts(rec.ID); res.err != nil {
+		res.unreachable = true
+		return res
+	}
 	began := time.Now()
-	unhandled := false
-	next := caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
-		unhandled = true
-		return nil
-	})
-	err := func() (err error) {
+	answer := newAnswer()
+	req := r.prepare(ctx, h.server, answer, rec)
+	err, ended := q.runInTime(ctx, h, rec.ID, func() (err error) {
 		// a proxy panics when an answer is cut short, and net/http is not here to recover
 		defer func() {
 			switch p := recover(); p {
@@ -301,8 +310,19 @@ func (q *queue) attempt(h *Handler, r *request, rec *Record) (res result) {
 				err = errors.New("a handler panicked")
 			}
 		}()
-		return h.Routes.Compile(next).ServeHTTP(res.answer, r.prepare(ctx, h.server, res.answer, rec))
-	}()
+		unhandled := false
+		next := caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+			unhandled = true
+			return nil
+		})
+		if err = h.Routes.Compile(next).ServeHTTP(answer, req); err == nil && unhandled { // whatever status templates made of that
+			err = errUnhandled
+		}
+		return err
+	})
+	if ended { // or else it is the handlers' to write to
+		res.answer = answer
+	}
 
 	status := res.answer.status
 	if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err); ok && status == 0 {
@@ -313,8 +333,6 @@ func (q *queue) attempt(h *Handler, r *request, rec *Record) (res result) {
 		res.err, res.unreachable = fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), true
 	case err != nil:
 		res.err = reason(err)
-	case unhandled && res.answer.status == 0:
-		res.err = errors.New("no directive of the deliver block took it")
 	case res.answer.status == 0:
 		res.err = errors.New("the backend gave no status")
 	case res.answer.status/100 != 2:
@@ -333,6 +351,50 @@ func (q *queue) attempt(h *Handler, r *request, rec *Record) (res result) {
 	}
 	return res
 }
+
+// runInTime runs the handlers of an attempt. It returns when they have ended, or when
+// the context, which they should heed, has been over for a while.
+func (q *queue) runInTime(ctx context.Context, h *Handler, id string, handlers func() error) (err error, ended bool) {
+	result := make(chan error, 1)
+	go func() { result <- handlers() }()
+	select {
+	case err = <-result:
+		return err, true
+	case <-ctx.Done():
+	}
+	select {
+	case err = <-result:
+		return err, true
+	case <-time.After(endMargin):
+	}
+	q.mu.Lock()
+	q.unended[id] = true
+	q.mu.Unlock()
+	go func() {
+		<-result
+		q.mu.Lock()
+		delete(q.unended, id)
+		q.mu.Unlock()
+	}()
+	h.logger.Warn("an attempt goes on though attempt_timeout is over: what delivers does not heed it, such as php_fastcgi without read_timeout", zap.String("id", id))
+	return ctx.Err(), false
+}
+
+// unendedAttempts says why an attempt must not begin: the last one at the event goes
+// on, or too many do.
+func (q *queue) unendedAttempts(id string) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	switch {
+	case q.unended[id]:
+		return errors.New("the last attempt has not ended yet")
+	case len(q.unended) >= maxUnended:
+		return errors.New("too many attempts have not ended yet")
+	}
+	return nil
+}
+
+var errUnhandled = errors.New("no directive of the deliver block took it")
 
 // reason returns what an error of a handler says, without the marks of Caddy's log.
 func reason(err error) error {

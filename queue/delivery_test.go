@@ -3,6 +3,7 @@ package queue
 import (
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"net/http"
 	"os"
@@ -183,6 +184,79 @@ func TestBreaker(t *testing.T) {
 			assert.Equal(t, tt.allowed, q.breaker.allowed(q.lanes.limit))
 		})
 	}
+}
+
+// A handler that does not heed the time of an attempt, as php_fastcgi does not.
+func TestAttemptThatDoesNotEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var running, calls atomic.Int64
+		good := make(chan struct{})
+		hanging := make(chan struct{})
+		c := start(t, &Handler{
+			StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), AnswerAfter: duration(0), AttemptTimeout: caddy.Duration(10 * time.Second), Concurrency: 2,
+			Routes: routes(func(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+				text, err := io.ReadAll(r.Body)
+				if string(text) != "good" {
+					calls.Add(1)
+					running.Add(1)
+					<-hanging
+					running.Add(-1)
+				} else {
+					close(good)
+				}
+				w.WriteHeader(http.StatusOK)
+				return err
+			}),
+		})
+		synctest.Wait()
+		for range 4 {
+			assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		}
+		time.Sleep(10 * time.Minute)
+		assert.EqualValues(t, 4, calls.Load(), "each of them, and none again while that goes on")
+		assert.Equal(t, 4, c.logs.FilterMessageSnippet("an attempt goes on though attempt_timeout is over").FilterLevelExact(zapcore.WarnLevel).Len())
+		assert.Equal(t, 200, serve(t, c.handlers[0], post("good")).status)
+		<-good // which they do not hold up
+
+		close(hanging)
+		time.Sleep(10 * time.Minute)
+		assert.Zero(t, running.Load())
+		assert.Empty(t, c.counts(t), "they are attempted again when that has ended")
+		assert.EqualValues(t, 8, calls.Load())
+
+		hanging = make(chan struct{})
+		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		synctest.Wait()
+		c.queue().cancel() // as when the time of a stop is over
+		before := time.Now()
+		c.stop(t)
+		assert.LessOrEqual(t, time.Since(before), endMargin+time.Second)
+		close(hanging)
+	})
+}
+
+func TestAttemptsThatDoNotEndAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var running, most atomic.Int64
+		hanging := make(chan struct{})
+		c := start(t, &Handler{
+			StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), AnswerAfter: duration(0), AttemptTimeout: caddy.Duration(time.Second), Concurrency: 64,
+			Routes: routes(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+				most.Store(max(most.Load(), running.Add(1)))
+				<-hanging
+				running.Add(-1)
+				return nil
+			}),
+		})
+		synctest.Wait()
+		for range 300 {
+			assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		}
+		time.Sleep(time.Hour)
+		assert.EqualValues(t, maxUnended, most.Load())
+		close(hanging)
+		c.stop(t)
+	})
 }
 
 // Which answers say that the backend is down, with what the log and the metric say.

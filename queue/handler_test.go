@@ -339,6 +339,9 @@ func TestAnswers(t *testing.T) {
 		{name: "the deliver block takes nothing", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 			return next.ServeHTTP(w, r)
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "no directive of the deliver block took it"},
+		{name: "the deliver block takes nothing, and a handler in front makes 200 of that", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			return errors.Join(next.ServeHTTP(w, r), status(200)(w, r, next))
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "no directive of the deliver block took it"},
 		{name: "the deliver block writes no status", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 			return nil
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "the backend gave no status"},

@@ -17,6 +17,7 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -243,6 +244,54 @@ http://{{addr}} {
 	assert.NotEmpty(t, seen[0].(map[string]any)["HTTP_IDEMPOTENCY_KEY"])
 }
 
+// TestQueueOfPHPThatHangs: php_fastcgi heeds no attempt_timeout.
+func TestQueueOfPHPThatHangs(t *testing.T) {
+	t.Parallel()
+	root, addr := startPHP(t, `<?php
+$body = file_get_contents('php://input');
+file_put_contents(__DIR__ . '/seen', $body . "\n", FILE_APPEND);
+if (str_contains($body, 'hangs')) sleep(3600);`)
+	c := startCaddy(t, "", `http://{{addr}} {
+	handle /webhook {
+		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+		inkit_queue {
+			store sqlite {{dir}}/events.db
+			attempt_timeout 1s
+			concurrency 2
+			deliver {
+				rewrite * /index.php
+				root `+root+`
+				php_fastcgi `+addr+`
+			}
+		}
+	}
+	error 404
+}`)
+	send := func(id string) {
+		t.Helper()
+		body := event(id)
+		assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
+	}
+	seen := func(id string) int { return strings.Count(readFile(t, root+"/seen"), id) }
+	send("hangs") // one of the two workers of PHP
+	waitFor(t, "the line of the log", c.process, func() bool {
+		return strings.Contains(c.output.String(), "an attempt goes on though attempt_timeout is over")
+	})
+	waitFor(t, "it is tried again, but not while that goes on", c.process, func() bool {
+		list := c.list(t)
+		return len(list) == 1 && list[0].Attempts > 2 && list[0].LastError == "the last attempt has not ended yet"
+	})
+	for i := range 20 {
+		send(fmt.Sprintf("good-%d.", i))
+	}
+	waitFor(t, "the others are delivered", c.process, func() bool { return len(c.list(t)) == 1 })
+	for i := range 20 {
+		assert.Equal(t, 1, seen(fmt.Sprintf("good-%d.", i)))
+	}
+	assert.Equal(t, 1, seen("hangs"))
+	c.stop(t, syscall.SIGTERM)
+}
+
 // TestQueueDeliverBlocksThatFail has blocks that cannot deliver beside one that can.
 func TestQueueDeliverBlocksThatFail(t *testing.T) {
 	t.Parallel()
@@ -251,6 +300,7 @@ func TestQueueDeliverBlocksThatFail(t *testing.T) {
 	garbage := rawBackend(t, "SSH-2.0-OpenSSH_9.2\r\n")
 	rows := []struct{ name, deliver, says string }{
 		{"takes nothing", "respond /another taken", "no directive of the deliver block took it"},
+		{"takes nothing behind templates, which makes 200 of that", "templates\n\t\t\t\trespond /another taken", "no directive of the deliver block took it"},
 		{"abort", "abort", "the answer was cut short, or abort ended it"},
 		{"an error", "error 418", "status 418"},
 		{"an answer that is cut", "reverse_proxy " + cut, "the answer was cut short, or abort ended it"},
