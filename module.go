@@ -377,14 +377,18 @@ func malformation(lines []string) string {
 // delivery is a verified event, and the response writer of the handlers behind.
 type delivery struct {
 	caddyhttp.ResponseWriterWrapper
-	event  event.Event
-	reader bodyReader // the first one
-	status int        // 0 if none was written
+	event     event.Event
+	reader    bodyReader // the first one
+	status    int        // 0 if none was written
+	unhandled bool       // whether it is of a handler that had none of its own, such as templates
 }
 
 // WriteHeader notes the status, unless it is not the final one.
 func (d *delivery) WriteHeader(status int) {
 	if d.status == 0 && status >= 200 {
+		if status < 300 && d.event.Unhandled() {
+			d.unhandled, status = true, http.StatusNotFound
+		}
 		d.status = status
 	}
 	d.ResponseWriterWrapper.WriteHeader(status)
@@ -436,6 +440,8 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 	switch {
 	case err != nil || d.status >= 500:
 		level = zapcore.ErrorLevel
+	case d.unhandled:
+		result = deliveryUnhandled
 	case d.status == 0 && d.event.Unhandled(): // which Caddy answers 200
 		result = deliveryUnhandled
 		err = caddyhttp.Error(http.StatusNotFound, errors.New("no handler takes this verified event"))

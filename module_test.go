@@ -805,10 +805,15 @@ func TestDeliveries(t *testing.T) {
 			return nil
 		}, deliveryUnhandled, zapcore.WarnLevel, int64(404), nil},
 		{"the end of the handlers behind one that answered", func(w http.ResponseWriter, r *http.Request) error {
-			caddyhttp.SetVar(r.Context(), "unhandled", true)
 			w.WriteHeader(202)
+			caddyhttp.SetVar(r.Context(), "unhandled", true)
 			return nil
 		}, deliveryAccepted, 0, nil, nil},
+		{"the end of the handlers behind one that makes 200 of that, as templates does", func(w http.ResponseWriter, r *http.Request) error {
+			caddyhttp.SetVar(r.Context(), "unhandled", true)
+			w.WriteHeader(200)
+			return nil
+		}, deliveryUnhandled, zapcore.WarnLevel, int64(404), nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h, logs := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, Name: "hook"})
@@ -845,7 +850,9 @@ func TestDeliveries(t *testing.T) {
 				require.ErrorIs(t, err, tt.err)
 				assert.Contains(t, fields["error"], tt.err.Error())
 			}
-			if tt.result == deliveryUnhandled {
+			if tt.result == deliveryUnhandled && err == nil {
+				assert.Equal(t, 404, w.Code)
+			} else if tt.result == deliveryUnhandled {
 				var handlerErr caddyhttp.HandlerError
 				require.ErrorAs(t, err, &handlerErr)
 				assert.Equal(t, 404, handlerErr.StatusCode)

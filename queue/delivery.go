@@ -312,11 +312,11 @@ func (q *queue) attempt(h *Handler, r *request, rec *Record) (res result) {
 		}()
 		unhandled := false
 		next := caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
-			unhandled = true
+			unhandled = answer.status == 0
 			return nil
 		})
-		if err = h.Routes.Compile(next).ServeHTTP(answer, req); err == nil && unhandled { // whatever status templates made of that
-			err = errUnhandled
+		if err = h.Routes.Compile(next).ServeHTTP(answer, req); err == nil && unhandled { // whatever status a handler such as templates makes of that
+			err = errors.New("no directive of the deliver block took it")
 		}
 		return err
 	})
@@ -393,8 +393,6 @@ func (q *queue) unendedAttempts(id string) error {
 	}
 	return nil
 }
-
-var errUnhandled = errors.New("no directive of the deliver block took it")
 
 // reason returns what an error of a handler says, without the marks of Caddy's log.
 func reason(err error) error {

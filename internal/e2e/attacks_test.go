@@ -133,17 +133,19 @@ func TestUnhandledEvent(t *testing.T) {
 	inkit_webhook {env.INKIT_WEBHOOK_SECRET} {
 		name hook
 	}
+	templates /templates
 	respond /known "known"
 }
 `)
 	body := event("doc_unhandled")
 	assert.Equal(t, 200, post(t, webhookURL(c, "/known"), body, sign(secret, body)).status)
 	assert.Equal(t, 404, post(t, webhookURL(c, "/unknown"), body, sign(secret, body)).status, "where Caddy answers 200")
+	assert.Equal(t, 404, post(t, webhookURL(c, "/templates"), body, sign(secret, body)).status, "where templates does")
 	metrics := c.get("http://" + c.admin + "/metrics")
 	assert.Contains(t, metrics, `caddy_inkit_webhook_deliveries_total{result="accepted",webhook="hook"} 1`)
-	assert.Contains(t, metrics, `caddy_inkit_webhook_deliveries_total{result="unhandled",webhook="hook"} 1`)
+	assert.Contains(t, metrics, `caddy_inkit_webhook_deliveries_total{result="unhandled",webhook="hook"} 2`)
 	waitFor(t, "a warning", c.process, func() bool {
-		return strings.Count(c.output.String(), `"result":"unhandled"`) == 1 && strings.Contains(c.output.String(), `"resource_id":"doc_unhandled"`)
+		return strings.Count(c.output.String(), `"result":"unhandled"`) == 2 && strings.Contains(c.output.String(), `"resource_id":"doc_unhandled"`)
 	})
 }
 
