@@ -34,9 +34,10 @@ const (
 	minPause = 50 * time.Millisecond
 	maxPause = 500 * time.Millisecond
 
-	// countInterval is the pause between two counts of what waits, and countShare the
-	// part of the time that they may take.
+	// countInterval is the pause between two counts of what waits at least, maxCountPause
+	// at most, and countShare the part of the time that they may take in between.
 	countInterval = 5 * time.Second
+	maxCountPause = 2 * time.Minute
 	countShare    = 0.002
 
 	// errorInterval is how long an error of the database is not worth another line.
@@ -70,6 +71,7 @@ type database struct {
 	strange  map[string]bool // queues that are not configured, of which the log says so
 	lastLine time.Time       // when an error was logged
 	failing  bool            // whether events cannot be kept
+	full     bool            // whether some were refused since the last count, because as many as may waited by it
 }
 
 // listener is a store that other machines use too, and that calls heard when one of
@@ -253,7 +255,7 @@ func (d *database) claim(c *Claim) ([]*Record, error) {
 // look returns events that are due and that this process does not have.
 func (d *database) look(c *Claim, why error) (records []*Record, err error) {
 	store := d.opened()
-	if store == nil || c.Probe {
+	if store == nil || c.Probe || errors.Is(why, errLocked) { // by who can write, as another process that delivers
 		return nil, why
 	}
 	if _, ok := store.(listener); ok && !errors.Is(why, ErrFull) {
@@ -301,6 +303,14 @@ func (d *database) pending(queue string) int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.counts[[2]string{queue, statePending}].Events
+}
+
+// recount has what waits counted soon, whoever else counts: other processes may have
+// delivered some.
+func (d *database) recount() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.full = true
 }
 
 // run is the goroutine that writes.
@@ -696,17 +706,22 @@ func copyEvents(ctx context.Context, from, to Store, owner string, wanted func(*
 // the time. In between, the metrics show what this process has changed since, if no
 // other writes to the database.
 func (d *database) count() {
-	var next time.Time
+	var next, lastLine time.Time
 	for {
 		store := d.opened()
 		_, isShared := store.(sharer)
 		switch {
 		case store == nil:
 			next = time.Time{}
-		case !time.Now().Before(next), !isShared && d.isEmpty(): // which is soon counted, and has room to give back
+		case !time.Now().Before(next), !isShared && d.isEmpty(), d.isFull(): // or nothing waits, which is soon counted, and has room to give back
 			began := time.Now()
-			d.countOnce(store)
-			next = time.Now().Add(countPause(time.Since(began)))
+			next = began.Add(countInterval)
+			if err := d.countOnce(store); err == nil {
+				next = time.Now().Add(countPause(time.Since(began)))
+			} else if began.Sub(lastLine) >= errorInterval {
+				lastLine = began
+				d.logger.Load().Error("counting what waits: the metrics show what is known from before", zap.Error(err))
+			}
 		case !isShared:
 			d.mu.Lock()
 			d.showLocked()
@@ -736,21 +751,30 @@ func (d *database) isEmpty() bool {
 	return true
 }
 
-// countPause returns how long to wait after a count that has taken so long.
-func countPause(took time.Duration) time.Duration {
-	return max(countInterval, time.Duration(float64(took)/countShare))
+func (d *database) isFull() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.full
 }
 
-func (d *database) countOnce(store Store) {
+// countPause returns how long to wait after a count that has taken so long.
+func countPause(took time.Duration) time.Duration {
+	return min(max(countInterval, time.Duration(float64(took)/countShare)), maxCountPause)
+}
+
+func (d *database) countOnce(store Store) error {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	var counts []Count
 	var err error
-	var changes map[[2]string]int // since what is counted
-	if sharer, ok := store.(sharer); ok {
+	changes := make(map[[2]string]int) // since what is counted
+	d.mu.Lock()
+	full := d.full
+	d.full = false
+	d.mu.Unlock()
+	if sharer, ok := store.(sharer); ok && !full {
 		counts, err = sharer.SharedCounts(ctx, countPause)
 	} else {
-		changes = make(map[[2]string]int)
 		d.mu.Lock()
 		d.changes = changes
 		d.mu.Unlock()
@@ -758,7 +782,7 @@ func (d *database) countOnce(store Store) {
 	}
 	if err != nil {
 		d.observe(store, err)
-		return
+		return err
 	}
 	d.mu.Lock()
 	d.changes = nil
@@ -778,6 +802,7 @@ func (d *database) countOnce(store Store) {
 			more, err = tidier.Tidy(ctx)
 		}
 	}
+	return nil
 }
 
 // showLocked has the metrics show what waits, and the log of what no queue takes care.

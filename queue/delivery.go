@@ -409,8 +409,8 @@ func reason(err error) error {
 
 // retryAfter returns the wait that a Retry-After field asks for (RFC 9110, 10.2.3).
 func retryAfter(value string, now time.Time) time.Duration {
-	if seconds, err := strconv.ParseUint(value, 10, 32); err == nil {
-		return min(time.Duration(seconds)*time.Second, maxRetryAfter)
+	if seconds, err := strconv.ParseUint(value, 10, 64); err == nil || errors.Is(err, strconv.ErrRange) {
+		return time.Duration(min(seconds, uint64(maxRetryAfter/time.Second))) * time.Second
 	}
 	if date, err := http.ParseTime(value); err == nil {
 		return min(max(0, date.Sub(now)), maxRetryAfter)
@@ -721,6 +721,7 @@ func (q *queue) live(h *Handler, r *request, rec *Record) *live {
 // refused notes that an event is not kept because too many are.
 func (q *queue) refused(h *Handler) {
 	q.metrics.stored[resultRefused].Inc()
+	q.db.recount()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if time.Since(q.refusedLine) >= errorInterval {

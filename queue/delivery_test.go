@@ -67,6 +67,7 @@ func TestRetryAfter(t *testing.T) {
 		{"more than an hour", "3601", time.Hour},
 		{"a day", "86400", time.Hour},
 		{"as many as a number holds", "4294967295", time.Hour},
+		{"more than a number holds", "99999999999999999999999", time.Hour},
 		{"a date", "Wed, 25 Nov 2026 12:01:30 GMT", 90 * time.Second},
 		{"a date in the old form", "Wednesday, 25-Nov-26 12:01:30 GMT", 90 * time.Second},
 		{"a date that is over", "Wed, 25 Nov 2026 11:59:00 GMT", 0},

@@ -114,6 +114,7 @@ type faulty struct {
 	err      atomic.Pointer[error] // of Apply, if it adds
 	counting time.Duration         // how long a count takes
 	counted  atomic.Int32          // how many have begun
+	uncount  atomic.Bool           // whether counts fail
 }
 
 func (f *faulty) fail(err error) { f.err.Store(&err) }
@@ -138,6 +139,9 @@ func (s *faultyStore) Apply(ctx context.Context, b *Batch) error {
 func (s *faultyStore) Counts(ctx context.Context) ([]Count, error) {
 	s.faulty.counted.Add(1)
 	defer time.Sleep(s.faulty.counting)
+	if s.faulty.uncount.Load() {
+		return nil, errors.New("the table is locked")
+	}
 	return s.Store.Counts(ctx)
 }
 

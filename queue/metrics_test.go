@@ -126,7 +126,7 @@ func TestMetricsBetweenTwoCounts(t *testing.T) {
 		defer c.stop(t)
 		time.Sleep(reopenInterval + time.Second) // the first count has seen nothing, and has not ended
 		serve(t, c.handlers[0], post(body))
-		time.Sleep(opener.counting + countInterval) // and the next is in 40 minutes
+		time.Sleep(opener.counting + countInterval) // and the next is in two minutes
 		synctest.Wait()
 		assert.InDelta(t, 1, seriesOf(t, "between")["events pending"], 0)
 		serve(t, c.handlers[0], post(body))
@@ -139,6 +139,55 @@ func TestMetricsBetweenTwoCounts(t *testing.T) {
 		synctest.Wait()
 		assert.Zero(t, seriesOf(t, "between")["events pending"])
 		assert.Greater(t, opener.counted.Load(), int32(1))
+	})
+}
+
+func TestCountPause(t *testing.T) {
+	for took, pause := range map[time.Duration]time.Duration{
+		time.Millisecond: countInterval, 20 * time.Millisecond: 10 * time.Second, time.Second: maxCountPause, time.Hour: maxCountPause,
+	} {
+		assert.Equal(t, pause, countPause(took), took)
+	}
+}
+
+// A count that fails is made again soon, however long it has taken, and the log says so.
+func TestCountThatFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
+		c := start(t, &Handler{Name: "uncounted", StoreRaw: storeOf(opener), Routes: routes(status(500))})
+		defer time.Sleep(opener.counting)
+		defer c.stop(t)
+		synctest.Wait()
+		serve(t, c.handlers[0], post(body))
+		opener.uncount.Store(true)
+		time.Sleep(5 * time.Minute)
+		synctest.Wait()
+		counted := opener.counted.Load()
+		assert.Greater(t, counted, int32(15))
+		lines := c.logs.FilterMessageSnippet("counting what waits").All()
+		assert.Len(t, lines, 5, "one a minute")
+		opener.uncount.Store(false)
+		time.Sleep(opener.counting + countInterval)
+		synctest.Wait()
+		assert.Equal(t, counted+1, opener.counted.Load())
+	})
+}
+
+// Another process may have delivered what this one takes to wait: it counts again before
+// it goes on refusing.
+func TestRefusedByAnOldCount(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: time.Second}
+		c := start(t, &Handler{Name: "other", MaxEvents: 1, StoreRaw: storeOf(opener), Routes: routes(status(500))})
+		defer time.Sleep(opener.counting)
+		defer c.stop(t)
+		time.Sleep(opener.counting + reopenInterval)
+		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		_, err := c.queue().db.opened().Drop(t.Context(), Filter{}) // as another process does
+		require.NoError(t, err)
+		assert.Equal(t, 503, serve(t, c.handlers[0], post(body)).status)
+		time.Sleep(opener.counting + countInterval)
+		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 	})
 }
 

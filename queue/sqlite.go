@@ -307,7 +307,7 @@ func (s *sqliteStore) leave(ctx context.Context) (moved bool, err error) {
 	case err != nil:
 		return false, wrapSQLite(err)
 	case busy != 0:
-		return false, errors.New("the database is locked")
+		return false, errLocked
 	case isFile(s.path, s.file):
 		return false, nil
 	case isFile(s.path+"-wal", s.log):
@@ -384,11 +384,16 @@ func (s *SQLite) damagedFiles() int {
 
 var globEscape = strings.NewReplacer(`*`, `\*`, `?`, `\?`, `[`, `\[`, `\`, `\\`)
 
+// errLocked says that another process writes, or has begun to and not ended.
+var errLocked = errors.New("the database is locked")
+
 // wrapSQLite says what an error of SQLite means to the callers of a store.
 func wrapSQLite(err error) error {
 	switch {
 	case isCode(err, sqlite3.SQLITE_FULL), isCode(err, sqlite3.SQLITE_IOERR_SHMSIZE):
 		return fmt.Errorf("%w: %w", ErrFull, err)
+	case isCode(err, sqlite3.SQLITE_BUSY):
+		return fmt.Errorf("%w: %w", errLocked, err)
 	case isCode(err, sqlite3.SQLITE_CORRUPT), isCode(err, sqlite3.SQLITE_NOTADB):
 		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"context"
+	"database/sql"
 	"fmt"
 	"net/http"
 	"os"
@@ -128,6 +129,36 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 	one.stop(t, syscall.SIGTERM)
 	backend.listen(t)
 	assert.Zero(t, backend.hasAll(t, s.ids(), time.Minute), "the other one delivers")
+}
+
+// While somebody else writes to the file, neither Caddy can note what it delivers, so
+// that both would deliver the same.
+func TestQueueOfTwoCaddysWhileTheFileIsLocked(t *testing.T) {
+	t.Parallel()
+	var up atomic.Bool
+	backend := newTaker(t, func(id string, attempt int) int {
+		if !up.Load() {
+			return http.StatusInternalServerError // of which each event has its own
+		}
+		return all(id, attempt)
+	})
+	one := queueCaddy(t, backend.addr, "")
+	two := newCaddy(t, "grace_period 5s", strings.ReplaceAll(queueSite(backend.addr, ""), "{{dir}}", one.dir))
+	two.start()
+	s := newSender(t, one, two)
+	<-s.sendAll(t.Context(), "kept", 10)
+	require.Len(t, s.ids(), 10)
+	db, err := sql.Open("sqlite", one.path("queue/events.db")+"?_txlock=immediate")
+	require.NoError(t, err)
+	defer db.Close()
+	tx, err := db.Begin()
+	require.NoError(t, err)
+	up.Store(true)
+	one.logged(cannotBeKept)
+	two.logged(cannotBeKept)
+	time.Sleep(time.Second) // for what is not to happen
+	require.NoError(t, tx.Rollback())
+	assert.Zero(t, backend.hasAll(t, s.ids(), time.Minute), "none twice")
 }
 
 func TestQueueIsNotTouchedByValidate(t *testing.T) {
