@@ -131,6 +131,7 @@ func (s *shared) release(a *App, exiting bool) {
 	end := func(grace <-chan struct{}) {
 		if last {
 			s.queue.close(grace)
+			d.forget(s.queue.name)
 		}
 		_, _ = databases.Delete(s.opener.Key())
 	}

@@ -68,7 +68,7 @@ type database struct {
 	held     map[string]bool          // events that this process has, but the database does not say so
 	said     map[string]announcements // by queue
 	queues   map[string]*shared
-	strange  map[string]bool // queues that are not configured, of which the log says so
+	strange  map[string]bool // queues that are not configured, and whether the log says that events wait in them
 	lastLine time.Time       // when an error was logged
 	failing  bool            // whether events cannot be kept
 	full     bool            // whether some were refused since the last count, because as many as may waited by it
@@ -328,7 +328,10 @@ func (d *database) run() {
 		case <-time.After(wait):
 		case <-d.closing:
 			d.write()
-			d.write() // what the first one left
+			d.write()                                                                          // what the first one left
+			if store, ok := d.opened().(interface{ isThere() bool }); ok && !store.isThere() { // as nothing may have been written since
+				d.rescue(d.opened())
+			}
 			for _, store := range []Store{d.opened(), d.useless} {
 				if store != nil {
 					_ = store.Close()
@@ -818,15 +821,39 @@ func (d *database) showLocked() {
 		oldestGauge.WithLabelValues(name).Set(d.counts[[2]string{name, statePending}].Oldest.Seconds())
 		s.queue.metrics.damaged.Set(float64(damaged))
 	}
-	for key, c := range d.counts {
-		queue, state := key[0], key[1]
-		if _, configured := d.queues[queue]; configured {
+	for key := range d.counts {
+		_, configured := d.queues[key[0]]
+		if _, known := d.strange[key[0]]; !configured && !known {
+			d.strange[key[0]] = false
+		}
+	}
+	for name, said := range d.strange {
+		for _, state := range []string{statePending, stateDead} {
+			if n := d.counts[[2]string{name, state}].Events; n > 0 {
+				eventsGauge.WithLabelValues(name, state).Set(float64(n))
+			} else {
+				eventsGauge.DeleteLabelValues(name, state)
+			}
+		}
+		c := d.counts[[2]string{name, statePending}]
+		if c.Events == 0 {
+			oldestGauge.DeleteLabelValues(name)
 			continue
 		}
-		eventsGauge.WithLabelValues(queue, state).Set(float64(c.Events))
-		if state == statePending && c.Events > 0 && !d.strange[queue] {
-			d.strange[queue] = true
-			d.logger.Load().Warn("events wait in a queue that is not configured: they stay", zap.String("queue", queue), zap.Int("pending", c.Events))
+		oldestGauge.WithLabelValues(name).Set(c.Oldest.Seconds())
+		if !said {
+			d.strange[name] = true
+			d.logger.Load().Warn("events wait in a queue that is not configured: they stay", zap.String("queue", name), zap.Int("pending", c.Events))
 		}
+	}
+}
+
+// forget takes back what the metrics say of the backend of a queue that has ended,
+// unless there is one of its name again.
+func (d *database) forget(queue string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if _, again := d.queues[queue]; !again {
+		backendDown.DeleteLabelValues(queue)
 	}
 }

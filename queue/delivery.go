@@ -35,6 +35,10 @@ const (
 	downAfter     = 5
 	probeInterval = time.Second
 
+	// forgetAfter is how long nothing must wait for a backend that is down, until it is
+	// taken to be up: what has failed just now may still have to be written.
+	forgetAfter = 15 * time.Second
+
 	// pollInterval is how long an event may be due that another process has stored.
 	pollInterval = 2 * time.Second
 
@@ -71,7 +75,9 @@ type queue struct {
 
 	refusedLine time.Time // when the log said that too many events wait
 
-	probe time.Time // when to look whether a probe is due; for the schedule alone
+	// for the schedule alone:
+	probe time.Time // when to look whether a probe is due
+	empty time.Time // since when nothing waits for a backend that is down
 }
 
 func newQueue(name string, db *database) *queue {
@@ -221,8 +227,18 @@ func (q *queue) next() time.Duration {
 	q.lanes.enterBacklogLocked(free)
 	q.lanes.grantLocked()
 	q.mu.Unlock()
+	if !p.Empty || !down {
+		q.empty = time.Time{}
+	}
 	switch {
 	case p.Empty:
+		switch {
+		case !down:
+		case q.empty.IsZero():
+			q.empty = time.Now()
+		case time.Since(q.empty) >= forgetAfter:
+			q.forgetDown(h)
+		}
 		return pollInterval
 	case p.Wait > 0:
 		return min(p.Wait, pollInterval)
@@ -513,6 +529,21 @@ func (q *queue) reachedLocked(h *Handler) (announced bool) {
 	q.db.announce(Backend{Queue: q.name})
 	q.poke()
 	return true
+}
+
+// forgetDown takes the backend to be up again, since there is nothing any more to find
+// out with whether it is: the next event will tell.
+func (q *queue) forgetDown(h *Handler) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.breaker.down {
+		return
+	}
+	h.logger.Info("nothing waits any more for the backend that was down", zap.String("queue", q.name))
+	q.breaker = breaker{}
+	q.metrics.down.Set(0)
+	q.db.announce(Backend{Queue: q.name})
+	q.db.poke()
 }
 
 func (q *queue) upLocked(h *Handler) {

@@ -187,6 +187,41 @@ func TestBreaker(t *testing.T) {
 	}
 }
 
+// With nothing to probe with, the next event is the probe.
+func TestBackendThatIsDownForNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up atomic.Bool
+		c := start(t, &Handler{
+			Name: "for-nothing", StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")),
+			Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+				if up.Load() {
+					return status(200)(w, r, next)
+				}
+				return status(503)(w, r, next)
+			}),
+		})
+		defer c.stop(t)
+		synctest.Wait()
+		for range 6 {
+			assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		}
+		time.Sleep(time.Minute)
+		assert.True(t, c.queue().isDown(), "while they wait")
+		up.Store(true)
+		_, err := c.queue().db.opened().Drop(t.Context(), Filter{})
+		require.NoError(t, err)
+		time.Sleep(forgetAfter + 2*pollInterval)
+		synctest.Wait()
+		assert.False(t, c.queue().isDown())
+		assert.Zero(t, seriesOf(t, "for-nothing")["backend_down"])
+		assert.Equal(t, 1, c.logs.FilterMessage("nothing waits any more for the backend that was down").Len())
+		p, err := c.queue().db.opened().Peek(t.Context(), "for-nothing")
+		require.NoError(t, err)
+		assert.False(t, p.Down, "for other processes, too")
+		assert.Equal(t, "the backend's body", serve(t, c.handlers[0], post(body)).body)
+	})
+}
+
 // A handler that does not heed the time of an attempt, as php_fastcgi does not.
 func TestAttemptThatDoesNotEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

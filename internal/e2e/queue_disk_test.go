@@ -199,6 +199,24 @@ func copyDatabase(t *testing.T, from, to string) {
 	}
 }
 
+// It is still open, and nothing is written to it any more but what the end writes.
+func TestQueueWhoseDatabaseIsDeletedBeforeAStop(t *testing.T) {
+	t.Parallel()
+	backend := newTaker(t, all)
+	backend.close()
+	c := queueCaddy(t, backend.addr, "")
+	s := newSender(t, c)
+	<-s.sendAll(t.Context(), "kept", 10)
+	require.Len(t, s.ids(), 10)
+	for _, suffix := range []string{"", "-wal", "-shm"} {
+		require.NoError(t, os.Remove(c.path("queue/events.db"+suffix)))
+	}
+	c.stop(t, syscall.SIGTERM)
+	backend.listen(t)
+	c.start()
+	backend.hasAll(t, s.ids(), time.Minute)
+}
+
 func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
 	t.Parallel()
 	backend, up := switchable(t)
