@@ -71,23 +71,45 @@ an object for each. An event that was delivered is not there any more.
 				headed = true
 				fmt.Fprintln(table, "ID\tSTATE\tRECEIVED\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
 			}
-			var writeErr error
-			err := store.Select(cmd.Context(), Filter{Dead: *dead}, false, func(r *Record) bool {
+			return eachPage(cmd.Context(), store, Filter{Dead: *dead}, func(r *Record) error {
 				l := newListed(r)
 				if *asJSON {
-					writeErr = encoder.Encode(l)
-				} else {
-					_, writeErr = fmt.Fprintln(table, printable(strings.Join([]string{
-						l.ID, l.State, l.Received, l.EventType, l.ResourceID, fmt.Sprint(l.Attempts), l.NextAttempt, l.LastError,
-					}, "\t"), '\t'))
+					return encoder.Encode(l)
 				}
-				return writeErr == nil
+				_, err := fmt.Fprintln(table, printable(strings.Join([]string{
+					l.ID, l.State, l.Received, l.EventType, l.ResourceID, fmt.Sprint(l.Attempts), l.NextAttempt, l.LastError,
+				}, "\t"), '\t'))
+				return err
 			})
-			return errors.Join(err, writeErr)
 		})
 		return errors.Join(err, table.Flush())
 	}
 	return cmd
+}
+
+// eachPage calls f for events, the oldest first, while the database is not being read:
+// f may wait for a terminal, and as long as somebody reads, the log of SQLite grows.
+func eachPage(ctx context.Context, store Store, filter Filter, f func(*Record) error) error {
+	const size = 1000
+	for {
+		var page []*Record
+		err := store.Select(ctx, filter, false, func(r *Record) bool {
+			page = append(page, r)
+			return len(page) < size
+		})
+		if err != nil {
+			return err
+		}
+		for _, r := range page {
+			if err := f(r); err != nil {
+				return err
+			}
+			filter.After = r.ID
+		}
+		if len(page) < size {
+			return nil
+		}
+	}
 }
 
 // listed is an event as the commands show it.
@@ -277,6 +299,7 @@ The age of an event counts anew.
 		if o.config == "" {
 			return errors.New("--config is needed: it names the database to move to")
 		}
+		o.make = true
 		openers, done, err := o.load(cmd.Context())
 		if err != nil {
 			return err
@@ -321,6 +344,7 @@ func sameFile(a, b Store) bool {
 // origin says which databases a command works on.
 type origin struct {
 	db, config, adapter string
+	make                bool // whether a database that is not there is made
 }
 
 // load returns the databases, each of them once, until done is called.
@@ -394,7 +418,7 @@ func (o *origin) each(ctx context.Context, f func(Store) error) error {
 	defer done()
 	for _, opener := range openers {
 		if file, ok := opener.(*SQLite); ok { // which would make one
-			if info, err := os.Stat(file.Path); errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0 {
+			if info, err := os.Stat(file.Path); !o.make && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
 				return fmt.Errorf("there is no database %s: name it with --db", file.Path)
 			}
 			file.busy = commandBusyTimeout
@@ -419,16 +443,21 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(Store, *Record
 	}
 	var failed []error
 	err := o.each(ctx, func(store Store) error {
-		var records []*Record
-		err := store.Select(ctx, Filter{IDs: ids}, true, func(r *Record) bool {
-			records = append(records, r)
-			return true
-		})
-		for _, r := range records {
-			delete(unknown, r.ID)
-			failed = append(failed, f(store, r))
+		for some := range slices.Chunk(ids, 500) { // as many as a statement takes
+			var records []*Record
+			err := store.Select(ctx, Filter{IDs: some}, true, func(r *Record) bool {
+				records = append(records, r)
+				return true
+			})
+			if err != nil {
+				return err
+			}
+			for _, r := range records {
+				delete(unknown, r.ID)
+				failed = append(failed, f(store, r))
+			}
 		}
-		return err
+		return nil
 	})
 	for _, id := range ids {
 		if unknown[id] && err == nil {

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -224,6 +225,50 @@ func TestRetryAndDrop(t *testing.T) {
 			assert.Equal(t, tt.states, states(t, path))
 		})
 	}
+}
+
+// More than a statement takes.
+func TestManyIDs(t *testing.T) {
+	path := kept(t)
+	ids := slices.Repeat([]string{"none"}, 40_000)
+	got, err := run(t, slices.Concat([]string{"drop"}, ids, []string{"i1-due", "--db", path})...)
+	require.ErrorContains(t, err, "there is no event none")
+	assert.NotContains(t, err.Error(), "SQL")
+	assert.Equal(t, "dropped i1-due DOCUMENT_CREATE_FINISHED doc_2N0X2g4f3b1JJU75fqzDZs\n", got)
+}
+
+// A list is read in parts, between which nothing is read.
+func TestListOfMany(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "queue.db")
+	store, err := (&SQLite{Path: path}).Open(t.Context())
+	require.NoError(t, err)
+	const events = 2500
+	b := &Batch{}
+	for i := range events {
+		b.Add = append(b.Add, &Record{ID: fmt.Sprintf("%04d", i), Queue: "default", Received: time.Now(), Request: []byte("x"), Checksum: []byte("x")})
+	}
+	require.NoError(t, store.Apply(t.Context(), b))
+	require.NoError(t, store.Close())
+	got, err := run(t, "list", "--json", "--db", path)
+	require.NoError(t, err)
+	i := 0
+	for line := range strings.Lines(got) {
+		require.Contains(t, line, fmt.Sprintf(`"id":"%04d"`, i))
+		i++
+	}
+	assert.Equal(t, events, i)
+}
+
+// It makes the database that it moves to.
+func TestMoveToAnotherFile(t *testing.T) {
+	from, to := kept(t), filepath.Join(t.TempDir(), "new.db")
+	config := filepath.Join(t.TempDir(), "Caddyfile")
+	require.NoError(t, os.WriteFile(config, []byte(":8080 {\ninkit_queue {\nstore sqlite "+to+"\ndeliver {\nreverse_proxy localhost:9000\n}\n}\n}\n"), 0o600))
+	got, err := run(t, "move", "--from", from, "--config", config)
+	require.NoError(t, err)
+	assert.Equal(t, "3 events were moved\n1 are being delivered, and were left: run this again when that has ended\n", got)
+	assert.Equal(t, map[string]string{"i1-due": "pending", "i2-later": "pending", "i3-dead": "dead"}, states(t, to))
+	assert.Equal(t, map[string]string{"i4-leased": "pending"}, states(t, from))
 }
 
 // A command does not make a database, and does not touch one that is not ours.

@@ -390,6 +390,10 @@ func (f Filter) where() (condition string, args []any) {
 	if f.Due {
 		conditions = append(conditions, "state = 'pending' AND due <= {now}")
 	}
+	if f.After != "" {
+		args = append(args, f.After)
+		conditions = append(conditions, fmt.Sprintf("id > $%d", len(args)))
+	}
 	if f.IDs != nil && len(f.IDs) == 0 {
 		conditions = append(conditions, "FALSE")
 	} else if f.IDs != nil {

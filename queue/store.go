@@ -123,6 +123,7 @@ type Filter struct {
 	Queue string // empty for all
 	Dead  bool   // the dead ones alone
 	Due   bool   // the pending ones alone whose attempt is due
+	After string // those whose id comes after that; empty for all
 	IDs   []string
 }
 

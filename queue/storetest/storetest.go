@@ -387,6 +387,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, []string{"event-00000"}, get(queue.Filter{Dead: true}))
 		assert.Equal(t, []string{"event-00001"}, get(queue.Filter{Due: true}))
 		assert.Equal(t, []string{"event-00001", "event-00004"}, get(queue.Filter{IDs: []string{"event-00004", "event-00001", "none"}}))
+		assert.Equal(t, []string{"event-00003", "event-00005"}, get(queue.Filter{Queue: "other", After: "event-00001"}))
 		assert.Empty(t, get(queue.Filter{IDs: []string{}}))
 		n := 0
 		require.NoError(t, store.Select(t.Context(), queue.Filter{}, true, func(*queue.Record) bool { n++; return n < 2 }))
