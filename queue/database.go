@@ -23,8 +23,10 @@ const (
 	// maxBatch is how many events one transaction adds.
 	maxBatch = 500
 
-	// applyTimeout is how long a transaction may take.
-	applyTimeout = 20 * time.Second
+	// applyTimeout is how long a transaction may take, and finishTimeout one that has been
+	// set apart from those that others wait for.
+	applyTimeout  = 20 * time.Second
+	finishTimeout = time.Second
 
 	// reopenInterval is the pause between two tries to open a database.
 	reopenInterval = time.Second
@@ -58,6 +60,11 @@ type database struct {
 	closing chan struct{}
 	closed  chan struct{}
 
+	// apart says that what is finished is written by itself, since it could not be written
+	// with other things: somebody may have locked one of its rows. For the goroutine that
+	// writes alone.
+	apart bool
+
 	mu       sync.Mutex
 	store    Store // nil while it is not open
 	broken   error // why it is not
@@ -70,8 +77,10 @@ type database struct {
 	queues   map[string]*shared
 	strange  map[string]bool // queues that are not configured, and whether the log says that events wait in them
 	lastLine time.Time       // when an error was logged
-	failing  bool            // whether events cannot be kept
-	full     bool            // whether some were refused since the last count, because as many as may waited by it
+
+	finishLine time.Time // when the log said that what became of events cannot be written
+	failing    bool      // whether events cannot be kept
+	full       bool      // whether some were refused since the last count, because as many as may waited by it
 }
 
 // listener is a store that other machines use too, and that calls heard when one of
@@ -468,7 +477,22 @@ func (a *addition) seal() (err error) {
 // write does what waits in one transaction, and reports whether it succeeded.
 func (d *database) write() bool {
 	w, store := d.take()
-	if store == nil || len(w.adds)+len(w.finish)+len(w.backends)+len(w.claims) == 0 {
+	if store == nil {
+		return true
+	}
+	if !d.apart || len(w.finish) == 0 {
+		return d.apply(store, w, applyTimeout)
+	}
+	finish := work{finish: w.finish}
+	w.finish = nil
+	done := d.apply(store, w, applyTimeout)
+	d.apart = !d.apply(store, finish, finishTimeout)
+	return done && !d.apart
+}
+
+// apply does work in one transaction, and reports whether it succeeded.
+func (d *database) apply(store Store, w work, timeout time.Duration) bool {
+	if len(w.adds)+len(w.finish)+len(w.backends)+len(w.claims) == 0 {
 		return true
 	}
 	b := &Batch{Owner: d.owner, Finish: w.finish, Backends: w.backends}
@@ -478,12 +502,26 @@ func (d *database) write() bool {
 	for _, c := range w.claims {
 		b.Claims = append(b.Claims, c.Claim)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	err := store.Apply(ctx, b)
 	if err == nil {
 		d.written(w)
 		return true
+	}
+	if _, shared := store.(listener); shared && len(w.finish) > 0 && !errors.Is(err, ErrFull) {
+		finish := w.finish
+		w.finish = nil
+		d.apart = true
+		d.apply(store, w, timeout)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		d.finishLater(finish)
+		if time.Since(d.finishLine) >= errorInterval {
+			d.finishLine = time.Now()
+			d.logger.Load().Warn("what became of events cannot be written: it is tried again, and until then they may be delivered twice", zap.Int("events", len(finish)), zap.Error(err))
+		}
+		return false
 	}
 
 	// The events that were to be added are up to those who wait for them. What was
@@ -505,16 +543,21 @@ func (d *database) write() bool {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.work.finish = append(w.finish, d.work.finish...)
+	d.finishLater(w.finish)
 	d.work.backends = append(w.backends, d.work.backends...)
-	for _, f := range w.finish {
-		d.held[f.ID] = true
-	}
 	for _, c := range w.claims {
 		c.done <- err
 	}
-	d.poke()
 	return false
+}
+
+// finishLater has what could not be written tried again. The lock is held.
+func (d *database) finishLater(finish []Finish) {
+	d.work.finish = append(finish, d.work.finish...)
+	for _, f := range finish {
+		d.held[f.ID] = true
+	}
+	d.poke()
 }
 
 // written notes what a transaction has done.

@@ -143,6 +143,9 @@ const (
 	// senders are told 503 after as long, unless answer_after says otherwise.
 	answerTimeout = 5 * time.Second
 
+	// mixedTimeout is how long one may take that adds events and finishes others.
+	mixedTimeout = 2 * time.Second
+
 	// connectTimeout is how long one server may take to accept a connection, so that
 	// there is time for the next, unless the connection string says otherwise.
 	connectTimeout = 2 * time.Second
@@ -476,7 +479,11 @@ func (s *postgresStore) Apply(ctx context.Context, b *Batch) (err error) {
 }
 
 func (s *postgresStore) applyOnce(ctx context.Context, b *Batch) error {
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
+	timeout := answerTimeout
+	if len(b.Add) > 0 && len(b.Finish) > 0 { // so that there is time to add without them, should one of their rows be locked
+		timeout = mixedTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	unsynced := s.unsynced.Load()
 	err := s.sqlStore.Apply(ctx, b)

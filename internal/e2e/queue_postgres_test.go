@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
+	"github.com/jackc/pgx/v5"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -214,6 +215,43 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 			return strings.Contains(c.get("http://"+c.admin+"/metrics"), `caddy_inkit_queue_backend_down{queue="default"} 0`)
 		})
 	}
+}
+
+// An operator has a look at an event, and forgets to end the transaction.
+func TestPostgresRowThatIsLocked(t *testing.T) {
+	t.Parallel()
+	server := pgtest.Start(t, "fsync=off")
+	let := make(chan struct{})
+	backend := newTaker(t, func(id string, attempt int) int {
+		switch {
+		case strings.HasPrefix(id, "locked"):
+			<-let
+		case attempt < 2:
+			return http.StatusInternalServerError
+		}
+		return http.StatusOK
+	})
+	c := pgCaddy(t, backend.addr, server.DSN("postgres"), "answer_after 100ms\nattempt_timeout 5m") // the lease outlasts the test
+	s := newSender(t, c)
+	require.Equal(t, http.StatusOK, s.once(t, "locked").status)
+	conn, err := pgx.Connect(t.Context(), server.DSN("postgres"))
+	require.NoError(t, err)
+	defer func() { _ = conn.Close(context.Background()) }()
+	tx, err := conn.Begin(t.Context())
+	require.NoError(t, err)
+	var rows int
+	require.NoError(t, tx.QueryRow(t.Context(), `SELECT count(*) FROM (SELECT id FROM inkit_queue_events WHERE resource_id LIKE 'locked%' FOR UPDATE) AS locked`).Scan(&rows))
+	require.Equal(t, 1, rows)
+	close(let) // it is delivered now, and cannot be deleted
+	c.logged("what became of events cannot be written")
+	for i := range 5 {
+		assert.Equal(t, http.StatusOK, s.once(t, fmt.Sprintf("kept-%d", i)).status)
+	}
+	ids := s.ids()
+	assert.Zero(t, backend.hasAll(t, ids, time.Minute), "which are retried")
+	require.NoError(t, tx.Rollback(t.Context()))
+	waitFor(t, "nothing is left", c.process, func() bool { return len(c.list(t)) == 0 })
+	assert.Zero(t, backend.hasAll(t, ids, time.Minute), "none twice")
 }
 
 func TestPostgresCaddyThatDiesForGood(t *testing.T) {
