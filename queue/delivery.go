@@ -387,7 +387,8 @@ func (q *queue) runInTime(ctx context.Context, h *Handler, id string, handlers f
 	q.unended[id] = true
 	q.mu.Unlock()
 	go func() {
-		<-result
+		err := <-result
+		h.logger.Debug("an attempt has ended for which attempt_timeout was too short", zap.String("id", id), zap.Error(err))
 		q.mu.Lock()
 		delete(q.unended, id)
 		q.mu.Unlock()

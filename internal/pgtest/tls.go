@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -90,16 +91,16 @@ func writePEM(t testing.TB, file, kind string, der []byte) {
 func (s *Server) TLS(t testing.TB, a *Authority, hba ...string) {
 	t.Helper()
 	certificate, key := a.Issue(t, "")
-	for name, file := range map[string]string{"server.crt": certificate, "server.key": key, "root.crt": a.File} {
-		content, err := os.ReadFile(file)
+	write := func(name string, content []byte) {
+		require.NoError(t, os.WriteFile(filepath.Join(s.data(), name), content, 0o600)) //nolint:gosec // names of this function's own
+	}
+	for _, file := range [][2]string{{"server.crt", certificate}, {"server.key", key}, {"root.crt", a.File}} {
+		content, err := os.ReadFile(file[1])
 		require.NoError(t, err)
-		require.NoError(t, os.WriteFile(filepath.Join(s.data(), name), content, 0o600))
+		write(file[0], content)
 	}
-	lines := "host all postgres 127.0.0.1/32 scram-sha-256\n"
-	for _, line := range hba {
-		lines += line + "\n"
-	}
-	require.NoError(t, os.WriteFile(filepath.Join(s.data(), "pg_hba.conf"), []byte(lines), 0o600))
+	hba = append([]string{"host all postgres 127.0.0.1/32 scram-sha-256"}, hba...)
+	write("pg_hba.conf", []byte(strings.Join(hba, "\n")+"\n"))
 	unprivileged(t, new(exec.Cmd), s.data())
 	s.Exec(t, "postgres", "ALTER SYSTEM SET ssl = on", "ALTER SYSTEM SET ssl_ca_file = 'root.crt'", "SELECT pg_reload_conf()")
 	for deadline := time.Now().Add(20 * time.Second); s.Query(t, "postgres", "SELECT current_setting('ssl')") != "on"; time.Sleep(10 * time.Millisecond) {
