@@ -393,7 +393,9 @@ func (q *queue) runInTime(ctx context.Context, h *Handler, id string, handlers f
 		delete(q.unended, id)
 		q.mu.Unlock()
 	}()
-	h.logger.Warn("an attempt goes on though attempt_timeout is over: what delivers does not heed it, such as php_fastcgi without read_timeout", zap.String("id", id))
+	if ctx.Err() == context.DeadlineExceeded { // and not the end of Caddy
+		h.logger.Warn("an attempt goes on though attempt_timeout is over: what delivers does not heed it, such as php_fastcgi without read_timeout", zap.String("id", id))
+	}
 	return ctx.Err(), false
 }
 
