@@ -337,7 +337,8 @@ func (d *database) run() {
 		case <-time.After(wait):
 		case <-d.closing:
 			d.write()
-			d.write()                                                                          // what the first one left
+			d.write() // what the first one left
+
 			if store, ok := d.opened().(interface{ isThere() bool }); ok && !store.isThere() { // as nothing may have been written since
 				d.rescue(d.opened())
 			}
