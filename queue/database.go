@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -27,6 +28,9 @@ const (
 	// set apart from those that others wait for.
 	applyTimeout  = 20 * time.Second
 	finishTimeout = time.Second
+
+	// maxFailed is how many of these may fail before what is new has its turn again.
+	maxFailed = 2
 
 	// reopenInterval is the pause between two tries to open a database.
 	reopenInterval = time.Second
@@ -254,11 +258,18 @@ func (d *database) claim(c *Claim) ([]*Record, error) {
 	d.work.claims = append(d.work.claims, request)
 	d.mu.Unlock()
 	d.poke()
-	err := <-request.done
-	if err == nil {
-		return c.Records, nil
+	if err := <-request.done; err != nil {
+		return d.look(c, err)
 	}
-	return d.look(c, err)
+	return d.notHeld(c.Records), nil
+}
+
+// notHeld leaves out the events that this process has delivered or is delivering, and
+// could not say so in the database before their leases were over.
+func (d *database) notHeld(records []*Record) []*Record {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.DeleteFunc(records, func(r *Record) bool { return d.held[r.ID] })
 }
 
 // look returns events that are due and that this process does not have.
@@ -484,10 +495,22 @@ func (d *database) write() bool {
 	if !d.apart || len(w.finish) == 0 {
 		return d.apply(store, w, applyTimeout)
 	}
-	finish := work{finish: w.finish}
+	finish := w.finish
 	w.finish = nil
 	done := d.apply(store, w, applyTimeout)
-	d.apart = !d.apply(store, finish, finishTimeout)
+	failed := 0 // one by one, so that a locked row holds up no other until its lease is over
+	for i, f := range finish {
+		if failed == maxFailed {
+			d.mu.Lock()
+			d.finishLater(finish[i:])
+			d.mu.Unlock()
+			break
+		}
+		if !d.apply(store, work{finish: []Finish{f}}, finishTimeout) {
+			failed++
+		}
+	}
+	d.apart = failed > 0
 	return done && !d.apart
 }
 
@@ -554,7 +577,7 @@ func (d *database) apply(store Store, w work, timeout time.Duration) bool {
 
 // finishLater has what could not be written tried again. The lock is held.
 func (d *database) finishLater(finish []Finish) {
-	d.work.finish = append(finish, d.work.finish...)
+	d.work.finish = append(d.work.finish, finish...) // behind those that have not been tried
 	for _, f := range finish {
 		d.held[f.ID] = true
 	}

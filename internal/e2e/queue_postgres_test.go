@@ -249,6 +249,7 @@ func TestPostgresRowThatIsLocked(t *testing.T) {
 	}
 	ids := s.ids()
 	assert.Zero(t, backend.hasAll(t, ids, time.Minute), "which are retried")
+	waitFor(t, "the locked one alone is left", c.process, func() bool { return len(c.list(t)) == 1 })
 	require.NoError(t, tx.Rollback(t.Context()))
 	waitFor(t, "nothing is left", c.process, func() bool { return len(c.list(t)) == 0 })
 	assert.Zero(t, backend.hasAll(t, ids, time.Minute), "none twice")
