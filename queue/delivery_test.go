@@ -187,6 +187,13 @@ func TestBreaker(t *testing.T) {
 	}
 }
 
+// What is delivered and cannot be noted is not delivered again when its lease is over.
+func TestClaimOfWhatIsHeld(t *testing.T) {
+	d := &database{held: map[string]bool{"delivered": true}}
+	assert.Equal(t, []*Record{{ID: "due"}}, d.notHeld([]*Record{{ID: "delivered"}, {ID: "due"}}))
+	assert.Empty(t, d.notHeld([]*Record{{ID: "delivered"}}))
+}
+
 // With nothing to probe with, the next event is the probe.
 func TestBackendThatIsDownForNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
