@@ -1,0 +1,365 @@
+//go:build linux
+
+// Package powercut cuts the power of a Caddy with a queue in SQLite, below the file
+// system. It is a module of its own, so that nobody else needs what it needs.
+package powercut
+
+import (
+	"context"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fs"
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"github.com/stretchr/testify/require"
+)
+
+const (
+	pageSize   = 4096
+	sectorSize = 512
+)
+
+// disk is a file system whose power can be cut. It holds one folder of files.
+//
+// A folder of the machine has the newest content of each file, which is what programs
+// read. The disk remembers what a page was before it was written, until an fsync of the
+// file. At a cut, pages that were not synced become what they were, or stay, or are
+// torn: the first sectors stay.
+//
+// It is harsher than most disks in that a page that was not synced may arrive before
+// one that was written earlier, and milder in that creating, renaming and deleting a file
+// is durable at once, without an fsync of the folder. An fsync makes durable what was
+// written until it returns, even if that happens while it is under way.
+type disk struct {
+	dir    string // of the newest content
+	faults faults
+
+	mu       sync.Mutex
+	unsynced map[uint64]*file // by inode
+	steps    int              // how many writes and syncs are left until the cut, if more than 0
+	kill     func()           // what else the cut ends
+	cut      chan struct{}    // closed by it
+	failed   int              // how many fsyncs have failed
+}
+
+// faults is what a disk does wrong while it has power.
+type faults struct {
+	failOneIn     int           // one fsync in so many fails with EIO, and its pages never arrive unless they are written again
+	atLeast, more time.Duration // how long an fsync takes
+	liesAbout     string        // an fsync of a file with this suffix succeeds and does nothing
+}
+
+// file is what a file was when it was synced, as far as it has been written since.
+type file struct {
+	size  int64
+	pages map[int64]*page
+}
+
+type page struct {
+	was     []byte
+	dropped bool // by an fsync that failed. As in ext4, programs read the newest content all the same
+}
+
+// toll is how many pages that were not synced a cut met.
+type toll struct{ lost, torn, kept int }
+
+// mount mounts a disk on a folder, with what another one has left in dir.
+func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
+	t.Helper()
+	if os.Getuid() != 0 {
+		t.Skip("only root can mount a file system")
+	}
+	if f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); err != nil {
+		t.Skip("no file system can be served here: " + err.Error())
+	} else {
+		f.Close()
+	}
+	d := &disk{dir: dir, faults: f, unsynced: make(map[uint64]*file), cut: make(chan struct{})}
+	loopback, err := fs.NewLoopbackRoot(dir)
+	require.NoError(t, err)
+	second := time.Second
+	server, err := fs.Mount(on, &node{loopback.(*fs.LoopbackNode), d}, &fs.Options{
+		EntryTimeout: &second, AttrTimeout: &second,
+		MountOptions: fuse.MountOptions{DirectMountStrict: true, FsName: "powercut", Name: "powercut", ExplicitDataCacheControl: true},
+	})
+	if errors.Is(err, syscall.EPERM) {
+		t.Skip("no file system can be mounted here: " + err.Error())
+	}
+	require.NoError(t, err)
+	t.Cleanup(func() { _ = syscall.Unmount(on, syscall.MNT_DETACH) }) // which a test that failed has not done
+	return d, server
+}
+
+// cutAfter cuts the power before so many more writes and syncs have begun, and calls kill
+// at that moment.
+func (d *disk) cutAfter(steps int, kill func()) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.steps, d.kill = steps, kill
+}
+
+// step is a write or a sync that begins, if there is power. d is locked.
+func (d *disk) step() syscall.Errno {
+	if d.steps > 0 {
+		if d.steps--; d.steps == 0 {
+			d.kill()
+			close(d.cut)
+		}
+	}
+	select {
+	case <-d.cut:
+		return syscall.EIO
+	default:
+		return 0
+	}
+}
+
+// remember notes what a part of a file is, before it becomes something else.
+func (d *disk) remember(f *os.File, from, to int64) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	u := d.unsynced[inode(info)]
+	if u == nil {
+		u = &file{size: info.Size(), pages: make(map[int64]*page)}
+		d.unsynced[inode(info)] = u
+	}
+	for n := from / pageSize; n*pageSize < to; n++ {
+		if p := u.pages[n]; p != nil {
+			p.dropped = false
+			continue
+		}
+		was := make([]byte, pageSize)
+		if _, err := f.ReadAt(was, n*pageSize); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		u.pages[n] = &page{was: was}
+	}
+	return nil
+}
+
+// sync makes durable what was written to a file.
+func (d *disk) sync(f *os.File) error {
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	u := d.unsynced[inode(info)]
+	if u == nil {
+		return nil
+	}
+	if d.faults.failOneIn > 0 && rand.IntN(d.faults.failOneIn) == 0 {
+		d.failed++
+		for _, p := range u.pages {
+			p.dropped = true
+		}
+		return syscall.EIO
+	}
+	u.size = info.Size()
+	for n, p := range u.pages {
+		if !p.dropped {
+			delete(u.pages, n)
+		}
+	}
+	if len(u.pages) == 0 {
+		delete(d.unsynced, inode(info))
+	}
+	return nil
+}
+
+// failOneIn changes how many fsyncs fail.
+func (d *disk) failOneIn(fsyncs int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.faults.failOneIn = fsyncs
+}
+
+// settle makes the files what the cut has left of them. Nothing is mounted any more. A
+// page that was not synced arrives, or is torn, with these probabilities.
+func (d *disk) settle(arrives, tears float64) (sum toll, err error) {
+	entries, err := os.ReadDir(d.dir)
+	if err != nil {
+		return sum, err
+	}
+	for _, entry := range entries {
+		info, err := entry.Info()
+		if err != nil {
+			return sum, err
+		}
+		if u := d.unsynced[inode(info)]; u != nil {
+			if err := u.settle(filepath.Join(d.dir, entry.Name()), info.Size(), arrives, tears, &sum); err != nil {
+				return sum, err
+			}
+		}
+	}
+	return sum, nil
+}
+
+func (u *file) settle(path string, size int64, arrives, tears float64, sum *toll) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	switch rand.IntN(3) {
+	case 0:
+		size = u.size
+	case 1:
+		size = min(size, u.size) + rand.Int64N(max(size, u.size)-min(size, u.size)+1)
+	}
+	if err := f.Truncate(size); err != nil {
+		return err
+	}
+	for n, p := range u.pages {
+		sectors := 0 // that arrive
+		switch x := rand.Float64(); {
+		case p.dropped || x >= arrives+tears:
+			sum.lost++
+		case x >= arrives:
+			sum.torn++
+			sectors = 1 + rand.IntN(pageSize/sectorSize-1)
+		default:
+			sum.kept++
+			continue
+		}
+		from := n*pageSize + int64(sectors)*sectorSize
+		if from >= size {
+			continue
+		}
+		was := p.was[sectors*sectorSize:]
+		if _, err := f.WriteAt(was[:min(int64(len(was)), size-from)], from); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func inode(info os.FileInfo) uint64 { return info.Sys().(*syscall.Stat_t).Ino }
+
+// node is a file, or the folder.
+type node struct {
+	*fs.LoopbackNode
+	disk *disk
+}
+
+func (n *node) path() string { return filepath.Join(n.disk.dir, n.Path(nil)) }
+
+func (n *node) WrapChild(_ context.Context, ops fs.InodeEmbedder) fs.InodeEmbedder {
+	return &node{ops.(*fs.LoopbackNode), n.disk}
+}
+
+// Create is only called for a file that is not there.
+func (n *node) Create(ctx context.Context, name string, flags, mode uint32, out *fuse.EntryOut) (*fs.Inode, fs.FileHandle, uint32, syscall.Errno) {
+	n.disk.mu.Lock()
+	defer n.disk.mu.Unlock()
+	child, handle, _, errno := n.LoopbackNode.Create(ctx, name, flags, mode, out)
+	if errno != 0 {
+		return nil, nil, 0, errno
+	}
+	handle.(fs.FileReleaser).Release(ctx)
+	f, err := os.OpenFile(filepath.Join(n.path(), name), os.O_RDWR, 0)
+	if err != nil {
+		return nil, nil, 0, fs.ToErrno(err)
+	}
+	info, err := f.Stat()
+	if err == nil {
+		delete(n.disk.unsynced, inode(info)) // of a file that was deleted
+	}
+	return child, f, 0, fs.ToErrno(err)
+}
+
+// Open always opens for reading too: a page that is written is read first. The kernel
+// truncates by Setattr.
+func (n *node) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
+	f, err := os.OpenFile(n.path(), os.O_RDWR, 0)
+	return f, 0, fs.ToErrno(err)
+}
+
+func (n *node) Release(_ context.Context, handle fs.FileHandle) syscall.Errno {
+	return fs.ToErrno(handle.(*os.File).Close())
+}
+
+func (n *node) Read(_ context.Context, handle fs.FileHandle, dest []byte, off int64) (fuse.ReadResult, syscall.Errno) {
+	read, err := handle.(*os.File).ReadAt(dest, off)
+	if errors.Is(err, io.EOF) {
+		err = nil
+	}
+	return fuse.ReadResultData(dest[:read]), fs.ToErrno(err)
+}
+
+func (n *node) Write(_ context.Context, handle fs.FileHandle, data []byte, off int64) (uint32, syscall.Errno) {
+	n.disk.mu.Lock()
+	defer n.disk.mu.Unlock()
+	if errno := n.disk.step(); errno != 0 {
+		return 0, errno
+	}
+	f := handle.(*os.File)
+	if err := n.disk.remember(f, off, off+int64(len(data))); err != nil {
+		return 0, fs.ToErrno(err)
+	}
+	written, err := f.WriteAt(data, off)
+	return uint32(written), fs.ToErrno(err)
+}
+
+func (n *node) Setattr(ctx context.Context, _ fs.FileHandle, in *fuse.SetAttrIn, out *fuse.AttrOut) syscall.Errno {
+	n.disk.mu.Lock()
+	defer n.disk.mu.Unlock()
+	if size, ok := in.GetSize(); ok {
+		if errno := n.disk.step(); errno != 0 {
+			return errno
+		}
+		f, err := os.OpenFile(n.path(), os.O_RDWR, 0)
+		if err != nil {
+			return fs.ToErrno(err)
+		}
+		defer f.Close()
+		info, err := f.Stat()
+		if err == nil {
+			err = n.disk.remember(f, int64(size), info.Size())
+		}
+		if err != nil {
+			return fs.ToErrno(err)
+		}
+	}
+	return n.LoopbackNode.Setattr(ctx, nil, in, out)
+}
+
+func (n *node) Fsync(_ context.Context, handle fs.FileHandle, _ uint32) syscall.Errno {
+	f, ok := handle.(*os.File)
+	if !ok {
+		return 0 // the folder, which is durable
+	}
+	if n.disk.faults.more > 0 {
+		time.Sleep(n.disk.faults.atLeast + rand.N(n.disk.faults.more))
+	}
+	n.disk.mu.Lock()
+	defer n.disk.mu.Unlock()
+	if errno := n.disk.step(); errno != 0 {
+		return errno
+	}
+	if lies := n.disk.faults.liesAbout; lies != "" && strings.HasSuffix(n.path(), lies) {
+		return 0
+	}
+	return fs.ToErrno(n.disk.sync(f))
+}
+
+// Interface guards
+var (
+	_ fs.NodeWrapChilder = (*node)(nil)
+	_ fs.NodeCreater     = (*node)(nil)
+	_ fs.NodeOpener      = (*node)(nil)
+	_ fs.NodeReleaser    = (*node)(nil)
+	_ fs.NodeReader      = (*node)(nil)
+	_ fs.NodeWriter      = (*node)(nil)
+	_ fs.NodeSetattrer   = (*node)(nil)
+	_ fs.NodeFsyncer     = (*node)(nil)
+)
