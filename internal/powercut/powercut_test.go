@@ -1,3 +1,401 @@
 //go:build linux
 
 package powercut
+
+import (
+	"bytes"
+	"context"
+	"crypto/hmac"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+const secret = "test_inkit_webhook_secret"
+
+// TestPowerCuts sends events to a Caddy whose queue is on a disk whose power is cut,
+// again and again. The backend is up before one cut and down before the next. Each
+// event that was answered 2xx must arrive.
+func TestPowerCuts(t *testing.T) {
+	if _, err := exec.LookPath("sqlite3"); err != nil {
+		t.Skip("sqlite3 is not there, which checks the database")
+	}
+	caddy := filepath.Join(t.TempDir(), "caddy")
+	out, err := exec.Command("go", "build", "-C", "../..", "-o", caddy, "./cmd/caddy").CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	for _, tt := range []struct {
+		name    string
+		faults  faults
+		cuts    int
+		senders int
+		events  int  // that are answered 2xx before a cut, at most
+		steps   int  // writes and syncs from there to the cut, at most
+		refuses bool // whether an event may be answered 5xx
+	}{
+		{"the power is cut", faults{}, 20, 16, 1000, 300, false},
+		{"and one fsync in ten fails", faults{failOneIn: 10}, 20, 16, 200, 300, true},
+		{"and an fsync takes 50 to 200 ms", faults{atLeast: 50 * time.Millisecond, more: 150 * time.Millisecond}, 20, 48, 200, 100, false},
+		// without the losses here, there would be no proof that the rows above could lose anything
+		{"and each fsync of the log lies", faults{liesAbout: "-wal"}, 6, 16, 1000, 300, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			began := time.Now()
+			m := newMachine(t, caddy, tt.faults)
+			var sum toll
+			failed := 0
+			for i := range tt.cuts {
+				m.backend.up.Store(i%2 == 0)
+				m.start(t)
+				m.load(t, tt.senders, tt.events/2+rand.IntN(tt.events/2), 1+rand.IntN(tt.steps))
+				cut, err := m.off(t)
+				require.NoError(t, err)
+				sum.lost, sum.torn, sum.kept = sum.lost+cut.lost, sum.torn+cut.torn, sum.kept+cut.kept
+				failed += m.disk.failed
+				if tt.faults.liesAbout == "" {
+					m.check(t)
+				}
+			}
+			m.backend.up.Store(true)
+			m.start(t)
+			waitFor(t, "all have arrived", func() bool {
+				return m.backend.missing(m.accepted) == 0 || tt.faults.liesAbout != "" && m.pending(t) == "0"
+			})
+			m.stop(t)
+			lost, doubles := m.backend.missing(m.accepted), m.backend.doubles()
+			t.Logf("%d cuts: %d accepted, %d lost, %d doubles, %d refused; %d fsyncs failed; of the pages that were not synced %d lost, %d torn, %d kept; %v",
+				tt.cuts, len(m.accepted), lost, doubles, m.refused, failed, sum.lost, sum.torn, sum.kept, time.Since(began).Round(100*time.Millisecond))
+			assert.NotZero(t, sum.lost, "pages")
+			assert.NotZero(t, sum.torn, "pages")
+			assert.Equal(t, tt.faults.failOneIn > 0, failed > 0)
+			if tt.faults.liesAbout != "" {
+				assert.NotZero(t, lost, "the log was not synced, and nothing is lost: these cuts prove nothing")
+				return
+			}
+			assert.Zero(t, lost)
+			assert.NotContains(t, m.log(t), "damaged")
+			if !tt.refuses {
+				assert.Zero(t, m.refused)
+			}
+		})
+	}
+}
+
+// machine has a disk, and a Caddy that runs while there is power.
+type machine struct {
+	caddy   string // the program
+	dir     string // of what is not on the disk
+	faults  faults
+	backend *backend
+
+	disk   *disk
+	server interface{ Unmount() error }
+	cmd    *exec.Cmd
+	exited chan struct{}
+
+	mu       sync.Mutex
+	sent     int
+	accepted []string
+	refused  int
+}
+
+func newMachine(t *testing.T, caddy string, f faults) *machine {
+	t.Helper()
+	m := &machine{caddy: caddy, dir: t.TempDir(), faults: f, backend: newBackend(t)}
+	for _, name := range []string{"disk", "mounted"} {
+		require.NoError(t, os.Mkdir(m.path(name), 0o700))
+	}
+	require.NoError(t, os.WriteFile(m.path("Caddyfile"), []byte(`
+{
+	admin off
+	auto_https off
+}
+http:// {
+	bind unix/`+m.path("caddy.sock")+`
+	handle /metrics {
+		metrics
+	}
+	handle /webhook {
+		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+		inkit_queue {
+			store sqlite `+m.path("mounted/queue.db")+`
+			attempt_timeout 2s # an event that was in an attempt waits that long after a cut
+			deliver {
+				reverse_proxy `+m.backend.addr+`
+			}
+		}
+	}
+	error 404
+}
+`), 0o600))
+	t.Cleanup(func() {
+		if m.cmd != nil {
+			_ = m.cmd.Process.Kill()
+		}
+		if t.Failed() {
+			log := m.log(t)
+			t.Logf("the end of the log:\n%s", log[max(0, len(log)-4000):])
+		}
+	})
+	return m
+}
+
+func (m *machine) path(name string) string { return filepath.Join(m.dir, name) }
+
+func (m *machine) log(t *testing.T) string {
+	t.Helper()
+	log, err := os.ReadFile(m.path("log"))
+	require.NoError(t, err)
+	return string(log)
+}
+
+// client sends to Caddy, over connections of its own.
+func (m *machine) client() *http.Client {
+	return &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{
+		MaxIdleConnsPerHost: 64,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, "unix", m.path("caddy.sock"))
+		},
+	}}
+}
+
+// start gives power to the machine, and waits until Caddy listens.
+func (m *machine) start(t *testing.T) {
+	t.Helper()
+	m.disk, m.server = mount(t, m.path("disk"), m.path("mounted"), m.faults)
+	_ = os.Remove(m.path("caddy.sock"))
+	log, err := os.OpenFile(m.path("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	require.NoError(t, err)
+	defer log.Close()
+	cmd := exec.Command(m.caddy, "run", "--config", m.path("Caddyfile"), "--adapter", "caddyfile")
+	cmd.Dir = m.dir
+	cmd.Stdout, cmd.Stderr = log, log
+	cmd.Env = append(os.Environ(), "HOME="+m.dir, "XDG_CONFIG_HOME="+m.dir, "XDG_DATA_HOME="+m.dir, "INKIT_WEBHOOK_SECRET="+secret)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	require.NoError(t, cmd.Start())
+	exited := make(chan struct{})
+	go func() {
+		_ = cmd.Wait()
+		close(exited)
+	}()
+	m.cmd, m.exited = cmd, exited
+	waitFor(t, "Caddy listens", func() bool {
+		conn, err := net.Dial("unix", m.path("caddy.sock"))
+		if err == nil {
+			conn.Close()
+		}
+		return err == nil
+	})
+}
+
+// load sends events. When so many were accepted, the power is cut after so many steps of
+// the disk. It returns when no sender has a Caddy any more.
+func (m *machine) load(t *testing.T, senders, events, steps int) {
+	t.Helper()
+	client := m.client()
+	defer client.CloseIdleConnections()
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	before := len(m.accepted)
+	for range senders {
+		wg.Go(func() {
+			for m.send(ctx, t, client) {
+			}
+		})
+	}
+	waitFor(t, "enough events are accepted", func() bool {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		return len(m.accepted)-before >= events
+	})
+	m.disk.cutAfter(steps, func() { _ = m.cmd.Process.Kill() })
+	select {
+	case <-m.disk.cut:
+		wg.Wait()
+	case <-time.After(20 * time.Second):
+		require.FailNow(t, "nothing is written to the disk any more")
+	}
+}
+
+// send sends an event once, and reports whether it was answered.
+func (m *machine) send(ctx context.Context, t *testing.T, client *http.Client) bool {
+	m.mu.Lock()
+	m.sent++
+	id := fmt.Sprint("event-", m.sent)
+	m.mu.Unlock()
+	body := fmt.Appendf(nil, `{"event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"%s","data":"%s"}`, id, strings.Repeat("x", rand.IntN(2000)))
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://localhost/webhook", bytes.NewReader(body))
+	if !assert.NoError(t, err) {
+		return false
+	}
+	mac := hmac.New(sha256.New, []byte(secret))
+	mac.Write(body)
+	req.Header.Set("Inkit-Signature", hex.EncodeToString(mac.Sum(nil)))
+	resp, err := client.Do(req)
+	if err != nil {
+		return false
+	}
+	_, _ = io.Copy(io.Discard, resp.Body)
+	resp.Body.Close()
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	switch {
+	case resp.StatusCode/100 == 2:
+		m.accepted = append(m.accepted, id)
+	case resp.StatusCode >= 500:
+		m.refused++
+	default:
+		assert.Fail(t, "an answer that nothing asked for", resp.Status)
+		return false
+	}
+	return true
+}
+
+// off waits until Caddy has ended, and unmounts the disk: it is as the cut has left it.
+func (m *machine) off(t *testing.T) (toll, error) {
+	t.Helper()
+	select {
+	case <-m.exited:
+	case <-time.After(20 * time.Second):
+		require.FailNow(t, "Caddy does not end")
+	}
+	require.NoError(t, m.server.Unmount())
+	return m.disk.settle(rand.Float64()*0.8, 0.2)
+}
+
+// stop ends Caddy as an operator does.
+func (m *machine) stop(t *testing.T) {
+	t.Helper()
+	require.NoError(t, m.cmd.Process.Signal(syscall.SIGTERM))
+	_, err := m.off(t)
+	require.NoError(t, err)
+}
+
+// check has SQLite look at a copy of the database.
+func (m *machine) check(t *testing.T) {
+	t.Helper()
+	copied := filepath.Join(t.TempDir(), "queue.db")
+	for _, suffix := range []string{"", "-wal"} {
+		content, err := os.ReadFile(m.path("disk/queue.db" + suffix))
+		if os.IsNotExist(err) {
+			continue
+		}
+		require.NoError(t, err)
+		require.NoError(t, os.WriteFile(copied+suffix, content, 0o600))
+	}
+	out, err := exec.Command("sqlite3", copied, "PRAGMA integrity_check").CombinedOutput()
+	require.NoError(t, err, "%s", out)
+	require.Equal(t, "ok\n", string(out))
+}
+
+// pending returns how many events are pending, as the metrics have it.
+func (m *machine) pending(t *testing.T) string {
+	t.Helper()
+	client := m.client()
+	defer client.CloseIdleConnections()
+	resp, err := client.Get("http://localhost/metrics")
+	require.NoError(t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	require.NoError(t, err)
+	for line := range strings.Lines(string(body)) {
+		if value, ok := strings.CutPrefix(line, `caddy_inkit_queue_events{queue="default",state="pending"} `); ok {
+			return strings.TrimSpace(value)
+		}
+	}
+	return ""
+}
+
+// backend notes what it takes. While it is down, it breaks each connection.
+type backend struct {
+	addr string
+	up   atomic.Bool
+
+	mu    sync.Mutex
+	seen  map[string]bool
+	taken map[string]int
+}
+
+func newBackend(t *testing.T) *backend {
+	t.Helper()
+	b := &backend{seen: make(map[string]bool), taken: make(map[string]int)}
+	server := httptest.NewServer(b)
+	t.Cleanup(server.Close)
+	b.addr = server.Listener.Addr().String()
+	return b
+}
+
+// ServeHTTP takes most events at once. It takes some only after the 25 ms after which an
+// event is on the disk, and some only at the second attempt.
+func (b *backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	var event struct {
+		ResourceID string `json:"resource_id"`
+	}
+	if err := json.NewDecoder(r.Body).Decode(&event); err != nil || !b.up.Load() {
+		panic(http.ErrAbortHandler)
+	}
+	b.mu.Lock()
+	seen := b.seen[event.ResourceID]
+	b.seen[event.ResourceID] = true
+	b.mu.Unlock()
+	switch {
+	case !seen && strings.HasSuffix(event.ResourceID, "3"):
+		w.WriteHeader(http.StatusInternalServerError)
+		return
+	case !seen && strings.HasSuffix(event.ResourceID, "7"):
+		time.Sleep(40 * time.Millisecond)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.taken[event.ResourceID]++
+}
+
+// missing returns how many of ids it has not taken.
+func (b *backend) missing(ids []string) (missing int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, id := range ids {
+		if b.taken[id] == 0 {
+			missing++
+		}
+	}
+	return missing
+}
+
+// doubles returns how often it has taken an event that it had taken before.
+func (b *backend) doubles() (doubles int) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, taken := range b.taken {
+		doubles += taken - 1
+	}
+	return doubles
+}
+
+func waitFor(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !done(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			require.FailNow(t, what+" does not happen")
+		}
+	}
+}
