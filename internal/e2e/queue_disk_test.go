@@ -9,7 +9,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -347,54 +346,4 @@ func execSQL(t *testing.T, path, statement string) {
 	defer db.Close()
 	_, err = db.Exec(statement)
 	require.NoError(t, err)
-}
-
-// TestQueueAfterAPowerCut copies the database and its log of a Caddy that runs, and
-// cuts the copy of the log, which is what a power cut may leave. That at 200 places is
-// in the package queue, without a Caddy.
-func TestQueueAfterAPowerCut(t *testing.T) {
-	t.Parallel()
-	backend := newTaker(t, all)
-	backend.close()
-	running := queueCaddy(t, backend.addr, "")
-	s := newSender(t, running)
-	s.workers = 1
-	db := running.path("queue/events.db")
-	type ack struct {
-		id  string
-		log int64 // how long the log was
-	}
-	var acks []ack
-	for i := range 40 {
-		id := fmt.Sprint("event-", i)
-		require.Equal(t, http.StatusOK, s.once(t, id).status)
-		info, err := os.Stat(db + "-wal")
-		require.NoError(t, err)
-		acks = append(acks, ack{id, info.Size()})
-	}
-	length := acks[len(acks)-1].log
-	for i := range size(10, 2) {
-		cut := length * int64(i+1) / int64(size(10, 2)+1)
-		backend := newTaker(t, all)
-		c := newQueueCaddy(t, backend.addr, "")
-		require.NoError(t, os.Mkdir(c.path("queue"), 0o700))
-		copyDatabase(t, db, c.path("queue/events.db"))
-		require.NoError(t, os.Truncate(c.path("queue/events.db-wal"), cut))
-		var ids []string
-		for _, a := range acks {
-			if a.log <= cut {
-				ids = append(ids, a.id)
-			}
-		}
-		if i > 0 {
-			require.NotEmpty(t, ids)
-		}
-		c.start()
-		if len(ids) > 0 {
-			backend.hasAll(t, ids, 20*time.Second)
-		}
-		assert.NotContains(t, c.output.String(), "damaged")
-		c.stop(t, syscall.SIGTERM)
-	}
-	assert.True(t, slices.IsSortedFunc(acks, func(a, b ack) int { return int(a.log - b.log) }))
 }

@@ -265,7 +265,7 @@ func (n *node) Create(ctx context.Context, name string, flags, mode uint32, out 
 	if errno != 0 {
 		return nil, nil, 0, errno
 	}
-	handle.(fs.FileReleaser).Release(ctx)
+	_ = handle.(fs.FileReleaser).Release(ctx)
 	f, err := os.OpenFile(filepath.Join(n.path(), name), os.O_RDWR, 0)
 	if err != nil {
 		return nil, nil, 0, fs.ToErrno(err)
