@@ -27,6 +27,8 @@ type use struct {
 	requests int
 	idle     *sync.Cond // requests is 0
 	cleaned  bool
+
+	releasing sync.WaitGroup // what releaseLocked has begun
 }
 
 func newUse(h *Handler) *use {
@@ -98,19 +100,25 @@ func (u *use) leave() {
 	}
 }
 
-// cleanup gives up the queue when the last request is through. If Caddy ends, it waits for
-// that.
+// cleanup gives up the queue when the last request is through.
 func (u *use) cleanup() {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.cleaned = true
-	if u.queue == nil {
+	if caddy.Exiting() {
+		u.end()
 		return
 	}
-	if !caddy.Exiting() {
-		if u.requests == 0 {
-			u.releaseLocked()
-		}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.cleaned = true; u.requests == 0 {
+		u.releaseLocked()
+	}
+}
+
+// end gives up the queue because Caddy ends: it waits for the last request and for the
+// attempts under way.
+func (u *use) end() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if u.queue == nil {
 		return
 	}
 	defer u.queue.cutOffAfterGrace()()
@@ -126,6 +134,6 @@ func (u *use) cleanup() {
 func (u *use) releaseLocked() {
 	if u.queue != nil {
 		u.queue = nil
-		go func() { _, _ = queues.Delete(u.key()) }()
+		u.releasing.Go(func() { _, _ = queues.Delete(u.key()) })
 	}
 }

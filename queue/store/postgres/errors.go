@@ -105,6 +105,8 @@ func connectionHint(err error) string {
 		return "the host of the server is not known, or cannot be looked up"
 	case opErr != nil && opErr.Op == "remote error": // an alert of TLS
 		return "the server refuses TLS, or the client's certificate"
+	case errors.Is(err, pgconn.ErrReadOnlyConnection):
+		return hints["25006"]
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
 		return "the server does not run, or does not listen there"
 	case errors.Is(err, context.DeadlineExceeded), pgconn.Timeout(err):

@@ -5,7 +5,6 @@ package postgres_test
 import (
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -24,9 +23,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
-
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig"
 )
 
 func TestPostgresIsAStore(t *testing.T) {
@@ -317,9 +313,9 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 					"CREATE TRIGGER fail BEFORE INSERT OR DELETE OR UPDATE ON inkit_queue_events FOR EACH STATEMENT EXECUTE FUNCTION fail()")
 				p := opener(strings.Replace(server.DSN(name), server.Port, port, 1))
 				s := openPostgres(t, p)
-				require.EqualError(t, add(s, newRecord("a")), "it is "+want+" (SQLSTATE P0001)")
+				require.EqualError(t, add(s, newRecord("a")), "ERROR: it is "+want+" (SQLSTATE P0001)")
 				_, err := s.Retry(t.Context(), store.Filter{Dead: true})
-				require.EqualError(t, err, "it is "+want+" (SQLSTATE P0001)")
+				require.EqualError(t, err, "ERROR: it is "+want+" (SQLSTATE P0001)")
 			})
 		}
 	}
@@ -356,7 +352,7 @@ func TestPostgresCredentialsThatChange(t *testing.T) {
 	server.Exec(t, name, "ALTER ROLE rotated PASSWORD 'n3w-pw'", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'rotated'")
 	require.Eventually(t, func() bool {
 		err := add(s, newRecord("b"))
-		return err != nil && err.Error() == "wrong password, or none: "
+		return err != nil && strings.HasPrefix(err.Error(), "wrong password, or none: ")
 	}, 10*time.Second, 10*time.Millisecond)
 	require.NoError(t, os.WriteFile(file, []byte(strings.Replace(limitedDSN(server, name, "rotated"), pgtest.Password, "n3w-pw", 1)), 0o600))
 	require.NoError(t, add(s, newRecord("c")))
@@ -392,7 +388,7 @@ func TestPostgresConnecting(t *testing.T) {
 		want string // an error; none if it is empty
 	}{
 		"a client's certificate":           {address + " user=certified" + trusted + " sslcert=" + certificate + " sslkey=" + key, ""},
-		"no certificate of the client's":   {address + " user=certified" + trusted, "the server refuses the role"},
+		"no certificate of the client's":   {address + " user=certified" + trusted, "the role is unknown, or pg_hba.conf does not let it in from here"},
 		"a certificate that nobody knows":  {address + " user=certified" + trusted + " sslcert=" + foreign + " sslkey=" + foreignKey, "the server refuses TLS, or the client's certificate"},
 		"a certificate for another role":   {address + " user=known" + trusted + " sslcert=" + certificate + " sslkey=" + key, "wrong password, or none: "},
 		"an authority that is not trusted": {address + " user=certified sslmode=verify-full sslrootcert=" + pgtest.NewAuthority(t).File, "the server's certificate is from an authority that is not trusted"},
@@ -411,7 +407,7 @@ func TestPostgresConnecting(t *testing.T) {
 			if tt.want != "" {
 				require.ErrorContains(t, err, tt.want)
 				assert.NotContains(t, err.Error(), dir)
-				assert.NotContains(t, err.Error(), "127.0.0.1")
+				assert.NotContains(t, err.Error(), pgtest.Password)
 				return
 			}
 			require.NoError(t, err)
@@ -438,7 +434,7 @@ func TestPostgresRoleWithFourRights(t *testing.T) {
 	dsn := limited(t, server, name, "runner")
 	server.Exec(t, name, `GRANT USAGE ON SCHEMA "In kit" TO runner`, `GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "In kit" TO runner`)
 	storetest.Run(t, func(t *testing.T) storetest.Database {
-		server.Exec(t, name, `TRUNCATE "In kit".inkit_queue_events, "In kit".inkit_queue_backends`, `UPDATE "In kit".inkit_queue_schema SET version = 1`)
+		server.Exec(t, name, `TRUNCATE "In kit".inkit_queue_events`, `UPDATE "In kit".inkit_queue_schema SET version = 1`)
 		return storetest.Database{Opener: &postgres.Postgres{DSN: dsn, Schema: "In kit"}, Exec: func(t *testing.T, statement string) {
 			t.Helper()
 			server.Exec(t, name, strings.ReplaceAll(statement, "inkit_queue_", `"In kit".inkit_queue_`))
@@ -520,51 +516,4 @@ func TestPostgresDiskFull(t *testing.T) {
 	}
 	server.Exec(t, "small", "DROP TABLE filler", "VACUUM inkit_queue_events") // which takes some room too
 	require.NoError(t, add(s, newRecord("again")))
-}
-
-func TestPostgresCaddyfile(t *testing.T) {
-	t.Setenv("QUEUE_DSN", "postgres://role:c0nf1d3nt1al@host/database")
-	t.Setenv("QUEUE_BROKEN", "postgres://role:c0nf1d3nt1al@host:c0nf1d3nt1al/database")
-	for name, tt := range map[string]struct {
-		store, want string // the JSON, or a part of the error
-	}{
-		"a placeholder":              {"store postgres {env.QUEUE_DSN}", `{"dsn":"{env.QUEUE_DSN}","module":"postgres"}`},
-		"a placeholder and a schema": {"store postgres {env.QUEUE_DSN} {\n schema inkit\n }", `{"dsn":"{env.QUEUE_DSN}","module":"postgres","schema":"inkit"}`},
-		"a text in the block":        {"store postgres {\n dsn postgres://c0nf1d3nt1al@host/database\n }", `{"dsn":"postgres://c0nf1d3nt1al@host/database","module":"postgres"}`},
-		"a text in quotes":           {"store postgres {\n dsn \"host=host password=c0nf1d3nt1al\"\n }", `{"dsn":"host=host password=c0nf1d3nt1al","module":"postgres"}`},
-
-		"nothing":                         {"store postgres", "dsn: is required"},
-		"a text on its own line":          {"store postgres postgres://c0nf1d3nt1al@host/database", "store: postgres takes a placeholder in braces"},
-		"a text in the place of the kind": {"store postgres://c0nf1d3nt1al@host/database", "store: takes the kind of a database first"},
-		"two placeholders":                {"store postgres {env.QUEUE_DSN} {env.c0nf1d3nt1al}", "store: postgres takes one placeholder at most"},
-		"a connection string twice":       {"store postgres {env.QUEUE_DSN} {\n dsn c0nf1d3nt1al\n }", "dsn: must not be repeated"},
-		"spaces without quotes":           {"store postgres {\n dsn host=host password=c0nf1d3nt1al\n }", "dsn: takes one value, in quotes"},
-		"an unknown word":                 {"store postgres {env.QUEUE_DSN} {\n c0nf1d3nt1al\n }", "store: postgres must hold dsn and schema only"},
-		"a variable that is unset":        {"store postgres {env.c0nf1d3nt1al}", "dsn: environment variable is unset or empty"},
-		"a file that is missing":          {"store postgres {file./c0nf1d3nt1al}", "dsn: file cannot be read: no such file or directory"},
-		"what is no connection string":    {"store postgres {\n dsn postgres//c0nf1d3nt1al@host\n }", "dsn: cannot be parsed as a connection string of PostgreSQL"},
-		"a port that is none":             {"store postgres {env.QUEUE_BROKEN}", "dsn: cannot be used: invalid port"},
-		"a certificate that is missing":   {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=verify-full sslrootcert=/c0nf1d3nt1al\"\n }", "dsn: names a file that cannot be read: no such file or directory"},
-		"a mode that is none":             {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=c0nf1d3nt1al\"\n }", "dsn: cannot be used: failed to configure TLS"},
-		"a placeholder within a text":     {"store postgres {\n dsn postgres://role:{env.c0nf1d3nt1al}@host/database\n }", "dsn: must be either one placeholder and nothing else"},
-		"a way that Caddy does not know":  {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: stands for a text in a way that Caddy does not know"},
-		"a schema that is too long":       {"store postgres {env.QUEUE_DSN} {\n schema " + strings.Repeat("s", 64) + "\n }", "schema: must be the name of one"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			adapter := caddyconfig.GetAdapter("caddyfile")
-			config, _, err := adapter.Adapt([]byte("http://localhost:1\nroute {\ninkit_queue {\n"+tt.store+"\ndeliver {\nrespond 200\n}\n}\n}\n"), nil)
-			if err == nil {
-				var c caddy.Config
-				require.NoError(t, json.Unmarshal(config, &c))
-				err = caddy.Validate(&c)
-			}
-			if strings.HasPrefix(tt.want, "{") {
-				require.NoError(t, err)
-				assert.Contains(t, string(config), `"store":`+tt.want)
-				return
-			}
-			require.ErrorContains(t, err, tt.want)
-			assert.NotContains(t, err.Error(), "c0nf1d3nt1al")
-		})
-	}
 }

@@ -45,7 +45,7 @@ type file struct {
 // openFile opens the file at a path and makes its schema.
 func openFile(ctx context.Context, path string, o store.Opening) (*file, error) {
 	if info, err := os.Stat(path); o.Existing && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
-		return nil, fmt.Errorf("there is no database %s: name it with --db", path)
+		return nil, errors.New("there is no such database: name it with --db")
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, withoutPath(err)
