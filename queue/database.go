@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"fmt"
-	"maps"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -102,6 +101,18 @@ func (d *database) leave(q *queue) {
 	if d.queues[q.name] == q {
 		delete(d.queues, q.name)
 		q.metrics.remove()
+		if !caddy.Exiting() {
+			d.warnLocked(q.name)
+		}
+	}
+}
+
+// warnLocked says once that nobody delivers the events of a queue.
+func (d *database) warnLocked(queue string) {
+	if c := d.counts[countKey{queue, store.Pending}]; c.Events > 0 && d.queues[queue] == nil && !d.ignored[queue] {
+		d.ignored[queue] = true
+		d.logger.Load().Warn("events wait in a queue that is not configured: they stay in the database",
+			zap.String("queue", queue), zap.Int("pending", c.Events), zap.String("database", d.opener.Key()))
 	}
 }
 
@@ -222,7 +233,7 @@ func (d *database) countSoon() {
 func (d *database) count() {
 	var next, logged time.Time
 	for d.ctx.Err() == nil {
-		if s, _ := d.writer.Store(); s != nil && !time.Now().Before(next) {
+		if s, _ := d.writer.Store(); s != nil && (!time.Now().Before(next) || d.empty()) { // few are soon counted
 			began := time.Now()
 			if err := d.countOnce(s); err == nil {
 				next = time.Now().Add(countPause(time.Since(began)))
@@ -243,6 +254,19 @@ func (d *database) count() {
 		case <-d.ctx.Done():
 		}
 	}
+}
+
+// empty reports whether there are no events, as far as is known. Then there is space to
+// give back.
+func (d *database) empty() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range d.counts {
+		if c.Events > 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // countPause returns how long to wait after a count that took so long.
@@ -289,11 +313,7 @@ func (d *database) show() {
 	for name, q := range d.queues {
 		q.metrics.show(d.counts[countKey{name, store.Pending}], d.counts[countKey{name, store.Dead}], d.damaged)
 	}
-	for key, c := range maps.All(d.counts) {
-		if d.queues[key.queue] == nil && !d.ignored[key.queue] && key.state == store.Pending && c.Events > 0 {
-			d.ignored[key.queue] = true
-			d.logger.Load().Warn("events wait in a queue that is not configured: they stay in the database",
-				zap.String("queue", key.queue), zap.Int("pending", c.Events))
-		}
+	for key := range d.counts {
+		d.warnLocked(key.queue)
 	}
 }

@@ -214,7 +214,7 @@ func TestQueueThatAReloadRemoves(t *testing.T) {
 		synctest.Wait()
 		gone := second.logs.FilterMessage("events wait in a queue that is not configured: they stay in the database").FilterLevelExact(zapcore.WarnLevel)
 		require.Equal(t, 1, gone.Len())
-		assert.Equal(t, map[string]any{"queue": "removed", "pending": int64(4)}, gone.All()[0].ContextMap())
+		assert.Equal(t, map[string]any{"queue": "removed", "pending": int64(4), "database": "sqlite " + path}, gone.All()[0].ContextMap())
 		for _, gauge := range []string{"events pending", "oldest_age_seconds", "backend_down"} {
 			assert.NotContains(t, seriesOf(t, "removed"), gauge)
 		}

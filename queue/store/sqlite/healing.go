@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlstore"
 	"go.uber.org/zap"
 )
 
@@ -151,7 +152,9 @@ func (h *healing) rescue(old *file) error {
 		return err
 	}
 	copied := 0
-	err = store.Each(ctx, old, store.Filter{}, true, func(page []*store.Record) error {
+	// by the connection that writes: one that is opened now would open the new file
+	from := &sqlstore.DB{Dialect: old.Dialect, Read: old.Write, Write: old.Write}
+	err = store.Each(ctx, from, store.Filter{}, true, func(page []*store.Record) error {
 		copied += len(page)
 		return store.Copy(ctx, h.file, "rescue", page)
 	})
