@@ -50,6 +50,7 @@ type database struct {
 	damaged int              // files that were moved aside
 	failing bool             // whether the log says so
 	logged  time.Time        // when it did last
+	locked  time.Time        // when the log last said that rows are locked
 }
 
 type countKey struct{ queue, state string }
@@ -174,6 +175,10 @@ func (d *database) Written(b *store.Batch) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if len(left) > 0 && time.Since(d.locked) >= errorInterval {
+		d.locked = time.Now()
+		d.logger.Load().Warn("cannot write how attempts have ended: another program has locked these rows, trying again", zap.Int("events", len(left)))
+	}
 	woken := make(map[string]bool)
 	for _, r := range b.Add {
 		d.changeLocked(r.Queue, store.Pending, 1)
