@@ -55,10 +55,9 @@ func (a *App) register(h *Handler, config string) error {
 // served.
 func (a *App) Start() error {
 	for _, h := range a.handlers {
-		s := acquire(h.opener, h.Name, a.logger)
+		s := acquire(h)
 		s.queue.attach(h)
 		h.shared.Store(s)
-		close(h.started)
 	}
 	return nil
 }
@@ -93,10 +92,11 @@ type shared struct {
 	users  int // guarded by the database
 }
 
-// acquire returns the queue of a name in a store. It is to be released.
-func acquire(opener Opener, name string, logger *zap.Logger) *shared {
+// acquire returns the queue of a handler. It is to be released.
+func acquire(h *Handler) *shared {
+	opener, name := h.opener, h.Name
 	value, loaded, _ := databases.LoadOrNew(opener.Key(), func() (caddy.Destructor, error) {
-		return newDatabase(opener, logger), nil
+		return newDatabase(opener, h.app.logger), nil
 	})
 	d := value.(*database)
 	if !loaded {
@@ -106,12 +106,35 @@ func acquire(opener Opener, name string, logger *zap.Logger) *shared {
 	defer d.mu.Unlock()
 	s, ok := d.queues[name]
 	if !ok {
-		s = &shared{queue: newQueue(name, d), opener: opener}
+		s = &shared{queue: newQueue(name, d, h.Concurrency), opener: opener}
 		d.queues[name] = s
 		delete(d.strange, name)
 	}
 	s.users++
 	return s
+}
+
+// enterLate has a request use the queue of a handler that has none: it was cleaned up
+// already, or is not started yet. The queue does not deliver for this handler what it
+// keeps for longer. leave is to be called when the request is through.
+func enterLate(h *Handler) (q *queue, leave func()) {
+	s := acquire(h)
+	s.queue.enter() // which succeeds, since nobody closes what is in use
+	d := s.queue.db
+	d.mu.Lock()
+	others := s.users > 1
+	if others { // the last of whom waits for this request, also when Caddy ends
+		s.users--
+	}
+	d.mu.Unlock()
+	if others {
+		_, _ = databases.Delete(s.opener.Key())
+		return s.queue, s.queue.leave
+	}
+	return s.queue, func() {
+		s.queue.leave()
+		s.release(h.app, false)
+	}
 }
 
 // release gives up the queue. The last one to do so closes it: at once if Caddy ends,

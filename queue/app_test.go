@@ -134,39 +134,52 @@ func TestReloadDuringAnAttempt(t *testing.T) {
 		assert.Zero(t, newCalls.Load(), "and not again")
 		assert.Empty(t, c.counts(t))
 
-		refused := serve(t, old.handlers[0], post(body)) // after its cleanup
-		assert.Equal(t, 503, refused.status)
-		assert.Equal(t, "the queue is not open", refused.error)
-		assert.Equal(t, "30", refused.header.Get("Retry-After"))
+		// Requests come even after its cleanup, while another configuration has the queue, and while none has.
+		assert.Equal(t, "the backend's body", serve(t, old.handlers[0], post(body)).body)
+		c.stop(t)
+		assert.Equal(t, "the backend's body", serve(t, old.handlers[0], post(body)).body)
+		synctest.Wait()
+		users, open := databases.References(old.handlers[0].opener.Key())
+		assert.False(t, open, "%d have it open", users)
+		assert.Zero(t, newCalls.Load())
+	})
+}
+
+// What a request keeps after the cleanup is on the disk when it is answered, and
+// waits for a configuration with that queue.
+func TestRequestAfterTheCleanup(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		path := filepath.Join(t.TempDir(), "queue.db")
+		old := start(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(500))})
+		synctest.Wait()
+		old.stop(t)
+		for range 3 {
+			assert.Equal(t, 200, serve(t, old.handlers[0], post(body)).status)
+			time.Sleep(time.Minute)
+		}
+		var calls atomic.Int64
+		c := start(t, &Handler{StoreRaw: sqliteAt(path), Routes: by(&calls, 200)})
+		time.Sleep(time.Minute)
+		synctest.Wait()
+		assert.EqualValues(t, 3, calls.Load())
+		assert.Empty(t, c.counts(t))
 		c.stop(t)
 	})
 }
 
-// A request that comes before the app has started waits for it.
+// Caddy may have the site served before it starts this app, and it may not start it.
 func TestRequestBeforeTheStart(t *testing.T) {
-	for _, tt := range []struct {
-		name   string
-		starts time.Duration
-		status int
-		after  time.Duration
-	}{
-		{"it starts soon", 3 * time.Second, 201, 3 * time.Second},
-		{"it does not start", time.Minute, 503, 5 * time.Second},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				c, err := provision(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(201))})
-				require.NoError(t, err)
-				time.AfterFunc(tt.starts, func() { assert.NoError(t, c.app.Start()) })
-				got := serve(t, c.handlers[0], post(body))
-				assert.Equal(t, tt.status, got.status)
-				assert.Equal(t, tt.after, got.after)
-				time.Sleep(tt.starts)
-				synctest.Wait()
-				c.stop(t)
-			})
-		})
-	}
+	synctest.Test(t, func(t *testing.T) {
+		c, err := provision(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(201))})
+		require.NoError(t, err)
+		got := serve(t, c.handlers[0], post(body))
+		assert.Equal(t, 201, got.status)
+		assert.Zero(t, got.after)
+		require.NoError(t, c.app.Start())
+		assert.Equal(t, 201, serve(t, c.handlers[0], post(body)).status)
+		synctest.Wait()
+		c.stop(t)
+	})
 }
 
 // A clean end gives the leases back: whoever comes next delivers at once. What is in

@@ -80,9 +80,9 @@ type queue struct {
 	empty time.Time // since when nothing waits for a backend that is down
 }
 
-func newQueue(name string, db *database) *queue {
+func newQueue(name string, db *database, concurrency int) *queue {
 	q := &queue{
-		name: name, db: db, metrics: newQueueMetrics(name),
+		name: name, db: db, lanes: lanes{limit: concurrency}, metrics: newQueueMetrics(name),
 		wake: make(chan struct{}, 1), stopped: make(chan struct{}), unended: make(map[string]bool),
 	}
 	q.ctx, q.cancel = context.WithCancel(context.Background())

@@ -98,12 +98,11 @@ type Handler struct {
 	// The handlers that deliver an event, such as `reverse_proxy`. Required.
 	Routes caddyhttp.RouteList `json:"routes,omitempty"`
 
-	opener  Opener
-	server  *caddyhttp.Server
-	logger  *zap.Logger
-	app     *App
-	started chan struct{} // closed when shared is there
-	shared  *atomic.Pointer[shared]
+	opener Opener
+	server *caddyhttp.Server
+	logger *zap.Logger
+	app    *App
+	shared *atomic.Pointer[shared] // from the start of the app to Cleanup
 }
 
 // CaddyModule returns the Caddy module information.
@@ -118,7 +117,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 // before the app starts.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
-	h.started, h.shared = make(chan struct{}), new(atomic.Pointer[shared])
+	h.shared = new(atomic.Pointer[shared])
 	h.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if h.Name == "" {
 		h.Name = defaultName
@@ -196,6 +195,7 @@ func (h *Handler) Validate() error {
 }
 
 // Cleanup gives up the database, which is closed when the last request is through.
+// Requests on connections that were open before a reload come even after this.
 func (h *Handler) Cleanup() error {
 	if h.shared != nil {
 		if s := h.shared.Swap(nil); s != nil {
@@ -211,11 +211,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	if e == nil {
 		return caddyhttp.Error(http.StatusInternalServerError, errors.New("there is no verified event: inkit_webhook must come before inkit_queue"))
 	}
-	q := h.enter()
-	if q == nil {
-		return refuse(w, errors.New("the queue is not open"))
-	}
-	defer q.leave()
+	q, leave := h.enter()
+	defer leave()
 
 	now := time.Now()
 	id, err := uuid.NewV7()
@@ -266,18 +263,12 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	}
 }
 
-// enter waits for the app to have started, and returns the queue, or nil if it is not
-// there.
-func (h *Handler) enter() *queue {
-	select {
-	case <-h.started:
-	case <-time.After(storeWait):
-		return nil
-	}
+// enter returns the queue, which is not closed until leave is called.
+func (h *Handler) enter() (q *queue, leave func()) {
 	if s := h.shared.Load(); s != nil && s.queue.enter() {
-		return s.queue
+		return s.queue, s.queue.leave
 	}
-	return nil
+	return enterLate(h)
 }
 
 func refuse(w http.ResponseWriter, err error) error {
