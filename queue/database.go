@@ -793,9 +793,7 @@ func (d *database) count() {
 				d.logger.Load().Error("counting what waits: the metrics show what is known from before", zap.Error(err))
 			}
 		case !isShared:
-			d.mu.Lock()
-			d.showLocked()
-			d.mu.Unlock()
+			d.show()
 		}
 		wait := countInterval
 		if store == nil {
@@ -863,8 +861,8 @@ func (d *database) countOnce(store Store) error {
 	for key, by := range changes {
 		d.counts[key] = d.counts[key].plus(by)
 	}
-	d.showLocked()
 	d.mu.Unlock()
+	d.show()
 	if tidier, ok := store.(interface {
 		Tidy(ctx context.Context) (more bool, err error)
 	}); ok {
@@ -875,12 +873,15 @@ func (d *database) countOnce(store Store) error {
 	return nil
 }
 
-// showLocked has the metrics show what waits, and the log of what no queue takes care.
-func (d *database) showLocked() {
+// show has the metrics show what waits, and the log of what no queue takes care. It
+// looks into the folder without the lock, which every request needs.
+func (d *database) show() {
 	damaged := 0
 	if finder, ok := d.opener.(interface{ damagedFiles() int }); ok {
 		damaged = finder.damagedFiles()
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for name, s := range d.queues {
 		for _, state := range []string{statePending, stateDead} {
 			eventsGauge.WithLabelValues(name, state).Set(float64(d.counts[[2]string{name, state}].Events))

@@ -99,6 +99,14 @@ func (s *testStore) Provision(caddy.Context) error {
 	return nil
 }
 
+func (s *testStore) damagedFiles() int {
+	if opener, ok := s.Opener.(*faulty); ok && opener.listing != nil {
+		opener.listing <- struct{}{}
+		<-opener.listing
+	}
+	return 0
+}
+
 func storeOf(opener Opener) json.RawMessage {
 	return fmt.Appendf(nil, `{"module":"queue_test","number":%d}`, hand(opener))
 }
@@ -115,6 +123,7 @@ type faulty struct {
 	counting time.Duration         // how long a count takes
 	counted  atomic.Int32          // how many have begun
 	uncount  atomic.Bool           // whether counts fail
+	listing  chan struct{}         // if there is one, the folder hangs between two messages
 }
 
 func (f *faulty) fail(err error) { f.err.Store(&err) }
@@ -617,4 +626,29 @@ func TestDefaults(t *testing.T) {
 		h.Name, time.Duration(*h.AnswerAfter), time.Duration(h.AttemptTimeout), time.Duration(h.MaxAge), h.MaxEvents, h.Concurrency,
 	})
 	assert.Equal(t, "sqlite "+filepath.Join(caddy.AppDataDir(), "inkit_queue.db"), h.opener.Key())
+}
+
+// A network file system may hang, or list many files for a long time.
+func TestRequestsWhileTheFolderHangs(t *testing.T) {
+	for _, code := range []int{200, 500} {
+		t.Run(fmt.Sprint("the backend answers ", code), func(t *testing.T) {
+			opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, listing: make(chan struct{})}
+			c := start(t, &Handler{StoreRaw: storeOf(opener), Routes: routes(status(code))})
+			<-opener.listing
+			answers := make(chan answered, 10)
+			for range cap(answers) {
+				go func() { answers <- serve(t, c.handlers[0], post(body)) }()
+			}
+			for range cap(answers) {
+				select {
+				case got := <-answers:
+					assert.Equal(t, 200, got.status)
+				case <-time.After(5 * time.Second):
+					assert.Fail(t, "a request waits for the folder")
+				}
+			}
+			opener.listing <- struct{}{}
+			c.stop(t)
+		})
+	}
 }

@@ -7,10 +7,14 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
 )
 
 // proxySite is queueSite without the queue.
@@ -121,4 +125,27 @@ func changedOptions(backend string) (sites []string) {
 		sites = append(sites, site, site, site)
 	}
 	return sites
+}
+
+// What lists the folder of the database takes long then.
+func TestQueueBesideManyFiles(t *testing.T) {
+	backend := newTaker(t, all)
+	c := newQueueCaddy(t, backend.addr, "")
+	require.NoError(t, os.Mkdir(c.path("queue"), 0o700))
+	for i := range size(200_000, 50_000) {
+		f, err := os.Create(c.path(fmt.Sprintf("queue/another-file-of-somebody-else-%06d", i)))
+		require.NoError(t, err)
+		f.Close()
+	}
+	c.start()
+	s := newSender(t, c)
+	began := time.Now()
+	for i := 0; i < size(1500, 500) || time.Since(began) < time.Duration(size(12, 6))*time.Second; i++ { // in which the events are counted
+		require.True(t, s.send(t.Context(), fmt.Sprint("beside-", i), 0))
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Logf("the slowest of %d answers after %v, the median %v", len(s.times), s.quantile(1).Round(time.Millisecond), s.median().Round(100*time.Microsecond))
+	assert.Less(t, s.quantile(1), 250*time.Millisecond)
+	backend.hasAll(t, s.ids(), 5*time.Second)
+	s.refusedNone(t)
 }
