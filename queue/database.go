@@ -76,7 +76,7 @@ type database struct {
 	work     work
 	counts   map[[2]string]Count
 	changes  map[[2]string]int        // made while they are counted, or nil
-	held     map[string]bool          // events that this process has, but the database does not say so
+	held     map[string]bool          // events that are stored and that this process has, in an attempt or after one that cannot be written
 	said     map[string]announcements // by queue
 	queues   map[string]*shared
 	strange  map[string]bool // queues that are not configured, and whether the log says that events wait in them
@@ -261,15 +261,18 @@ func (d *database) claim(c *Claim) ([]*Record, error) {
 	if err := <-request.done; err != nil {
 		return d.look(c, err)
 	}
-	return d.notHeld(c.Records), nil
+	return c.Records, nil
 }
 
-// notHeld leaves out the events that this process has delivered or is delivering, and
-// could not say so in the database before their leases were over.
-func (d *database) notHeld(records []*Record) []*Record {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return slices.DeleteFunc(records, func(r *Record) bool { return d.held[r.ID] })
+// holdLocked notes that this process has the events of a claim. It leaves out those that
+// it has already: their leases are over in the database, since the clock was set, or what
+// became of them could not be written.
+func (d *database) holdLocked(claimed []*Record) []*Record {
+	return slices.DeleteFunc(claimed, func(r *Record) bool {
+		had := d.held[r.ID]
+		d.held[r.ID] = true
+		return had
+	})
 }
 
 // look returns events that are due and that this process does not have.
@@ -287,7 +290,7 @@ func (d *database) look(c *Claim, why error) (records []*Record, err error) {
 		if !d.held[r.ID] {
 			d.held[r.ID] = true
 			r.Attempts++
-			r.Age = time.Since(r.Queued)
+			r.Age = max(0, time.Since(r.Queued))
 			records = append(records, r)
 		}
 		return len(records) < c.Max
@@ -600,6 +603,8 @@ func (d *database) written(w work) {
 		a.end(nil)
 		if a.rec.Lease == 0 {
 			d.pokeLocked(a.rec.Queue)
+		} else {
+			d.held[a.rec.ID] = true
 		}
 	}
 	for _, b := range w.backends {
@@ -618,6 +623,7 @@ func (d *database) written(w work) {
 		}
 	}
 	for _, c := range w.claims {
+		c.Records = d.holdLocked(c.Records)
 		c.done <- nil
 	}
 	if len(w.adds) > 0 {

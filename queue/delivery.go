@@ -30,6 +30,9 @@ const (
 	// maxRetryAfter bounds what a backend may ask for.
 	maxRetryAfter = time.Hour
 
+	// maxDelay is how far ahead the next attempt can be due, with room for the jitter.
+	maxDelay = maxRetryAfter + maxRetryAfter/5
+
 	// downAfter is how many different events in a row must reach nobody for the
 	// backend to be taken to be down, and probeInterval the pause between two probes.
 	downAfter     = 5
@@ -218,8 +221,9 @@ func (q *queue) next() time.Duration {
 	// again and again. The newest ones have met it the least.
 	down, ramping := q.breaker.down, q.breaker.ramp > 0
 	free := q.lanes.backlogLocked(q.breaker.allowed(q.lanes.limit))
-	due := !p.Empty && p.Wait == 0
-	early := due && down && p.Probe > 0 // whose turn it is, the database knows
+	lease := time.Duration(h.AttemptTimeout) + leaseMargin
+	due := !p.Empty && (p.Wait == 0 || p.Last > farthest(lease))
+	early := due && down && p.Probe > 0 && p.Probe <= lease // whose turn it is, the database knows
 	if !due || early {
 		free = 0
 	}
@@ -240,14 +244,14 @@ func (q *queue) next() time.Duration {
 			q.forgetDown(h)
 		}
 		return pollInterval
-	case p.Wait > 0:
+	case !due:
 		return min(p.Wait, pollInterval)
 	case early:
 		return q.untilProbe(min(p.Probe, probeInterval)) // others may find sooner that the backend is back
 	case free == 0:
 		return pollInterval // a lane that gets free pokes
 	}
-	claim := &Claim{Queue: q.name, Max: free, Lease: time.Duration(h.AttemptTimeout) + leaseMargin, Probe: down, Newest: down || ramping}
+	claim := &Claim{Queue: q.name, Max: free, Lease: lease, Probe: down, Newest: down || ramping}
 	records, err := q.db.claim(claim)
 	q.mu.Lock()
 	for range free - len(records) {

@@ -187,11 +187,12 @@ func TestBreaker(t *testing.T) {
 	}
 }
 
-// What is delivered and cannot be noted is not delivered again when its lease is over.
+// What is being delivered, or was and cannot be noted, is not delivered again when its
+// lease is over.
 func TestClaimOfWhatIsHeld(t *testing.T) {
 	d := &database{held: map[string]bool{"delivered": true}}
-	assert.Equal(t, []*Record{{ID: "due"}}, d.notHeld([]*Record{{ID: "delivered"}, {ID: "due"}}))
-	assert.Empty(t, d.notHeld([]*Record{{ID: "delivered"}}))
+	assert.Equal(t, []*Record{{ID: "due"}}, d.holdLocked([]*Record{{ID: "delivered"}, {ID: "due"}}))
+	assert.Empty(t, d.holdLocked([]*Record{{ID: "delivered"}, {ID: "due"}}))
 }
 
 // With nothing to probe with, the next event is the probe.

@@ -615,7 +615,7 @@ func (s *postgresStore) SharedCounts(ctx context.Context, pause func(took time.D
 	short, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	// whoever changes the row counts, and has a minute for it
-	mine, err := s.exec(short, `UPDATE {schema}inkit_queue_counts SET next = {now} + 60000 WHERE next <= {now}`, nil)
+	mine, err := s.exec(short, `UPDATE {schema}inkit_queue_counts SET next = {now} + 60000 WHERE next <= {now} OR next > {now} + `+milliseconds(maxCountPause), nil)
 	if err != nil {
 		return nil, err
 	}
@@ -640,7 +640,7 @@ func (s *postgresStore) SharedCounts(ctx context.Context, pause func(took time.D
 	}
 	err = json.Unmarshal(stored, &counts)
 	for i := range counts {
-		counts[i].Oldest += time.Duration(age) * time.Millisecond
+		counts[i].Oldest += time.Duration(max(0, age)) * time.Millisecond
 	}
 	return counts, err
 }

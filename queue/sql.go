@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -281,7 +282,7 @@ func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *C
 	if claim.Probe {
 		result, err := tx.ExecContext(ctx, s.text(`
 			UPDATE {schema}inkit_queue_backends SET probe = {now} + CAST($2 AS BIGINT)
-			WHERE queue = $1 AND down IS NOT NULL AND probe <= {now}`), claim.Queue, claim.Lease.Milliseconds())
+			WHERE queue = $1 AND down IS NOT NULL AND (probe <= {now} OR probe > {now} + CAST($2 AS BIGINT))`), claim.Queue, claim.Lease.Milliseconds())
 		if err != nil {
 			return err
 		}
@@ -290,29 +291,46 @@ func (s *sqlStore) claim(ctx context.Context, tx *sql.Tx, owner string, claim *C
 		}
 		events = 1
 	}
+	due, ahead := `e.due <= {now}`, `e.due > {now} + `+milliseconds(farthest(claim.Lease))
 	if claim.Newest {
 		// by a look at the last ones alone, first: to go through all that are due takes long
 		err := s.claimFrom(ctx, tx, owner, claim, events,
-			`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT 16 + 4 * $2) AS n CROSS JOIN {schema}inkit_queue_events AS e WHERE e.id = n.id AND`, `e.id DESC`)
+			`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT 16 + 4 * $2) AS n CROSS JOIN {schema}inkit_queue_events AS e WHERE e.id = n.id AND (`+due+` OR `+ahead+`) AND`, `e.id DESC`)
 		if err != nil || len(claim.Records) > 0 {
 			return err
 		}
 	}
-	if err := s.claimFrom(ctx, tx, owner, claim, events, `{schema}inkit_queue_events AS e WHERE`, `e.due`); err != nil || len(claim.Records) > 0 || !claim.Probe {
-		return err
+	for _, which := range []string{due, ahead} { // and not both at once, for which no index is of use
+		if n := events - len(claim.Records); n > 0 {
+			if err := s.claimFrom(ctx, tx, owner, claim, n, `{schema}inkit_queue_events AS e WHERE `+which+` AND`, `e.due`); err != nil {
+				return err
+			}
+		}
+	}
+	if len(claim.Records) > 0 || !claim.Probe {
+		return nil
 	}
 	// there was nothing to probe with, and the next one need not wait for that
 	_, err := tx.ExecContext(ctx, s.text(`UPDATE {schema}inkit_queue_backends SET probe = {now} WHERE queue = $1`), claim.Queue)
 	return err
 }
 
+// farthest returns how far ahead of now an event can be due. One that is due later was
+// written before the clock was set back: it is due now. A leased event is due when its
+// lease ends. The lease may be longer than those of this process, since another process,
+// or the configuration before a reload, may have a longer attempt_timeout: so the bound
+// is the same for leased events.
+func farthest(lease time.Duration) time.Duration { return max(maxDelay, lease) }
+
+func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
+
 func (s *sqlStore) claimFrom(ctx context.Context, tx *sql.Tx, owner string, claim *Claim, events int, from, order string) error {
 	rows, err := tx.QueryContext(ctx, s.text(`
 		WITH picked AS MATERIALIZED (
-			SELECT e.id FROM `+from+` e.queue = $1 AND e.state = 'pending' AND e.due <= {now}
+			SELECT e.id FROM `+from+` e.queue = $1 AND e.state = 'pending'
 			ORDER BY `+order+` LIMIT $2 {skip})
 		UPDATE {schema}inkit_queue_events
-		SET due = {now} + CAST($3 AS BIGINT), lease = {now} + CAST($3 AS BIGINT), owner = $4, attempts = attempts + 1
+		SET queued = CASE WHEN queued > {now} THEN {now} ELSE queued END, due = {now} + CAST($3 AS BIGINT), lease = {now} + CAST($3 AS BIGINT), owner = $4, attempts = attempts + 1
 		WHERE id IN (SELECT id FROM picked)
 		RETURNING id, received, queued, attempts, event_type, resource_id, request, checksum, {now}`),
 		claim.Queue, events, claim.Lease.Milliseconds(), owner)
@@ -326,7 +344,7 @@ func (s *sqlStore) claimFrom(ctx context.Context, tx *sql.Tx, owner string, clai
 		if err := rows.Scan(&r.ID, &received, &queued, &r.Attempts, &r.EventType, &r.ResourceID, &r.Request, &r.Checksum, &now); err != nil {
 			return err
 		}
-		r.Received, r.Age = time.UnixMilli(received), time.Duration(now-queued)*time.Millisecond
+		r.Received, r.Age = time.UnixMilli(received), time.Duration(max(0, now-queued))*time.Millisecond
 		claim.Records = append(claim.Records, r)
 	}
 	return rows.Err()
@@ -334,11 +352,12 @@ func (s *sqlStore) claimFrom(ctx context.Context, tx *sql.Tx, owner string, clai
 
 const peekQuery = `SELECT
 	(SELECT due FROM {schema}inkit_queue_events WHERE queue = $1 AND state = 'pending' ORDER BY due LIMIT 1),
+	(SELECT due FROM {schema}inkit_queue_events WHERE queue = $1 AND state = 'pending' ORDER BY due DESC LIMIT 1),
 	(SELECT probe FROM {schema}inkit_queue_backends WHERE queue = $1 AND down IS NOT NULL), {now}`
 
 // Peek is of Store.
 func (s *sqlStore) Peek(ctx context.Context, queue string) (p Peek, err error) {
-	var due, probe sql.NullInt64
+	var due, last, probe sql.NullInt64
 	var now int64
 	var row *sql.Row
 	if s.peek != nil {
@@ -346,11 +365,12 @@ func (s *sqlStore) Peek(ctx context.Context, queue string) (p Peek, err error) {
 	} else {
 		row = s.read.QueryRowContext(ctx, s.text(peekQuery), queue)
 	}
-	if err = row.Scan(&due, &probe, &now); err != nil {
+	if err = row.Scan(&due, &last, &probe, &now); err != nil {
 		return p, s.wrap(err)
 	}
 	p.Empty, p.Down = !due.Valid, probe.Valid
 	p.Wait = max(0, time.Duration(due.Int64-now)*time.Millisecond)
+	p.Last = max(0, time.Duration(last.Int64-now)*time.Millisecond)
 	p.Probe = max(0, time.Duration(probe.Int64-now)*time.Millisecond)
 	return p, nil
 }
@@ -388,7 +408,7 @@ func (f Filter) where() (condition string, args []any) {
 		conditions = append(conditions, "state = 'dead'")
 	}
 	if f.Due {
-		conditions = append(conditions, "state = 'pending' AND due <= {now}")
+		conditions = append(conditions, "state = 'pending' AND (due <= {now} OR due > {now} + "+milliseconds(maxDelay)+")")
 	}
 	if f.After != "" {
 		args = append(args, f.After)
@@ -448,7 +468,7 @@ func (s *sqlStore) Retry(ctx context.Context, filter Filter) (int, error) {
 	where, args := filter.where()
 	return s.exec(ctx, `
 		UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
-		WHERE `+where+` AND (lease IS NULL OR lease <= {now})`, args)
+		WHERE `+where+` AND (lease IS NULL OR lease <= {now} OR lease > {now} + `+milliseconds(maxDelay)+`)`, args)
 }
 
 // Drop is of Store.

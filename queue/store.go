@@ -98,6 +98,7 @@ type Batch struct {
 // Peek is what a queue may look at often.
 type Peek struct {
 	Wait  time.Duration // until the next event is due; 0 if one is
+	Last  time.Duration // until the last one is
 	Empty bool          // no event is pending
 	Down  bool          // some owner has found the backend to be down
 	Probe time.Duration // until the next probe of it is due; 0 if one is

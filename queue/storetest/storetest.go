@@ -225,6 +225,20 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		require.NoError(t, err)
 		assert.InDelta(t, time.Hour, p.Wait, float64(time.Minute))
 	})
+	test("what is due later than can be is due, for the clock was set back", func(t *testing.T, store queue.Store) {
+		delays := []time.Duration{70 * time.Minute, 74 * time.Minute, 0, 10 * time.Hour}
+		add(t, store, records(4, func(i int, r *queue.Record) { r.Delay = delays[i] })...)
+		assert.Equal(t, []string{"event-00001", "event-00002"}, claim(t, store, "me", 2, time.Minute))
+		c := &queue.Claim{Queue: "default", Max: 2, Lease: time.Minute, Newest: true}
+		apply(t, store, &queue.Batch{Owner: "me", Claims: []*queue.Claim{c}})
+		assert.Equal(t, []string{"event-00003"}, ids(c.Records))
+	})
+	test("what is leased for longer than can be is due", func(t *testing.T, store queue.Store) {
+		add(t, store, record("a"))
+		assert.Equal(t, []string{"a"}, claim(t, store, "killed", 1, 10*time.Hour))
+		assert.Empty(t, claim(t, store, "me", 1, 10*time.Hour))
+		assert.Equal(t, []string{"a"}, claim(t, store, "me", 1, 9*time.Hour))
+	})
 	test("what is dead stays, and is claimed no more", func(t *testing.T, store queue.Store) {
 		add(t, store, record("a"))
 		claim(t, store, "me", 1, time.Minute)
@@ -305,14 +319,17 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 	})
 
 	test("peek", func(t *testing.T, store queue.Store) {
+		var last time.Duration
 		peek := func() queue.Peek {
 			p, err := store.Peek(t.Context(), "default")
 			require.NoError(t, err)
+			last, p.Last = p.Last, 0
 			return p
 		}
 		assert.Equal(t, queue.Peek{Empty: true}, peek())
 		add(t, store, records(2, func(i int, r *queue.Record) { r.Delay = time.Duration(i+1) * time.Hour })...)
 		assert.InDelta(t, time.Hour, peek().Wait, float64(time.Minute))
+		assert.InDelta(t, 2*time.Hour, last, float64(time.Minute))
 		add(t, store, record("due"))
 		assert.Equal(t, queue.Peek{}, peek())
 		apply(t, store, &queue.Batch{Backends: []queue.Backend{{Queue: "default", Down: true}, {Queue: "other", Down: true}}})
@@ -336,8 +353,10 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Empty(t, probe("other"), "until the probe has ended")
 		apply(t, store, &queue.Batch{Backends: []queue.Backend{{Queue: "default", Down: true, Probe: 50 * time.Millisecond}}})
 		require.Eventually(t, func() bool { return len(probe("other")) == 1 }, 20*time.Second, 10*time.Millisecond)
-		apply(t, store, &queue.Batch{Backends: []queue.Backend{{Queue: "default", Down: true, Probe: time.Hour}}})
+		apply(t, store, &queue.Batch{Backends: []queue.Backend{{Queue: "default", Down: true, Probe: time.Minute}}})
 		assert.Empty(t, probe("me"), "or is not to begin yet")
+		apply(t, store, &queue.Batch{Backends: []queue.Backend{{Queue: "default", Down: true, Probe: 2 * time.Minute}}})
+		assert.Len(t, probe("me"), 1, "it was noted before the clock was set back")
 	})
 	test("the newest first", func(t *testing.T, store queue.Store) {
 		add(t, store, records(6, func(i int, r *queue.Record) {
@@ -370,7 +389,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 
 	test("select", func(t *testing.T, store queue.Store) {
 		add(t, store, records(6, func(i int, r *queue.Record) {
-			r.Queue, r.Delay = []string{"default", "other"}[i%2], time.Duration(i/2)*time.Hour
+			r.Queue, r.Delay = []string{"default", "other"}[i%2], time.Duration(i/2)*30*time.Minute
 		})...)
 		claim(t, store, "me", 1, time.Minute)
 		finish(t, store, "me", queue.Finish{ID: "event-00000", Outcome: queue.Dead})
