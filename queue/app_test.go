@@ -144,6 +144,22 @@ func TestReloadDuringAnAttempt(t *testing.T) {
 	})
 }
 
+// A reload that takes the queue out: the last requests of the old configuration are
+// delivered all the same.
+func TestLateRequestOfAQueueThatIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(201))})
+		c.queue().db.opened(t)
+		c.stop(t)
+		for range 3 {
+			late := serve(t, c.handlers[0], post(body))
+			assert.Equal(t, 201, late.status)
+			assert.Equal(t, "the backend's body", late.body)
+			c.handlers[0].use.releasing.Wait()
+		}
+	})
+}
+
 // A request that comes before the app has started waits for it.
 func TestRequestBeforeTheStart(t *testing.T) {
 	for _, tt := range []struct {

@@ -98,6 +98,16 @@ func (q *queue) detach(h *Handler, grace time.Duration) {
 	}
 }
 
+// lend takes over the settings of a handler whose configuration has ended, if no other one
+// delivers: its last requests are attempted too.
+func (q *queue) lend(h *Handler) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.handlers) == 0 {
+		q.followLocked(h)
+	}
+}
+
 // followLocked takes over the settings of a configuration.
 func (q *queue) followLocked(h *Handler) {
 	q.limits.Resize(h.Concurrency)

@@ -84,6 +84,7 @@ func (u *use) enter(ctx context.Context) *queue {
 	u.requests++
 	if u.queue == nil {
 		u.acquireLocked()
+		u.queue.lend(u.h)
 	}
 	return u.queue
 }
