@@ -8,10 +8,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
 // database is a store whose transactions a test lets fail.

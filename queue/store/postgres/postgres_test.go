@@ -477,10 +477,14 @@ func TestPostgresLockedRow(t *testing.T) {
 	defer conn.Close(context.Background())
 	_, err = conn.Exec(t.Context(), "BEGIN; UPDATE inkit_queue_events SET attempts = 7 WHERE id IN ('b', 'd')")
 	require.NoError(t, err)
-	b := &store.Batch{Owner: "me", Add: []*store.Record{newRecord("e")}, Finish: []store.Finish{
-		{ID: "a", Outcome: store.Delivered}, {ID: "b", Outcome: store.Delivered}, {ID: "gone", Outcome: store.Delivered},
-		{ID: "c", Outcome: store.Later, After: time.Minute, LastError: "status 500"}, {ID: "d", Outcome: store.Later, LastError: "status 501"},
-	}}
+	finishes := []store.Finish{
+		{ID: "a", Outcome: store.Delivered},
+		{ID: "b", Outcome: store.Delivered},
+		{ID: "gone", Outcome: store.Delivered},
+		{ID: "c", Outcome: store.Later, After: time.Minute, LastError: "status 500"},
+		{ID: "d", Outcome: store.Later, LastError: "status 501"},
+	}
+	b := &store.Batch{Owner: "me", Add: []*store.Record{newRecord("e")}, Finish: finishes}
 	require.NoError(t, s.Apply(t.Context(), b))
 	require.Len(t, b.Left, 2)
 	assert.Equal(t, []string{"b", "d"}, []string{b.Left[0].ID, b.Left[1].ID})

@@ -86,7 +86,8 @@ func where(f store.Filter) (condition string, args []any) {
 		argument("id > $%d", f.After)
 	}
 	if f.IDs != nil {
-		marks := []string{"NULL"} // for no ids at all
+		marks := make([]string, 0, 1+len(f.IDs))
+		marks = append(marks, "NULL") // for no ids at all
 		for _, id := range f.IDs {
 			args = append(args, id)
 			marks = append(marks, fmt.Sprintf("$%d", len(args)))

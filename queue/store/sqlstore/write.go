@@ -159,8 +159,10 @@ func finishRow(f store.Finish) []any {
 		return []any{f.ID, store.Dead, int64(0), plain(f.LastError), 0}
 	case store.Unbegun:
 		return []any{f.ID, store.Pending, int64(0), nil, 1}
+	case store.Released, store.Delivered: // a delivered event has no row any more
+		return []any{f.ID, store.Pending, int64(0), nil, 0}
 	}
-	return []any{f.ID, store.Pending, int64(0), nil, 0}
+	panic("an outcome that there is not")
 }
 
 // finishSome runs a statement that finishes events, and adds to Left those whose rows are
