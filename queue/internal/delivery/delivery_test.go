@@ -5,6 +5,7 @@ import (
 	"math"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -142,9 +143,12 @@ func TestLimits(t *testing.T) {
 		l.Resize(1)
 		require.True(t, l.TryNew())
 		var order []string
+		var mu sync.Mutex
 		wait := func(name string, take func() bool) {
 			go func() {
 				if take() {
+					mu.Lock()
+					defer mu.Unlock()
 					order = append(order, name)
 				}
 			}()
@@ -200,16 +204,21 @@ func TestSchedule(t *testing.T) {
 		for range 20 {
 			src.due = append(src.due, &store.Record{ID: "event"})
 		}
+		var mu sync.Mutex
 		running, most, done := 0, 0, 0
 		s := &Schedule{
 			Source: src, Breaker: new(Breaker), Limits: NewLimits(), Queue: "default",
 			Timeout: func() (time.Duration, bool) { return 30 * time.Second, true },
 			Attempt: func(_ *store.Record, _ time.Time, ended func()) {
+				mu.Lock()
 				running++
 				most = max(most, running)
+				mu.Unlock()
 				time.Sleep(time.Second)
+				mu.Lock()
 				running--
 				done++
+				mu.Unlock()
 				ended()
 			},
 			Forgotten: func() {},
