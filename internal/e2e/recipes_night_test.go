@@ -718,7 +718,8 @@ func TestWhatCaddyExpands(t *testing.T) {
 		set                 bool
 		accepts             string // the secret that it then has; none if it does not load
 	}{
-		{"a value", "{$S}", "one", true, "one"},
+		{"a value", "{$S}", "one", true, ""},
+		{"a value, in quotes", `"{$S}"`, "one", true, "one"},
 		{"no value", "{$S}", "", false, ""},
 		{"no value, in quotes", `"{$S}"`, "", false, ""},
 		{"a space", "{$S}", "one two", true, ""},
