@@ -29,13 +29,11 @@ func init() {
 //		idempotency_key off
 //	}
 //
-// At least one secret is required, and the one on the line of the directive comes
-// first. A secret is one placeholder or a text in quotes. Without the quotes, a
-// {$VARIABLE} that is unset would make the next word the secret.
-//
-// On the line of the directive, only a placeholder is allowed. A text that starts
-// with a slash would be a matcher there, even in quotes, and requests that it does not
-// match would not be verified.
+// At least one secret is required; the one on the line of the directive comes first. A
+// secret is one placeholder or a text in quotes: without quotes, a {$VARIABLE} that is
+// unset would make the next word the secret. On the line of the directive it must be a
+// placeholder: even in quotes, a text that starts with a slash would be a matcher, and
+// requests that it does not match would not be verified.
 //
 // Errors repeat no word of the input, because a word in the wrong place may be a
 // secret. Caddy's own errors do, for example that of an unknown matcher.
@@ -55,9 +53,9 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	seen := make(map[string]bool)
 	for d.NextBlock(0) {
 		word, tokens := d.Val(), d.RemainingArgsAsTokens()
-		args := make([]string, len(tokens))
-		for i, token := range tokens {
-			args[i] = token.Text
+		var args []string
+		for _, token := range tokens {
+			args = append(args, token.Text)
 		}
 		if word != "secret" && seen[word] {
 			return d.Err(word + ": must not be repeated")
