@@ -192,9 +192,9 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 	})
 	test("a lease keeps others away until it ends", func(t *testing.T, s store.Store) {
 		r := record("live")
-		r.Lease, r.Attempts = 300*time.Millisecond, 1 // as one that is being delivered when it is added
+		r.Lease, r.Attempts = 3*time.Second, 1 // as one that is being delivered when it is added
 		add(t, s, r, record("due"))
-		assert.Equal(t, []string{"due"}, claim(t, s, "me", 10, 300*time.Millisecond))
+		assert.Equal(t, []string{"due"}, claim(t, s, "me", 10, 3*time.Second))
 		assert.Empty(t, claim(t, s, "other", 10, time.Minute))
 		var got []string
 		require.Eventually(t, func() bool {
