@@ -140,7 +140,7 @@ func TestUnsetVariableMakesNoSecret(t *testing.T) {
 		require.Error(t, err, line)
 		assert.NotContains(t, err.Error(), "c0nf1d3nt1al")
 		if strings.Contains(line, "\nsecret ") || strings.Contains(line, "_SET}") {
-			assert.ErrorContains(t, err, "in quotes", line)
+			require.ErrorContains(t, err, "in quotes", line)
 		}
 	}
 	t.Run("in quotes it is one word, the secret", func(t *testing.T) {
