@@ -55,7 +55,7 @@ func (b *lateBody) Read(p []byte) (int, error) {
 
 // Requests that have begun before a reload reach the handlers of the old configuration
 // after Caddy has cleaned it up. With slow senders, there are some at each reload.
-func TestQueueReloadsRefuseNothing(t *testing.T) {
+func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside each other they take longer, and so events wait longer
 	t.Parallel()
 	other := func(site string) string { return strings.Replace(site, "events.db", "others.db", 1) }
 	for _, tt := range []struct {

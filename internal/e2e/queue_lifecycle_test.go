@@ -129,6 +129,7 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 	one.stop(t, syscall.SIGTERM)
 	backend.listen(t)
 	assert.Zero(t, backend.hasAll(t, s.ids(), time.Minute), "the other one delivers")
+	s.refusedNone(t)
 }
 
 // While somebody else writes to the file, neither Caddy can note what it delivers, so

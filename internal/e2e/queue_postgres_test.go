@@ -69,6 +69,7 @@ func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
 	<-done
 	require.Len(t, s.ids(), events)
 	backend.hasAll(t, s.ids(), time.Minute)
+	s.refusedNone(t)
 }
 
 func TestPostgresThatFails(t *testing.T) {

@@ -390,6 +390,7 @@ func TestQueueOfACaddyThatIsKilledAndReloaded(t *testing.T) {
 	<-done
 	doubles := backend.hasAll(t, s.ids(), time.Minute)
 	assert.LessOrEqual(t, doubles, 16*kills, "what was in flight when Caddy was killed")
+	s.refusedNone(t)
 }
 
 func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
