@@ -82,7 +82,6 @@ func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside 
 		}, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
 			backend := newTaker(t, all)
 			if tt.down {
 				backend.close()
