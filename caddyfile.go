@@ -29,18 +29,20 @@ func init() {
 //		idempotency_key off
 //	}
 //
-// There can be any number of secrets, the one on the line of the directive being
-// the first, and there must be one. On that line it must be a placeholder: a text
-// that starts with a slash would be a matcher, and what it does not match would
-// not be verified. Errors show no word of the input, since any that is in the
-// wrong place may be a secret; those of Caddy's own do, such as for a matcher that
-// it does not know.
+// At least one secret is required; the one on the line of the directive comes first. A
+// secret is one placeholder or a text in quotes: without quotes, a {$VARIABLE} that is
+// unset would make the next word the secret. On the line of the directive it must be a
+// placeholder: even in quotes, a text that starts with a slash would be a matcher, and
+// requests that it does not match would not be verified.
+//
+// Errors repeat no word of the input, because a word in the wrong place may be a
+// secret. Caddy's own errors do, for example that of an unknown matcher.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 
 	if d.NextArg() {
 		if _, ok := placeholder.Name(d.Val()); !ok {
-			return d.Err("inkit_webhook: takes a placeholder in braces, any other secret goes into the block")
+			return d.Err("inkit_webhook: takes one placeholder in braces; any other secret goes into the block, in quotes")
 		}
 		h.Secrets = append(h.Secrets, Secret{Value: d.Val()})
 	}
@@ -50,21 +52,25 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 	seen := make(map[string]bool)
 	for d.NextBlock(0) {
-		word, args := d.Val(), d.RemainingArgs()
+		word, tokens := d.Val(), d.RemainingArgsAsTokens()
+		var args []string
+		for _, token := range tokens {
+			args = append(args, token.Text)
+		}
 		if word != "secret" && seen[word] {
 			return d.Err(word + ": must not be repeated")
 		}
 		switch word {
 		case "secret":
-			// where a variable is unset, the next word must not become the secret
-			switch {
-			case len(args) == 1 && args[0] != "name":
-				h.Secrets = append(h.Secrets, Secret{Value: args[0]})
-			case len(args) == 3 && args[1] == "name" && args[0] != "name":
-				h.Secrets = append(h.Secrets, Secret{Value: args[0], Name: args[2]})
-			default:
-				return d.Err("secret: takes a secret, which the word name and a name may follow")
+			named := len(args) == 3 && args[1] == "name"
+			if !named && len(args) != 1 || !isSecret(tokens[0]) {
+				return d.Err("secret: must be one placeholder or a text in quotes, and may be followed by the word name and a name")
 			}
+			secret := Secret{Value: args[0]}
+			if named {
+				secret.Name = args[2]
+			}
+			h.Secrets = append(h.Secrets, secret)
 		case "name":
 			if len(args) != 1 || args[0] == "" {
 				return d.Err("name: takes one name")
@@ -94,4 +100,10 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		return d.Err("secret: at least one is required")
 	}
 	return nil
+}
+
+// isSecret reports whether a token may be a secret: a placeholder or a text in quotes.
+func isSecret(token caddyfile.Token) bool {
+	_, ok := placeholder.Name(token.Text)
+	return ok || token.Quoted()
 }

@@ -51,8 +51,8 @@ func TestAdapt(t *testing.T) {
 func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 	const (
 		none     = "secret: at least one is required"
-		onLine   = "inkit_webhook: takes a placeholder in braces, any other secret goes into the block"
-		onSecret = "secret: takes a secret, which the word name and a name may follow"
+		onLine   = "inkit_webhook: takes one placeholder in braces; any other secret goes into the block, in quotes"
+		onSecret = "secret: must be one placeholder or a text in quotes, and may be followed by the word name and a name"
 		onSize   = "max_size: must be one size above 0, such as 64KiB"
 		unknown  = "inkit_webhook: must hold secret, name, max_size and idempotency_key only"
 	)
@@ -66,17 +66,24 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 		{"a text in quotes on the line", `inkit_webhook "c0nf1d3nt1al {env.X}"`, onLine},
 		{"a text on the line that starts with a slash, which is a matcher", "inkit_webhook /c0nf1d3nt1al", none},
 		{"a placeholder in part on the line", "inkit_webhook c0nf1d3nt1al{env.X}", onLine},
+		{"a text in quotes on the line without a placeholder", `inkit_webhook "c0nf1d3nt1al"`, onLine},
 		{"empty quotes on the line, from a variable that is unset", `inkit_webhook ""`, onLine},
 		{"two placeholders on the line", "inkit_webhook {env.X} {env.Y}", "inkit_webhook: takes one placeholder at most, more secrets go into the block"},
 		{"a placeholder and a text on the line", "inkit_webhook {env.X} c0nf1d3nt1al", "inkit_webhook: takes one placeholder at most, more secrets go into the block"},
 		{"a secret without a value", block("secret"), onSecret},
-		{"a secret and a name without the word", block("secret c0nf1d3nt1al current"), onSecret},
-		{"the word name without a name", block("secret c0nf1d3nt1al name"), onSecret},
+		{"a secret without quotes", block("secret c0nf1d3nt1al"), onSecret},
+		{"a secret without quotes that has a name", block("secret c0nf1d3nt1al name current"), onSecret},
+		{"a secret without quotes that has a quoted name", block(`secret c0nf1d3nt1al name "current"`), onSecret},
+		{"a secret without quotes and a name without the word", block("secret c0nf1d3nt1al current"), onSecret},
+		{"a secret and a name without the word", block(`secret "c0nf1d3nt1al" current`), onSecret},
+		{"a placeholder and a name without the word", block("secret {env.Y} current"), onSecret},
+		{"a placeholder in part without quotes", block("secret c0nf1d3nt1al{env.Y}"), onSecret},
+		{"the word name without a name", block(`secret "c0nf1d3nt1al" name`), onSecret},
 		{"the word name without a secret", block("secret name"), onSecret},
 		{"a name without a secret", block("secret name current"), onSecret},
 		{"the word name twice", block("secret name " + "name current"), onSecret},
-		{"a surplus word after a name", block("secret c0nf1d3nt1al name a c0nf1d3nt1al"), onSecret},
-		{"a block after a secret", block("secret c0nf1d3nt1al {\nmax_size 1KiB\n}"), "secret: must not have a block"},
+		{"a surplus word after a name", block(`secret "c0nf1d3nt1al" name a c0nf1d3nt1al`), onSecret},
+		{"a block after a secret", block("secret \"c0nf1d3nt1al\" {\nmax_size 1KiB\n}"), "secret: must not have a block"},
 		{"an unknown word", block("c0nf1d3nt1al"), unknown},
 		{"a known word in another case", block("Max_Size 1KiB"), unknown},
 		{"max_size without a size", block("max_size"), onSize},
@@ -106,12 +113,19 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 	}
 }
 
-// Caddy expands {$VARIABLE} before it cuts the line into words. Of a variable that is
-// unset nothing is left, and one with a space in it becomes two words: neither may
-// make a secret of what stands beside it.
+// Caddy expands {$VARIABLE} before it cuts the line into words. An unset variable
+// vanishes, and one with a space in it becomes two words. Neither may turn the next
+// word into a secret. A variable that is set is refused too, with a hint to use quotes:
+// otherwise the mistake would show only when the variable is unset.
 func TestUnsetVariableMakesNoSecret(t *testing.T) {
+	t.Setenv("TEST_INKIT_SET", "c0nf1d3nt1al")
 	t.Setenv("TEST_INKIT_TWO_WORDS", "c0nf1d3nt1al current")
 	for _, line := range []string{
+		"inkit_webhook {\nsecret {$TEST_INKIT_UNSET} current\n}",
+		"inkit_webhook {\nsecret {$TEST_INKIT_SET}\n}",
+		"inkit_webhook {\nsecret {$TEST_INKIT_SET} current\n}",
+		"inkit_webhook {\nsecret {$TEST_INKIT_SET} name current\n}",
+		"inkit_webhook {$TEST_INKIT_SET}",
 		"inkit_webhook {\nsecret {$TEST_INKIT_TWO_WORDS} current\n}",
 		"inkit_webhook {\nsecret {$TEST_INKIT_UNSET} name current\n}",
 		"inkit_webhook {\nsecret {$TEST_INKIT_UNSET} name\n}",
@@ -125,7 +139,16 @@ func TestUnsetVariableMakesNoSecret(t *testing.T) {
 		_, err := adapt(t, ":8080 {\n"+line+"\n}\n")
 		require.Error(t, err, line)
 		assert.NotContains(t, err.Error(), "c0nf1d3nt1al")
+		if strings.Contains(line, "\nsecret ") || strings.Contains(line, "_SET}") {
+			require.ErrorContains(t, err, "in quotes", line)
+		}
 	}
+	t.Run("in quotes it is one word, the secret", func(t *testing.T) {
+		config, err := adapt(t, ":8080 {\n\tinkit_webhook {\n\t\tsecret \"{$TEST_INKIT_TWO_WORDS}\" name current\n\t\tsecret `{$TEST_INKIT_SET}`\n\t}\n}\n")
+		require.NoError(t, err)
+		assert.Contains(t, config, `"value": "c0nf1d3nt1al current"`)
+		assert.Contains(t, config, `"value": "c0nf1d3nt1al"`)
+	})
 	t.Run("in quotes it stays one word, which is refused at load", func(t *testing.T) {
 		config, err := adapt(t, ":8080 {\n\tinkit_webhook {\n\t\tsecret \"{$TEST_INKIT_UNSET}\" name current\n\t}\n}\n")
 		require.NoError(t, err)
@@ -136,8 +159,8 @@ func TestUnsetVariableMakesNoSecret(t *testing.T) {
 
 func FuzzCaddyfile(f *testing.F) {
 	for _, s := range []string{
-		"inkit_webhook {env.X}", "inkit_webhook", "inkit_webhook {\nsecret y name z\nname n\nmax_size 1KiB\nidempotency_key off\n}",
-		"inkit_webhook {\nsecret y {\nz\n}\n}", "inkit_webhook {", "inkit_webhook {env.X} {\nmax_size 99999999999EiB\n}", "inkit_webhook \"a b\" {\n}",
+		"inkit_webhook {env.X}", "inkit_webhook", "inkit_webhook {\nsecret \"y\" name z\nname n\nmax_size 1KiB\nidempotency_key off\n}",
+		"inkit_webhook {\nsecret \"y\" {\nz\n}\n}", "inkit_webhook {", "inkit_webhook {env.X} {\nmax_size 99999999999EiB\n}", "inkit_webhook \"a b\" {\n}",
 		"inkit_webhook x <<<EOF\nEOF", // found: what does not even fall into tokens
 	} {
 		f.Add(s)

@@ -5,13 +5,11 @@ import (
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 	"github.com/prometheus/client_golang/prometheus"
-
-	"github.com/caddyserver/caddy/v2"
 )
 
-// Every load of a configuration has a registry of its own. The collectors are
-// made once and join each of them, so that what they counted survives a reload.
-// Time and size are left to Caddy's metrics option.
+// Every load of a configuration has its own registry. The collectors are made once and
+// registered in each, so that the counts survive a reload. Caddy's metrics option
+// measures time and size.
 var (
 	requestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_inkit_webhook_requests_total",
@@ -56,23 +54,17 @@ func registerMetrics(registry prometheus.Registerer) error {
 	return nil
 }
 
-// counters holds the counters of one handler, so that no request looks one up by
-// its labels. All are there from the start, at 0: an alert on the growth of a
-// counter misses the first event of one that comes into being with it.
+// counters are the counters of one handler, so that no request looks one up by its
+// labels. All are created at 0: a counter that first appears at 1 shows no increase, so
+// an alert would miss that event. Those of a removed name stay until Caddy restarts.
 type counters struct {
 	verified   []prometheus.Counter // by index of the secret
 	rejected   []prometheus.Counter // by index of rejections
 	deliveries []prometheus.Counter // by index of deliveryResults
 	reloads    []prometheus.Counter // by index of reloadResults
-
-	labels []labels
 }
 
 func newCounters(webhook string, secrets []Secret) (c counters) {
-	for _, secret := range append([]Secret{{}}, secrets...) {
-		c.labels = append(c.labels, labels{webhook, secret.Name})
-		labelsInUse.LoadOrStore(labels{webhook, secret.Name}, labels{webhook, secret.Name})
-	}
 	for _, secret := range secrets {
 		c.verified = append(c.verified, requestsTotal.WithLabelValues(webhook, event.Verified, secret.Name))
 	}
@@ -86,32 +78,4 @@ func newCounters(webhook string, secrets []Secret) (c counters) {
 		c.reloads = append(c.reloads, secretReloadsTotal.WithLabelValues(webhook, result))
 	}
 	return c
-}
-
-// release gives up the counters of a handler that is no longer loaded.
-func (c *counters) release() (err error) {
-	for _, l := range c.labels {
-		_, err = labelsInUse.Delete(l)
-	}
-	c.labels = nil
-	return err
-}
-
-// labels are those with which handlers count what one of their secrets signed or,
-// without a secret, everything. They leave the metrics with the last such handler.
-type labels struct{ webhook, secret string }
-
-var labelsInUse = caddy.NewUsagePool()
-
-// Destruct removes what has these labels from the metrics.
-func (l labels) Destruct() error {
-	match := prometheus.Labels{"webhook": l.webhook}
-	if l.secret == "" {
-		deliveriesTotal.DeletePartialMatch(match)
-		secretReloadsTotal.DeletePartialMatch(match)
-	} else {
-		match["secret"] = l.secret
-	}
-	requestsTotal.DeletePartialMatch(match)
-	return nil
 }

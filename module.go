@@ -17,20 +17,16 @@
 package inkitwebhook
 
 import (
-	"bytes"
 	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"regexp"
 	"strconv"
 	"strings"
 	"sync/atomic"
-	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 	"go.uber.org/zap"
@@ -53,11 +49,8 @@ const (
 	// connection that was kept alive just as the request goes out.
 	idempotencyKeyField = "Idempotency-Key"
 
-	defaultMaxSize = 64 << 10        // in bytes; documented events have about 85
-	firstRead      = 4 << 10         // how much room a body gets before any of it has arrived
-	maxDiscard     = 1 << 20         // how much is read of the body of a rejected request
-	discardTime    = 5 * time.Second // and for how long
-	maxLogged      = 256             // how many bytes of a host or path a line of the log shows
+	defaultMaxSize = 64 << 10 // in bytes; documented events have about 85
+	maxLogged      = 256      // bytes of a host or path that a log line shows at most
 )
 
 // Handler verifies webhooks that Inkit signed and answers all other requests with an error.
@@ -135,10 +128,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	h.counters = newCounters(h.Name, h.Secrets)
-	if h.keyring, err = newKeyring(h.Secrets, h.counters.reloads, h.logger); err != nil {
+	if h.keyring, err = newKeyring(h.Secrets, h.logger); err != nil {
 		return err
 	}
+	h.counters = newCounters(h.Name, h.Secrets) // only now: a configuration that does not load adds no series
+	h.keyring.reloads = h.counters.reloads
 	h.keyPrefix, h.keyCount = `"`+rand.Text()+"-", new(atomic.Uint64)
 	return registerMetrics(ctx.GetMetricsRegistry())
 }
@@ -173,9 +167,6 @@ func (h *Handler) Validate() error {
 	return nil
 }
 
-// Cleanup gives up what the handler has in the metrics.
-func (h *Handler) Cleanup() error { return h.counters.release() }
-
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 	sig, err := h.checkHeader(r)
 	if err != nil {
@@ -192,27 +183,33 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 	return h.deliver(w, r, next, body, secret)
 }
 
-var ( // beside those of the verifier
-	errMethodNotAllowed = errors.New("method is not POST")
-	errBodyTooLarge     = errors.New("body is larger than max_size")
-	errBodyTimeout      = errors.New("body did not arrive in time")
-	errBodyUnreadable   = errors.New("body did not arrive whole")
-)
+var errMethodNotAllowed = errors.New("method is not POST")
 
-// rejections says for each way of failing what the answer is, and what logs,
-// metrics and the placeholder {http.inkit_webhook.outcome} call it.
+// rejections has a row for each error that ends a request in the guard. Logs, metrics
+// and the placeholder {http.inkit_webhook.outcome} show the outcome. The last row also
+// stands for an error that is missing here.
 var rejections = []struct {
 	err     error
 	status  int
 	outcome string
+	level   zapcore.Level // of the log line
+	broken  bool          // whether reading the rest of the body is pointless
 }{
-	{errMethodNotAllowed, http.StatusMethodNotAllowed, "method_not_allowed"},
-	{ErrSignatureMissing, http.StatusUnauthorized, "signature_missing"},
-	{ErrSignatureMalformed, http.StatusUnauthorized, "signature_malformed"},
-	{errBodyTooLarge, http.StatusRequestEntityTooLarge, "body_too_large"},
-	{errBodyTimeout, http.StatusRequestTimeout, "body_unreadable"},
-	{errBodyUnreadable, http.StatusBadRequest, "body_unreadable"},
-	{ErrSignatureMismatch, http.StatusUnauthorized, "signature_mismatch"},
+	{errMethodNotAllowed, http.StatusMethodNotAllowed, "method_not_allowed", zapcore.InfoLevel, false}, // mostly health checks
+	{ErrSignatureMissing, http.StatusUnauthorized, "signature_missing", zapcore.WarnLevel, false},
+	{ErrSignatureMalformed, http.StatusUnauthorized, "signature_malformed", zapcore.WarnLevel, false},
+	{ErrSignatureMismatch, http.StatusUnauthorized, "signature_mismatch", zapcore.WarnLevel, false},
+	{errBodyTooLarge, http.StatusRequestEntityTooLarge, "body_too_large", zapcore.WarnLevel, false},
+	{errBodyTimeout, http.StatusRequestTimeout, "body_unreadable", zapcore.WarnLevel, true},
+	{errBodyUnreadable, http.StatusBadRequest, "body_unreadable", zapcore.WarnLevel, true},
+}
+
+// rejectionOf returns the index of the row of rejections for err.
+func rejectionOf(err error) (row int) {
+	for row < len(rejections)-1 && !errors.Is(err, rejections[row].err) {
+		row++
+	}
+	return row
 }
 
 // checkHeader makes all checks that need no body, and returns the signature.
@@ -234,81 +231,28 @@ func (h *Handler) checkHeader(r *http.Request) (sig [sha256.Size]byte, err error
 	return sig, err
 }
 
-// readBody returns what r yields up to its end. If that is more than max bytes or
-// less than length, or if r fails, the error is one of rejections, and the body is
-// what did arrive. A length of -1 says that nobody knows it.
-//
-// Memory is paid for what arrived and not for what was promised: the room is at
-// most firstRead, or four times the body. It is never used again, since the
-// Transport behind reverse_proxy may read on when the handler has returned.
-func readBody(r io.Reader, length, max int64) (body []byte, err error) {
-	if r == nil {
-		return nil, nil
-	}
-	for size := int64(firstRead); ; size *= 4 {
-		// one byte more than the length, since only a further Read says EOF
-		if int64(len(body)) <= length && length <= size {
-			size = length + 1
-		}
-		if max < size {
-			size = max + 1
-		}
-		body = append(make([]byte, 0, size), body...)
-		for len(body) < cap(body) {
-			n, err := r.Read(body[len(body):cap(body)])
-			body = body[:len(body)+n]
-			switch {
-			case int64(len(body)) > max:
-				return body, errBodyTooLarge
-			case err == io.EOF && int64(len(body)) < length: // an earlier handler has swallowed the error
-				return body, readError(io.ErrUnexpectedEOF)
-			case err == io.EOF:
-				return body, nil
-			case err != nil:
-				return body, readError(err)
-			}
-		}
-	}
-}
-
-// readError says in terms of rejections why a body cannot be read. err may be that
-// of another handler, such as of request_body for a body above its own limit.
-func readError(err error) error {
-	reason := errBodyUnreadable
-	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		reason = errBodyTooLarge
-	} else if netErr, ok := errors.AsType[net.Error](err); ok && netErr.Timeout() {
-		reason = errBodyTimeout
-	}
-	return fmt.Errorf("%w: %w", reason, err)
-}
-
-// reject makes the error that ends a request. The error routes get the request without
-// its body: a proxy in there must not forward what nobody signed.
+// reject returns the error that ends a request. It takes the body away, so that a proxy
+// in an error route cannot forward a body that nobody signed.
 func (h *Handler) reject(w http.ResponseWriter, r *http.Request, body []byte, err error) error {
-	row := 0
-	for !errors.Is(err, rejections[row].err) {
-		row++
-	}
+	row := rejectionOf(err)
 	why := rejections[row]
-	handlerErr := caddyhttp.Error(why.status, err) // that of another handler stays what it is
+	handlerErr := caddyhttp.Error(why.status, err) // leaves an error of another handler unchanged
 	h.counters.rejected[row].Inc()
 	(&event.Event{Outcome: why.outcome}).Attach(r.Context())
 
-	header, length, level := w.Header(), r.ContentLength, zapcore.WarnLevel
+	header, length := w.Header(), r.ContentLength
 	switch why.status {
-	case http.StatusMethodNotAllowed: // mostly health checks and crawlers
-		level = zapcore.InfoLevel
+	case http.StatusMethodNotAllowed:
 		header["Allow"] = []string{http.MethodPost} // RFC 9110, 15.5.6
 	case http.StatusUnauthorized:
 		header["Www-Authenticate"] = []string{signatureField} // RFC 9110, 15.5.2
 	}
-	broken := why.err == errBodyTimeout || why.err == errBodyUnreadable
-	if err != ErrSignatureMismatch && !endBody(w, r, !broken) && r.ProtoMajor == 1 {
-		header["Connection"] = []string{"close"} // or net/http waits for the rest, if it takes it to be short
+	if err != ErrSignatureMismatch && !endBody(w, r, !why.broken) && r.ProtoMajor == 1 { // a mismatch leaves no rest
+		header["Connection"] = []string{"close"} // or net/http waits for a short rest of the body
 	}
 	setBody(r, 0)
-	if c := h.logger.Check(level, "rejected webhook"); c != nil {
+	removeControls(r)
+	if c := h.logger.Check(why.level, "rejected webhook"); c != nil {
 		clientIP, _ := caddyhttp.GetVar(r.Context(), caddyhttp.ClientIPVarKey).(string)
 		path := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request).URL.Path
 		malformed := zap.Skip()
@@ -325,38 +269,6 @@ func (h *Handler) reject(w http.ResponseWriter, r *http.Request, body []byte, er
 		)
 	}
 	return handlerErr
-}
-
-// endBody closes the body of a rejected request, for whoever holds it by a copy of
-// the request. Before that, it discards what is left of it, if that is to be, and
-// reports whether it was all. Without that, the connection is reset under a sender
-// that is still busy: it does not see the answer, and a proxy in front takes the
-// site to be down.
-func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
-	if r.Body == nil || r.Body == http.NoBody {
-		return true
-	}
-	now, controller := time.Now(), http.NewResponseController(w)
-	end := now
-	if discard && r.Header["Expect"] == nil { // whose sender waits to be told to go on
-		end = now.Add(discardTime)
-	}
-	if controller.SetReadDeadline(end) != nil {
-		return false
-	}
-	defer func() { _ = controller.SetReadDeadline(time.Time{}) }()
-	buffer := make([]byte, firstRead)
-	for total := 0; total < maxDiscard && time.Now().Before(end); {
-		n, err := r.Body.Read(buffer)
-		if total += n; err != nil {
-			all, end = err == io.EOF, now
-		}
-	}
-	if !all {
-		_ = controller.SetReadDeadline(now) // or closing it would wait for more
-	}
-	r.Body.Close()
-	return all
 }
 
 // malformation says in what way the lines of the signature are malformed.
@@ -394,24 +306,6 @@ func (d *delivery) WriteHeader(status int) {
 	d.ResponseWriterWrapper.WriteHeader(status)
 }
 
-// bodyReader reads the bytes of a body. There is nothing to close.
-type bodyReader struct{ bytes.Reader }
-
-func (*bodyReader) Close() error { return nil }
-
-// attachBody has the request read the body by reader. GetBody is for net/http's
-// Transport, which may have to send it again.
-func (d *delivery) attachBody(r *http.Request, reader *bodyReader) {
-	reader.Reset(d.event.Body)
-	r.Body = reader
-	r.GetBody = func() (io.ReadCloser, error) {
-		if r.Body != reader {
-			return nil, errors.New("the body was replaced after it was verified")
-		}
-		return &bodyReader{*bytes.NewReader(d.event.Body)}, nil
-	}
-}
-
 // deliver hands a verified event to the next handler, and counts what becomes of it.
 func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler, body []byte, secret int) error {
 	h.counters.verified[secret].Inc()
@@ -421,6 +315,7 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 	d := &delivery{event: event.Event{Outcome: event.Verified, Body: body, SecretName: h.Secrets[secret].Name}}
 	d.ResponseWriter = w
 	setBody(r, len(body))
+	removeControls(r)
 	d.attachBody(r, &d.reader)
 	earlier := d.event.Attach(r.Context())
 	if h.IdempotencyKey == nil || *h.IdempotencyKey {
@@ -477,35 +372,10 @@ func (h *Handler) newIdempotencyKey() string {
 	return string(append(key, '"'))
 }
 
-// setBody makes room in the request for a body of that length, which a FastCGI
-// backend has to know. Nothing is left with which the sender could steer what comes
-// next: trailers would bring back chunks; Connection could have a proxy drop the
-// fields set here or, with Upgrade or the :protocol of HTTP/2 and HTTP/3, open a
-// tunnel; Incremental would forbid it to hold the body.
-func setBody(r *http.Request, length int) {
-	r.Body, r.GetBody = http.NoBody, nil
-	r.ContentLength, r.TransferEncoding, r.Trailer = int64(length), nil, nil
-	if !strings.HasPrefix(r.Proto, "HTTP/") { // in HTTP/3, it is the :protocol of a CONNECT, which error routes see again
-		r.Proto = fmt.Sprintf("HTTP/%d.%d", r.ProtoMajor, r.ProtoMinor)
-	}
-	text := strconv.Itoa(length)
-	if lines := r.Header["Content-Length"]; len(lines) != 1 || lines[0] != text {
-		r.Header["Content-Length"] = []string{text}
-	}
-	for field := range r.Header {
-		switch field {
-		case "Connection", "Upgrade", "Expect", "Te", "Keep-Alive", "Proxy-Connection", "Incremental", ":protocol",
-			idempotencyKeyField, "X-Idempotency-Key":
-			delete(r.Header, field)
-		}
-	}
-}
-
 // Interface guards
 var (
 	_ caddy.Provisioner           = (*Handler)(nil)
 	_ caddy.Validator             = (*Handler)(nil)
-	_ caddy.CleanerUpper          = (*Handler)(nil)
 	_ caddyhttp.MiddlewareHandler = (*Handler)(nil)
 	_ caddyfile.Unmarshaler       = (*Handler)(nil)
 )

@@ -1,24 +1,17 @@
 package inkitwebhook
 
 import (
-	"context"
-	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
-	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
-	"go.uber.org/zap/zaptest/observer"
 )
 
 // confidential stands in every value that must not show in an error.
@@ -228,6 +221,45 @@ func TestTextThatIsNoSecret(t *testing.T) {
 	}
 }
 
+// Each rule has examples that it refuses, and similar ones that it lets through.
+func TestRules(t *testing.T) {
+	examples := map[string]struct{ refused, passes []string }{
+		"not UTF-8":                          {[]string{"a\xff", "a\ufffdb"}, []string{"gehëim"}},
+		"white space around it":              {[]string{" a", "a\u00a0"}, []string{"a b"}},
+		"invisible character":                {[]string{"a\x00b", "a\u200bb", "a\u2028b"}, []string{"a\u00a0b"}},
+		"quotes":                             {[]string{`"a"`, "'a'", "`a`"}, []string{`"a`, `a"`, `"a'`}},
+		"JSON or template":                   {[]string{"[a]", "<a>", "{a b}"}, []string{"[a", "a>", "{a+b", "a}"}},
+		"no value in a programming language": {[]string{"null", "None", "TRUE"}, []string{"nullable", "nil1"}},
+		"variable of a shell":                {[]string{"$A", "$A_1"}, []string{"$a", "$A-B"}},
+		"expression of a shell":              {[]string{"${a}", "$(a b)"}, []string{"$a{", "a$(b)"}},
+		"variable of Windows":                {[]string{"%a%"}, []string{"%a", "%a b%"}},
+		"placeholder without braces":         {[]string{"env.a", "file:a", "process.env.a", "ENV(a)"}, []string{"env-a", "profile.a"}},
+		"URL":                                {[]string{"op://a", "https://a/b"}, []string{"a:/b", "://a"}},
+		"name of a variable":                 {[]string{"A_B", "INKIT_WEBHOOK_SECRET"}, []string{"AB", "A_1", "A_b"}},
+		"placeholder without its last brace": {[]string{"{a", "{a.b"}, []string{"{a+b"}},
+		"path from a known folder":           {[]string{"~/a", "./a", "../a", "@/a"}, []string{"~a", "..a", ".../a"}},
+		"placeholder inside a text":          {[]string{"a{$B}c", "a{env.B}c", "a{file.b}c"}, []string{"a{b}c", "a{envb}c"}},
+		"dots that hide the secret":          {[]string{"***", "•••", "●"}, []string{"**a**"}},
+		"assignment":                         {[]string{"a=b", "export A=b"}, []string{"a=", "a==", "1=b"}},
+		"variable without braces":            {[]string{"$a", "$env:a", "$a.b"}, []string{"$a-b"}},
+		"text around a placeholder":          {[]string{"a{b.c}d", "a{$b}c"}, []string{"a{b}c"}},
+	}
+	for _, rule := range slices.Concat(literalRules, rules) {
+		rows, ok := examples[rule.name]
+		require.True(t, ok, rule.name)
+		for _, text := range rows.refused {
+			assert.True(t, rule.form.MatchString(text), "%s: %q", rule.name, text)
+			_, err := resolve(text)
+			require.Error(t, err, "%s: %q", rule.name, text)
+		}
+		for _, text := range rows.passes {
+			assert.False(t, rule.form.MatchString(text), "%s: %q", rule.name, text)
+		}
+		delete(examples, rule.name)
+	}
+	assert.Empty(t, examples, "examples of no rule")
+}
+
 func TestReferenceWithoutBracesIsNoSecret(t *testing.T) {
 	const message = "secret 1: stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}"
 	for _, value := range []string{
@@ -241,302 +273,6 @@ func TestReferenceWithoutBracesIsNoSecret(t *testing.T) {
 func TestDefaultNamesArePositions(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: "a"}, {Value: "b", Name: "named"}, {Value: "c"}}})
 	assert.Equal(t, []Secret{{"a", "1"}, {"b", "named"}, {"c", "3"}}, h.Secrets)
-}
-
-// What a running guard may come to must load after a restart.
-func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
-	path := writeFile(t, filepath.Join(t.TempDir(), "secret"), "next\n")
-	core, logs := observer.New(zapcore.DebugLevel)
-	secrets := []Secret{{"next", "blue"}, {"other", "between"}, {"{file." + path + "}", "green"}}
-	k, err := newKeyring(secrets, newCounters("", secrets).reloads, zap.New(core))
-	require.NoError(t, err)
-	require.Equal(t, 1, logs.Len())
-	line := logs.All()[0]
-	assert.Equal(t, zapcore.WarnLevel, line.Level)
-	assert.Equal(t, "two secrets have the same value", line.Message)
-	assert.Equal(t, []any{"blue", "green"}, line.ContextMap()["secrets"])
-	sig, err := parseSignature(Sign([]byte("next"), []byte("x")))
-	require.NoError(t, err)
-	i, err := k.verify(t.Context(), &sig, []byte("x"))
-	require.NoError(t, err)
-	assert.Equal(t, "blue", secrets[i].Name, "the first one counts")
-}
-
-// reloadsSince returns what reloads of the secrets came to since it was called.
-func reloadsSince(h *Handler) func() string {
-	count := func(result int) float64 { return testutil.ToFloat64(h.counters.reloads[result]) }
-	changed, unchanged, failed := count(reloadChanged), count(reloadUnchanged), count(reloadFailed)
-	return func() string {
-		return fmt.Sprintf("%v changed, %v unchanged, %v failed",
-			count(reloadChanged)-changed, count(reloadUnchanged)-unchanged, count(reloadFailed)-failed)
-	}
-}
-
-// inBubble runs f with a clock of its own, and waits for a reload that it has left.
-func inBubble(t *testing.T, f func(t *testing.T)) {
-	t.Helper()
-	synctest.Test(t, func(t *testing.T) {
-		defer time.Sleep(time.Second)
-		f(t)
-	})
-}
-
-// fileGuard is a guard with its first secret in a file.
-type fileGuard struct {
-	*Handler
-	t    *testing.T
-	path string
-	logs *observer.ObservedLogs
-}
-
-var fileGuards atomic.Int64
-
-func newFileGuard(t *testing.T, secrets ...Secret) *fileGuard {
-	t.Helper()
-	path := writeFile(t, filepath.Join(t.TempDir(), "secret"), "old\n")
-	h, logs := provision(t, &Handler{
-		Name:    fmt.Sprintf("file-guard-%d", fileGuards.Add(1)), // with counters of its own
-		Secrets: append([]Secret{{Value: "{file." + path + "}", Name: "file"}}, secrets...),
-	})
-	return &fileGuard{h, t, path, logs}
-}
-
-// status is what an event comes to that is signed with a secret.
-func (g *fileGuard) status(secret string) int {
-	g.t.Helper()
-	return serve(g.t, g.Handler, post("x", Sign([]byte(secret), []byte("x")))).status
-}
-
-func TestSecretsAreReloaded(t *testing.T) {
-	bubble := func(name string, f func(t *testing.T)) {
-		t.Run(name, func(t *testing.T) { inBubble(t, f) })
-	}
-	bubble("a new secret is in use for the very event that did not match", func(t *testing.T) {
-		g := newFileGuard(t)
-		counted := reloadsSince(g.Handler)
-		writeFile(t, g.path, "new\n")
-		assert.Equal(t, 200, g.status("new"))
-		assert.Equal(t, "1 changed, 0 unchanged, 0 failed", counted())
-		lines := g.logs.FilterMessage("secrets changed").All()
-		require.Len(t, lines, 1)
-		assert.Equal(t, []any{"file"}, lines[0].ContextMap()["secrets"], "the line names which")
-	})
-	bubble("a new secret is in use though a reload has just missed it", func(t *testing.T) {
-		g := newFileGuard(t)
-		assert.Equal(t, 401, g.status("new"))
-		writeFile(t, g.path, "new\n")
-		began := time.Now()
-		assert.Equal(t, 200, g.status("new"))
-		assert.LessOrEqual(t, time.Since(began), reloadInterval)
-	})
-	bubble("the value before a change stays good for 10 s", func(t *testing.T) {
-		g := newFileGuard(t)
-		writeFile(t, g.path, "new\n")
-		assert.Equal(t, 200, g.status("new"))
-		time.Sleep(previousAge - time.Millisecond)
-		assert.Equal(t, 200, g.status("old"))
-		time.Sleep(time.Millisecond)
-		assert.Equal(t, 401, g.status("old"))
-		assert.Equal(t, 200, g.status("new"))
-	})
-	bubble("a value stays good over two changes within its 10 s", func(t *testing.T) {
-		g := newFileGuard(t)
-		for i, value := range []string{"n", "newer"} { // the first is half written
-			writeFile(t, g.path, value)
-			time.Sleep(time.Second)
-			assert.Equal(t, 200, g.status(value), i)
-			assert.Equal(t, 200, g.status("old"), i)
-		}
-		time.Sleep(previousAge - time.Second)
-		assert.Equal(t, 401, g.status("old"))
-		assert.Equal(t, 200, g.status("newer"))
-	})
-	bubble("a withdrawn secret is out within 11 s of traffic, though it matches", func(t *testing.T) {
-		g := newFileGuard(t)
-		writeFile(t, g.path, "new\n")
-		began := time.Now()
-		for g.status("old") == 200 && time.Since(began) < time.Minute {
-			time.Sleep(100 * time.Millisecond)
-		}
-		assert.Less(t, time.Since(began), 11*time.Second)
-	})
-	bubble("a flood of signatures that do not match causes 4 reloads a second", func(t *testing.T) {
-		g := newFileGuard(t)
-		counted := reloadsSince(g.Handler)
-		var wg sync.WaitGroup
-		for range 1000 {
-			wg.Go(func() {
-				for range 10 {
-					assert.Equal(t, 401, g.status("wrong"))
-				}
-			})
-		}
-		began := time.Now()
-		wg.Wait()
-		intervals := time.Since(began) / reloadInterval
-		assert.LessOrEqual(t, intervals, time.Duration(10), "each waits for one reload")
-		var changed, unchanged, failed float64
-		_, err := fmt.Sscanf(counted(), "%g changed, %g unchanged, %g failed", &changed, &unchanged, &failed)
-		require.NoError(t, err, counted())
-		assert.LessOrEqual(t, unchanged, float64(intervals)+2)
-	})
-	bubble("signatures that match cause no more than that, and wait for none", func(t *testing.T) {
-		g := newFileGuard(t)
-		counted := reloadsSince(g.Handler)
-		began := time.Now()
-		for range 1000 {
-			assert.Equal(t, 200, g.status("old"))
-		}
-		assert.Zero(t, time.Since(began))
-		for range 100 {
-			time.Sleep(10 * time.Millisecond)
-			assert.Equal(t, 200, g.status("old"))
-		}
-		synctest.Wait()
-		assert.Regexp(t, "^0 changed, [45] unchanged, 0 failed$", counted())
-	})
-	for name, breakIt := range map[string]func(t *testing.T, path string){
-		"empty":             func(t *testing.T, path string) { writeFile(t, path, "") },
-		"one newline":       func(t *testing.T, path string) { writeFile(t, path, "\n") },
-		"with a blank line": func(t *testing.T, path string) { writeFile(t, path, "new\n\n") },
-		"too large":         func(t *testing.T, path string) { writeFile(t, path, strings.Repeat("n", 1<<20+1)) },
-		"gone":              func(t *testing.T, path string) { require.NoError(t, os.Remove(path)) },
-		"a directory instead": func(t *testing.T, path string) {
-			require.NoError(t, os.Remove(path))
-			require.NoError(t, os.Mkdir(path, 0o700))
-		},
-	} {
-		bubble("the last good value stays if the file is "+name, func(t *testing.T) {
-			g := newFileGuard(t)
-			counted := reloadsSince(g.Handler)
-			breakIt(t, g.path)
-			for began := time.Now(); time.Since(began) < 2*reloadLogInterval-2*time.Second; time.Sleep(time.Second) {
-				assert.Equal(t, 200, g.status("old"))
-				assert.Equal(t, 401, g.status(""), "the empty key opens nothing")
-			}
-			assert.Regexp(t, "^0 changed, 0 unchanged, [0-9]+ failed$", counted())
-			lines := g.logs.FilterLevelExact(zapcore.ErrorLevel).All()
-			require.Len(t, lines, 2, "one line a minute")
-			assert.Equal(t, "reloading secrets, the last good values stay in use", lines[0].Message)
-			assert.Contains(t, lines[0].ContextMap()["error"], "secret file: ")
-			assert.NotContains(t, lines[0].ContextMap()["error"], g.path)
-
-			require.NoError(t, os.RemoveAll(g.path))
-			writeFile(t, g.path, "new\n")
-			assert.Equal(t, 200, g.status("new"), "once it is good, it is taken")
-		})
-	}
-	bubble("a withdrawn secret does not come back when another file changes while this one is unreadable", func(t *testing.T) {
-		other := writeFile(t, filepath.Join(t.TempDir(), "other"), "other\n")
-		g := newFileGuard(t, Secret{Value: "{file." + other + "}", Name: "other"})
-		writeFile(t, g.path, "new\n")
-		assert.Equal(t, 200, g.status("new"))
-		time.Sleep(previousAge)
-		require.NoError(t, os.Remove(g.path))
-		writeFile(t, other, "newer\n")
-		assert.Equal(t, 200, g.status("newer"), "which the unreadable one does not keep from changing")
-		time.Sleep(previousAge)
-		assert.Equal(t, 401, g.status("old"))
-		assert.Equal(t, 401, g.status("other"))
-		assert.Equal(t, 200, g.status("new"))
-	})
-	bubble("two that become the same do no harm", func(t *testing.T) {
-		g := newFileGuard(t, Secret{Value: "next", Name: "next"})
-		writeFile(t, g.path, "next\n")
-		assert.Equal(t, 401, g.status("wrong"))
-		assert.Equal(t, 200, g.status("next"))
-		assert.Len(t, g.logs.FilterMessage("two secrets have the same value").All(), 1)
-		require.NoError(t, load(t, &Handler{Secrets: g.Secrets}), "and the next load accepts them")
-	})
-	bubble("a request whose sender is gone waits no longer", func(t *testing.T) {
-		g := newFileGuard(t)
-		assert.Equal(t, 401, g.status("wrong")) // the next reload is in 250 ms
-		ctx, cancel := context.WithCancel(t.Context())
-		cancel()
-		began := time.Now()
-		assert.Equal(t, 401, serve(t, g.Handler, post("x", Sign([]byte("wrong"), []byte("x"))).WithContext(ctx)).status)
-		assert.Zero(t, time.Since(began))
-	})
-	t.Run("what cannot change is not read again", func(t *testing.T) {
-		t.Setenv("TEST_INKIT_SECRET", testSecret)
-		inBubble(t, func(t *testing.T) {
-			h, _ := provision(t, &Handler{Secrets: []Secret{{Value: "literal"}, {Value: "{env.TEST_INKIT_SECRET}"}}})
-			counted := reloadsSince(h)
-			began := time.Now()
-			assert.Equal(t, 401, serve(t, h, post("x", compactSignature)).status)
-			assert.Zero(t, time.Since(began))
-			assert.Equal(t, "0 changed, 0 unchanged, 0 failed", counted())
-		})
-	})
-}
-
-// 20 rotations, each followed by 50 events at once with the new secret, among forged
-// ones: whoever does not get to reload the secrets must not take the old ones as final.
-func TestNoGenuineEventIsRefusedAfterARotation(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		g := newFileGuard(t)
-		refused := 0
-		for i := range 20 {
-			secret := fmt.Sprintf("secret_%d", i)
-			writeFile(t, g.path, secret+"\n")
-			statuses := make([]int, 50)
-			var wg sync.WaitGroup
-			for j := range statuses {
-				wg.Go(func() { statuses[j] = g.status(secret) })
-				wg.Go(func() { assert.Equal(t, 401, g.status("wrong")) })
-			}
-			wg.Wait()
-			for _, status := range statuses {
-				if status != 200 {
-					refused++
-				}
-			}
-		}
-		assert.Zero(t, refused, "of 1,000")
-	})
-}
-
-// A file system that hangs holds no event whose secret is known, and any other for
-// two seconds.
-func TestFileSystemThatHangs(t *testing.T) {
-	inBubble(t, func(t *testing.T) {
-		g := newFileGuard(t)
-		g.keyring.reloading.Store(true) // as a reload that never returns leaves it
-		began := time.Now()
-		assert.Equal(t, 200, g.status("old"))
-		assert.Zero(t, time.Since(began))
-		assert.Equal(t, 401, g.status("new"))
-		assert.Equal(t, reloadWait, time.Since(began))
-	})
-}
-
-// Events signed with either secret go through while the file that holds one of
-// them is replaced over and over, as they arrive on many connections.
-func TestSecretsAreReloadedUnderLoad(t *testing.T) {
-	dir := t.TempDir()
-	path := writeFile(t, filepath.Join(dir, "secret"), "first\n")
-	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: "{file." + path + "}", Name: "file"}, {Value: "stays"}}})
-	stop := make(chan struct{})
-	var wg sync.WaitGroup
-	for range 4 {
-		wg.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-					assert.Equal(t, 200, serve(t, h, post("x", Sign([]byte("stays"), []byte("x")))).status)
-				}
-			}
-		})
-	}
-	for i := range 10 {
-		secret := strings.Repeat("n", i+1)
-		require.NoError(t, os.Rename(writeFile(t, filepath.Join(dir, "next"), secret+"\n"), path))
-		assert.Equal(t, 200, serve(t, h, post("x", Sign([]byte(secret), []byte("x")))).status)
-	}
-	close(stop)
-	wg.Wait()
 }
 
 func FuzzResolve(f *testing.F) {

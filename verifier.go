@@ -134,17 +134,13 @@ func (v *Verifier) match(sig *[sha256.Size]byte, body []byte) (matched int, err 
 	return matched, err
 }
 
-// parseSignature decodes the only form that Inkit sends. encoding/hex would
-// take upper case as well, which Inkit's listener does not.
+// parseSignature decodes the only form that Inkit sends. encoding/hex also accepts
+// upper case, which Inkit's listener does not.
 func parseSignature(s string) (sig [sha256.Size]byte, err error) {
 	if s == "" {
 		return sig, ErrSignatureMissing
 	}
-	lower := byte(0x20) // the bit that digits and small letters have, and capital letters lack
-	for i := range len(s) {
-		lower &= s[i]
-	}
-	if len(s) != hex.EncodedLen(len(sig)) || lower == 0 {
+	if len(s) != hex.EncodedLen(len(sig)) || s != strings.ToLower(s) {
 		return sig, ErrSignatureMalformed
 	}
 	if _, err := hex.Decode(sig[:], []byte(s)); err != nil {

@@ -190,7 +190,7 @@ func TestREADMEHasWhatTheSourceHas(t *testing.T) {
 		what, file, pattern string
 		least               int
 	}{
-		{"outcomes", "module.go", `, http\.Status\w+, ("\w+")\},`, 7},
+		{"outcomes", "module.go", `, http\.Status\w+, ("\w+"),`, 7},
 		{"metrics of the guard", "metrics.go", `Name: ("caddy_\w+"),`, 3},
 		{"metrics of the queue", "queue/metrics.go", `Name: +("caddy_\w+"),`, 7},
 		{"placeholders of the guard", "module.go", "`({http\\.inkit_webhook\\.\\w+})`", 4},

@@ -14,15 +14,13 @@ func init() {
 	caddy.RegisterModule(App{})
 }
 
-// App opens and closes the databases of the queues in a configuration. There is
-// nothing in it to configure: a handler brings it along.
+// App starts and stops the queues of a configuration. There is nothing in it to
+// configure: a handler brings it along.
 type App struct {
 	ctx      caddy.Context
 	logger   *zap.Logger
 	handlers []*Handler
 	configs  map[string]string // by name
-
-	grace <-chan struct{} // closed when deliveries in flight have had their time
 }
 
 // CaddyModule returns the Caddy module information.
@@ -39,8 +37,8 @@ func (a *App) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// register notes a handler. A site with two listeners has its handlers twice, so that
-// two of one name are fine if they are the same.
+// register notes a handler. A site with two listeners has its handlers twice: two handlers
+// may have one name if they are the same.
 func (a *App) register(h *Handler, config string) error {
 	if other, ok := a.configs[h.Name]; ok && other != config {
 		return fmt.Errorf("name: two queues are called %s, and have different settings", h.Name)
@@ -50,100 +48,26 @@ func (a *App) register(h *Handler, config string) error {
 	return nil
 }
 
-// Start opens the databases, or finds them open, and has the queues deliver. It does
-// not wait for that, and never fails: whatever is wrong with a database, the sites are
-// served.
+// Start opens the queues, or finds them open, and has them deliver. It does not wait for
+// the databases and never fails: whatever is wrong with a database, the sites are served.
 func (a *App) Start() error {
 	for _, h := range a.handlers {
-		s := acquire(h.opener, h.Name, a.logger)
-		s.queue.attach(h)
-		h.shared.Store(s)
-		close(h.started)
+		h.use.open()
 	}
 	return nil
 }
 
-// Stop has the queues deliver no more for this configuration. What is in flight goes
-// on, and if Caddy ends, has as long for that as the requests of the HTTP servers.
+// Stop has the queues make no more attempts by this configuration. Attempts under way go
+// on. If Caddy ends, they have as long as the requests of the HTTP servers.
 func (a *App) Stop() error {
-	if app, err := a.ctx.AppIfConfigured("http"); err == nil && app.(*caddyhttp.App).GracePeriod > 0 {
-		grace := make(chan struct{})
-		time.AfterFunc(time.Duration(app.(*caddyhttp.App).GracePeriod), func() { close(grace) })
-		a.grace = grace
+	var grace time.Duration
+	if app, err := a.ctx.AppIfConfigured("http"); err == nil {
+		grace = time.Duration(app.(*caddyhttp.App).GracePeriod)
 	}
 	for _, h := range a.handlers {
-		h.shared.Load().queue.detach(h)
+		h.use.detach(grace)
 	}
 	return nil
-}
-
-// databases are those in use, by the key of their store.
-var databases = caddy.NewUsagePool()
-
-// Destruct closes the database. Its queues are closed.
-func (d *database) Destruct() error {
-	d.close()
-	return nil
-}
-
-// shared is a queue that handlers share, those of one configuration and of the next.
-type shared struct {
-	queue  *queue
-	opener Opener
-	users  int // guarded by the database
-}
-
-// acquire returns the queue of a name in a store. It is to be released.
-func acquire(opener Opener, name string, logger *zap.Logger) *shared {
-	value, loaded, _ := databases.LoadOrNew(opener.Key(), func() (caddy.Destructor, error) {
-		return newDatabase(opener, logger), nil
-	})
-	d := value.(*database)
-	if !loaded {
-		d.start()
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	s, ok := d.queues[name]
-	if !ok {
-		s = &shared{queue: newQueue(name, d), opener: opener}
-		d.queues[name] = s
-		delete(d.strange, name)
-	}
-	s.users++
-	return s
-}
-
-// release gives up the queue. The last one to do so closes it: at once if Caddy ends,
-// and otherwise when what is in flight has ended.
-func (s *shared) release(a *App, exiting bool) {
-	d := s.queue.db
-	d.mu.Lock()
-	s.users--
-	last := s.users == 0
-	if last {
-		delete(d.queues, s.queue.name)
-		d.strange[s.queue.name] = true // as the line below says
-	}
-	pending := d.counts[[2]string{s.queue.name, statePending}].Events
-	d.mu.Unlock()
-
-	end := func(grace <-chan struct{}) {
-		if last {
-			s.queue.close(grace)
-			d.forget(s.queue.name)
-		}
-		_, _ = databases.Delete(s.opener.Key())
-	}
-	if exiting {
-		end(a.grace)
-		return
-	}
-	if last && pending > 0 {
-		a.logger.Warn("a queue is no longer configured: its events stay", zap.String("queue", s.queue.name), zap.Int("pending", pending),
-			zap.String("database", s.opener.Key()))
-	}
-	go end(nil) // after a reload, what is in flight has all the time of an attempt
 }
 
 // Interface guards

@@ -9,8 +9,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -29,7 +32,7 @@ func TestLoadingTouchesNoFile(t *testing.T) {
 	assert.Empty(t, entries)
 
 	c = start(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(200))})
-	require.Eventually(t, func() bool { return c.queue().db.opened() != nil }, 20*time.Second, time.Millisecond)
+	c.queue().db.opened(t)
 	folder, err := os.Stat(filepath.Dir(path))
 	require.NoError(t, err)
 	assert.Equal(t, os.FileMode(0o700), folder.Mode().Perm(), "for nobody else to read")
@@ -98,7 +101,7 @@ func TestReloads(t *testing.T) {
 				synctest.Wait()
 				assert.Equal(t, tt.old, oldCalls.Load() > 0, "the old one delivers")
 				assert.Equal(t, tt.new, newCalls.Load() > 0, "the new one delivers")
-				assert.Equal(t, map[string]int{statePending: 1}, c.counts(t))
+				assert.Equal(t, map[string]int{store.Pending: 1}, c.counts(t))
 			})
 		})
 	}
@@ -134,11 +137,26 @@ func TestReloadDuringAnAttempt(t *testing.T) {
 		assert.Zero(t, newCalls.Load(), "and not again")
 		assert.Empty(t, c.counts(t))
 
-		refused := serve(t, old.handlers[0], post(body)) // after its cleanup
-		assert.Equal(t, 503, refused.status)
-		assert.Equal(t, "the queue is not open", refused.error)
-		assert.Equal(t, "30", refused.header.Get("Retry-After"))
+		late := serve(t, old.handlers[0], post(body)) // after its cleanup, on a connection that was open
+		assert.Equal(t, "the backend's body", late.body)
+		old.handlers[0].use.releasing.Wait()
 		c.stop(t)
+	})
+}
+
+// A reload that takes the queue out: the last requests of the old configuration are
+// delivered all the same.
+func TestLateRequestOfAQueueThatIsGone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(201))})
+		c.queue().db.opened(t)
+		c.stop(t)
+		for range 3 {
+			late := serve(t, c.handlers[0], post(body))
+			assert.Equal(t, 201, late.status)
+			assert.Equal(t, "the backend's body", late.body)
+			c.handlers[0].use.releasing.Wait()
+		}
 	})
 }
 
@@ -197,23 +215,17 @@ func TestEndGivesLeasesBack(t *testing.T) {
 				began := time.Now()
 				assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 				time.Sleep(time.Second - time.Since(began))
-				q, d := c.queue(), c.queue().db
-				require.NoError(t, c.app.Stop())
-				grace := make(chan struct{})
-				time.AfterFunc(tt.grace, func() { close(grace) })
-				c.app.grace = grace // as the HTTP app of a configuration has it
+				c.handlers[0].use.detach(tt.grace) // the grace period of the HTTP app
 				stopped := time.Now()
-				c.handlers[0].shared.Swap(nil).release(c.app, true)
-				<-q.stopped
-				<-d.closed
+				c.handlers[0].use.end()
 				assert.InDelta(t, tt.ends, time.Since(stopped), float64(50*time.Millisecond))
 				c.end()
 
-				store, err := (&SQLite{Path: path}).Open(t.Context())
+				s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 				require.NoError(t, err)
-				defer store.Close()
-				claim := &Claim{Queue: "default", Max: 10, Lease: time.Minute}
-				require.NoError(t, store.Apply(t.Context(), &Batch{Owner: "the next one", Claims: []*Claim{claim}}))
+				defer s.Close()
+				claim := &store.Claim{Queue: "default", Max: 10, Lease: time.Minute}
+				require.NoError(t, s.Apply(t.Context(), &store.Batch{Owner: "the next one", Claims: []*store.Claim{claim}}))
 				assert.Len(t, claim.Records, tt.pending, "due at once, with an hour of lease left")
 			})
 		})
@@ -230,7 +242,7 @@ func TestSharedDatabase(t *testing.T) {
 			&Handler{Name: "a", StoreRaw: sqliteAt(path), Routes: rawRoutes(string(deliver[0].HandlersRaw[0]))},
 			&Handler{Name: "b", StoreRaw: sqliteAt(path), Routes: routes(status(500))})
 		defer c.stop(t)
-		queueOf := func(i int) *queue { return c.handlers[i].shared.Load().queue }
+		queueOf := func(i int) *queue { return c.handlers[i].use.queue }
 		assert.Same(t, queueOf(0), queueOf(1))
 		assert.NotSame(t, queueOf(0), queueOf(2))
 		assert.Same(t, queueOf(0).db, queueOf(2).db)

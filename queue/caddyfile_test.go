@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -178,10 +179,57 @@ func TestLoadErrors(t *testing.T) {
 
 func TestModules(t *testing.T) {
 	for id, module := range map[string]caddy.Module{
-		"http.handlers.inkit_queue": new(Handler), "inkit_queue": new(App), "inkit_queue.stores.sqlite": new(SQLite),
+		"http.handlers.inkit_queue": new(Handler), "inkit_queue": new(App), "inkit_queue.stores.sqlite": new(sqlite.SQLite),
 	} {
 		info, err := caddy.GetModule(id)
 		require.NoError(t, err)
 		assert.IsType(t, module, info.New())
+	}
+}
+
+func TestPostgresCaddyfile(t *testing.T) {
+	t.Setenv("QUEUE_DSN", "postgres://role:c0nf1d3nt1al@host/database")
+	t.Setenv("QUEUE_BROKEN", "postgres://role:c0nf1d3nt1al@host:c0nf1d3nt1al/database")
+	for name, tt := range map[string]struct {
+		store, want string // the JSON, or a part of the error
+	}{
+		"a placeholder":              {"store postgres {env.QUEUE_DSN}", `{"dsn":"{env.QUEUE_DSN}","module":"postgres"}`},
+		"a placeholder and a schema": {"store postgres {env.QUEUE_DSN} {\n schema inkit\n }", `{"dsn":"{env.QUEUE_DSN}","module":"postgres","schema":"inkit"}`},
+		"a text in the block":        {"store postgres {\n dsn postgres://c0nf1d3nt1al@host/database\n }", `{"dsn":"postgres://c0nf1d3nt1al@host/database","module":"postgres"}`},
+		"a text in quotes":           {"store postgres {\n dsn \"host=host password=c0nf1d3nt1al\"\n }", `{"dsn":"host=host password=c0nf1d3nt1al","module":"postgres"}`},
+
+		"nothing":                         {"store postgres", "dsn: is required"},
+		"a text on its own line":          {"store postgres postgres://c0nf1d3nt1al@host/database", "store: postgres takes a placeholder in braces"},
+		"a text in the place of the kind": {"store postgres://c0nf1d3nt1al@host/database", "store: takes the kind of a database first"},
+		"two placeholders":                {"store postgres {env.QUEUE_DSN} {env.c0nf1d3nt1al}", "store: postgres takes one placeholder at most"},
+		"a connection string twice":       {"store postgres {env.QUEUE_DSN} {\n dsn c0nf1d3nt1al\n }", "dsn: must not be repeated"},
+		"spaces without quotes":           {"store postgres {\n dsn host=host password=c0nf1d3nt1al\n }", "dsn: takes one value, in quotes"},
+		"an unknown word":                 {"store postgres {env.QUEUE_DSN} {\n c0nf1d3nt1al\n }", "store: postgres must hold dsn and schema only"},
+		"a variable that is unset":        {"store postgres {env.c0nf1d3nt1al}", "dsn: environment variable is unset or empty"},
+		"a file that is missing":          {"store postgres {file./c0nf1d3nt1al}", "dsn: file cannot be read: no such file or directory"},
+		"what is no connection string":    {"store postgres {\n dsn postgres//c0nf1d3nt1al@host\n }", "dsn: cannot be parsed as a connection string of PostgreSQL"},
+		"a port that is none":             {"store postgres {env.QUEUE_BROKEN}", "dsn: cannot be used: invalid port"},
+		"a certificate that is missing":   {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=verify-full sslrootcert=/c0nf1d3nt1al\"\n }", "dsn: names a file that cannot be read: no such file or directory"},
+		"a mode that is none":             {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=c0nf1d3nt1al\"\n }", "dsn: cannot be used: failed to configure TLS"},
+		"a placeholder within a text":     {"store postgres {\n dsn postgres://role:{env.c0nf1d3nt1al}@host/database\n }", "dsn: must be either one placeholder and nothing else"},
+		"a way that Caddy does not know":  {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: stands for a text in a way that Caddy does not know"},
+		"a schema that is too long":       {"store postgres {env.QUEUE_DSN} {\n schema " + strings.Repeat("s", 64) + "\n }", "schema: must be the name of one"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			adapter := caddyconfig.GetAdapter("caddyfile")
+			config, _, err := adapter.Adapt([]byte("http://localhost:1\nroute {\ninkit_queue {\n"+tt.store+"\ndeliver {\nrespond 200\n}\n}\n}\n"), nil)
+			if err == nil {
+				var c caddy.Config
+				require.NoError(t, json.Unmarshal(config, &c))
+				err = caddy.Validate(&c)
+			}
+			if strings.HasPrefix(tt.want, "{") {
+				require.NoError(t, err)
+				assert.Contains(t, string(config), `"store":`+tt.want)
+				return
+			}
+			require.ErrorContains(t, err, tt.want)
+			assert.NotContains(t, err.Error(), "c0nf1d3nt1al")
+		})
 	}
 }

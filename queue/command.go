@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"slices"
 	"strings"
@@ -13,6 +12,8 @@ import (
 	"time"
 	"unicode"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/spf13/cobra"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
@@ -66,50 +67,31 @@ an object for each. An event that was delivered is not there any more.
 		table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 		encoder := json.NewEncoder(os.Stdout)
 		headed := *asJSON
-		err := o.each(cmd.Context(), func(store Store) error {
+		err := o.each(cmd.Context(), func(s store.Store) error {
 			if !headed {
 				headed = true
 				fmt.Fprintln(table, "ID\tSTATE\tRECEIVED\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
 			}
-			return eachPage(cmd.Context(), store, Filter{Dead: *dead}, func(r *Record) error {
-				l := newListed(r)
-				if *asJSON {
-					return encoder.Encode(l)
+			return store.Each(cmd.Context(), s, store.Filter{Dead: *dead}, false, func(page []*store.Record) error {
+				for _, r := range page {
+					l := newListed(r)
+					row := []string{l.ID, l.State, l.Received, l.EventType, l.ResourceID, fmt.Sprint(l.Attempts), l.NextAttempt, l.LastError}
+					var err error
+					if *asJSON {
+						err = encoder.Encode(l)
+					} else {
+						_, err = fmt.Fprintln(table, printable(strings.Join(row, "\t"), '\t'))
+					}
+					if err != nil {
+						return err
+					}
 				}
-				_, err := fmt.Fprintln(table, printable(strings.Join([]string{
-					l.ID, l.State, l.Received, l.EventType, l.ResourceID, fmt.Sprint(l.Attempts), l.NextAttempt, l.LastError,
-				}, "\t"), '\t'))
-				return err
+				return nil
 			})
 		})
 		return errors.Join(err, table.Flush())
 	}
 	return cmd
-}
-
-// eachPage calls f for events, the oldest first, while the database is not being read:
-// f may wait for a terminal, and as long as somebody reads, the log of SQLite grows.
-func eachPage(ctx context.Context, store Store, filter Filter, f func(*Record) error) error {
-	const size = 1000
-	for {
-		var page []*Record
-		err := store.Select(ctx, filter, false, func(r *Record) bool {
-			page = append(page, r)
-			return len(page) < size
-		})
-		if err != nil {
-			return err
-		}
-		for _, r := range page {
-			if err := f(r); err != nil {
-				return err
-			}
-			filter.After = r.ID
-		}
-		if len(page) < size {
-			return nil
-		}
-	}
 }
 
 // listed is an event as the commands show it.
@@ -125,12 +107,12 @@ type listed struct {
 	LastError   string `json:"last_error,omitempty"`
 }
 
-func newListed(r *Record) listed {
+func newListed(r *store.Record) listed {
 	l := listed{
 		ID: r.ID, Queue: r.Queue, State: r.State, Received: r.Received.UTC().Format(time.RFC3339),
 		EventType: r.EventType, ResourceID: r.ResourceID, Attempts: r.Attempts, LastError: r.LastError,
 	}
-	if r.State == statePending {
+	if r.State == store.Pending {
 		l.NextAttempt = r.Due.UTC().Format(time.RFC3339)
 	}
 	return l
@@ -148,7 +130,7 @@ and control characters are replaced.
 		Example: `  caddy inkit-queue show 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, ids []string) error {
-			return o.eachID(cmd.Context(), ids, func(_ Store, r *Record) error {
+			return o.eachID(cmd.Context(), ids, func(_ store.Store, r *store.Record) error {
 				stored, err := decodeRequest(r)
 				if err != nil {
 					return fmt.Errorf("%s: %w", r.ID, err)
@@ -192,16 +174,16 @@ is being delivered is left alone.
 	}
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		if *dead {
-			return o.each(cmd.Context(), func(store Store) error {
-				n, err := store.Retry(cmd.Context(), Filter{Dead: true})
+			return o.each(cmd.Context(), func(s store.Store) error {
+				n, err := s.Retry(cmd.Context(), store.Filter{Dead: true})
 				if err == nil {
 					fmt.Printf("%d dead events are pending\n", n)
 				}
 				return err
 			})
 		}
-		return o.eachID(cmd.Context(), ids, func(store Store, r *Record) error {
-			n, err := store.Retry(cmd.Context(), Filter{IDs: []string{r.ID}})
+		return o.eachID(cmd.Context(), ids, func(s store.Store, r *store.Record) error {
+			n, err := s.Retry(cmd.Context(), store.Filter{IDs: []string{r.ID}})
 			switch {
 			case err != nil:
 				return err
@@ -226,8 +208,8 @@ them back. A delivery that is under way goes on.
 		Example: `  caddy inkit-queue drop 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
 		Args:    cobra.MinimumNArgs(1),
 		RunE: func(cmd *cobra.Command, ids []string) error {
-			return o.eachID(cmd.Context(), ids, func(store Store, r *Record) error {
-				n, err := store.Drop(cmd.Context(), Filter{IDs: []string{r.ID}})
+			return o.eachID(cmd.Context(), ids, func(s store.Store, r *store.Record) error {
+				n, err := s.Drop(cmd.Context(), store.Filter{IDs: []string{r.ID}})
 				if n > 0 {
 					fmt.Println("dropped", printable(strings.TrimSpace(strings.Join([]string{r.ID, r.EventType, r.ResourceID}, " "))))
 				}
@@ -258,20 +240,20 @@ tables, where that of Caddy may not.
 		defer done()
 		shown := false
 		for _, opener := range openers {
-			if migrator, ok := opener.(interface{ Migration() string }); *show && ok {
-				shown = true
-				fmt.Print(migrator.Migration())
+			if *show {
+				migration := opener.Migration()
+				shown = shown || migration != ""
+				fmt.Print(migration)
+				continue
 			}
-			if !*show {
-				store, err := opener.Open(cmd.Context())
-				if err != nil {
-					return fmt.Errorf("%s: %w", opener.Key(), err)
-				}
-				if err := store.Close(); err != nil {
-					return err
-				}
-				fmt.Println("the tables are there:", printable(opener.Key()))
+			s, err := opener.Open(cmd.Context(), store.Opening{Logger: caddy.Log(), Command: true})
+			if err != nil {
+				return fmt.Errorf("%s: %w", opener.Key(), err)
 			}
+			if err := s.Close(); err != nil {
+				return err
+			}
+			fmt.Println("the tables are there:", printable(opener.Key()))
 		}
 		if *show && !shown {
 			return errors.New("no store of the configuration is in PostgreSQL")
@@ -308,22 +290,12 @@ The age of an event counts anew.
 		if len(openers) > 1 {
 			return errors.New("the configuration names several databases: it is not known which to move to")
 		}
-		return o.each(cmd.Context(), func(to Store) error {
-			return (&origin{db: *file}).each(cmd.Context(), func(from Store) error {
-				if sameFile(from, to) { // in which to copy is nothing, and to drop is all
+		return o.each(cmd.Context(), func(to store.Store) error {
+			return (&origin{db: *file}).each(cmd.Context(), func(from store.Store) error {
+				if sqlite.Same(from, to) { // to copy would do nothing, and to drop would delete all
 					return errors.New("the configuration names the database that is to be moved from: change it first")
 				}
-				var left int
-				moved, err := copyEvents(cmd.Context(), from, to, "move", func(r *Record) bool {
-					if r.LeasedUntil.After(time.Now()) {
-						left++
-						return false
-					}
-					return true
-				}, func(ids []string) error {
-					_, err := from.Drop(cmd.Context(), Filter{IDs: ids})
-					return err
-				})
+				moved, left, err := move(cmd.Context(), from, to)
 				fmt.Printf("%d events were moved\n", moved)
 				if left > 0 {
 					fmt.Printf("%d are being delivered, and were left: run this again when that has ended\n", left)
@@ -335,136 +307,25 @@ The age of an event counts anew.
 	return cmd
 }
 
-func sameFile(a, b Store) bool {
-	one, isFile := a.(*sqliteStore)
-	other, isFileToo := b.(*sqliteStore)
-	return isFile && isFileToo && os.SameFile(one.file, other.file)
-}
-
-// origin says which databases a command works on.
-type origin struct {
-	db, config, adapter string
-	make                bool // whether a database that is not there is made
-}
-
-// load returns the databases, each of them once, until done is called.
-func (o *origin) load(ctx context.Context) (openers []Opener, done func(), err error) {
-	caddyCtx, cancel := caddy.NewContext(caddy.Context{Context: ctx})
-	if openers, err = o.openers(caddyCtx); err != nil {
-		cancel()
-	}
-	return openers, cancel, err
-}
-
-func (o *origin) openers(ctx caddy.Context) (openers []Opener, err error) {
-	var configs []json.RawMessage
-	if o.config == "" {
-		configs = append(configs, json.RawMessage(`{}`))
-	} else {
-		config, _, _, err := caddycmd.LoadConfig(o.config, o.adapter)
-		if err != nil {
-			return nil, err
-		}
-		configs = queueConfigs(config)
-	}
-	for _, config := range configs {
-		h := new(Handler)
-		if err := json.Unmarshal(config, h); err != nil {
-			return nil, err
-		}
-		if o.db != "" {
-			h.StoreRaw, _ = json.Marshal(map[string]string{"module": "sqlite", "path": o.db})
-		}
-		opener, err := h.loadStore(ctx)
-		if err != nil {
-			return nil, err
-		}
-		if !slices.ContainsFunc(openers, func(other Opener) bool { return other.Key() == opener.Key() }) {
-			openers = append(openers, opener)
-		}
-	}
-	if len(openers) == 0 {
-		return nil, errors.New("there is no inkit_queue in the configuration")
-	}
-	return openers, nil
-}
-
-// queueConfigs returns the JSON of all handlers of this module, wherever they stand.
-func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
-	var object map[string]json.RawMessage
-	var list []json.RawMessage
-	switch {
-	case json.Unmarshal(config, &object) == nil:
-		if string(object["handler"]) == `"inkit_queue"` {
-			found = append(found, config)
-		}
-		for _, value := range object {
-			found = append(found, queueConfigs(value)...)
-		}
-	case json.Unmarshal(config, &list) == nil:
-		for _, value := range list {
-			found = append(found, queueConfigs(value)...)
-		}
-	}
-	return found
-}
-
-// each calls f for each database.
-func (o *origin) each(ctx context.Context, f func(Store) error) error {
-	openers, done, err := o.load(ctx)
-	if err != nil {
-		return err
-	}
-	defer done()
-	for _, opener := range openers {
-		if file, ok := opener.(*SQLite); ok { // which would make one
-			if info, err := os.Stat(file.Path); !o.make && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
-				return fmt.Errorf("there is no database %s: name it with --db", file.Path)
-			}
-			file.busy = commandBusyTimeout
-		}
-		store, err := opener.Open(ctx)
-		if err != nil {
-			return fmt.Errorf("%s: %w", opener.Key(), err)
-		}
-		if err := errors.Join(f(store), store.Close()); err != nil {
+// move copies events a page at a time, and drops the page. It leaves those with an attempt
+// under way.
+func move(ctx context.Context, from, to store.Store) (moved, left int, err error) {
+	err = store.Each(ctx, from, store.Filter{}, true, func(page []*store.Record) error {
+		all := len(page)
+		page = slices.DeleteFunc(page, func(r *store.Record) bool { return r.LeasedUntil.After(time.Now()) })
+		left += all - len(page)
+		if err := store.Copy(ctx, to, "move", page); err != nil || len(page) == 0 {
 			return err
 		}
-	}
-	return nil
-}
-
-// eachID calls f for each event of ids. One that is in no database is an error, after
-// the others are through.
-func (o *origin) eachID(ctx context.Context, ids []string, f func(Store, *Record) error) error {
-	unknown := make(map[string]bool)
-	for _, id := range ids {
-		unknown[id] = true
-	}
-	var failed []error
-	err := o.each(ctx, func(store Store) error {
-		for some := range slices.Chunk(ids, 500) { // as many as a statement takes
-			var records []*Record
-			err := store.Select(ctx, Filter{IDs: some}, true, func(r *Record) bool {
-				records = append(records, r)
-				return true
-			})
-			if err != nil {
-				return err
-			}
-			for _, r := range records {
-				delete(unknown, r.ID)
-				failed = append(failed, f(store, r))
-			}
+		ids := make([]string, len(page))
+		for i, r := range page {
+			ids[i] = r.ID
 		}
-		return nil
+		_, err := from.Drop(ctx, store.Filter{IDs: ids})
+		moved += len(page)
+		return err
 	})
-	for _, id := range ids {
-		if unknown[id] && err == nil {
-			failed = append(failed, fmt.Errorf("there is no event %s", printable(id)))
-		}
-	}
-	return errors.Join(append(failed, err)...)
+	return moved, left, err
 }
 
 // printable replaces what would have a terminal do something, except for the

@@ -13,9 +13,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/spf13/cobra"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
@@ -45,9 +48,9 @@ func run(t *testing.T, args ...string) (string, error) {
 func kept(t *testing.T) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "queue.db")
-	store, err := (&SQLite{Path: path}).Open(t.Context())
+	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
-	b := &Batch{Owner: "another process"}
+	b := &store.Batch{Owner: "another process"}
 	for i, id := range []string{"i1-due", "i2-later", "i3-dead", "i4-leased"} {
 		r, e := arrived(t, "http://example.com/webhook", body, func(r *http.Request) {
 			r.Header = http.Header{
@@ -55,7 +58,7 @@ func kept(t *testing.T) (path string) {
 				"Content-Type": {"application/json"},
 			}
 		})
-		a := &addition{request: newRequest(r, e), rec: &Record{
+		a := &addition{request: newRequest(r, e), rec: &store.Record{
 			ID: id, Queue: "default", Received: time.Date(2026, 11, 25, 6, 30, i, 0, time.UTC), EventType: e.Type(), ResourceID: e.ResourceID(),
 		}}
 		require.NoError(t, a.seal())
@@ -67,20 +70,20 @@ func kept(t *testing.T) (path string) {
 		}
 		b.Add = append(b.Add, a.rec)
 	}
-	b.Finish = []Finish{{ID: "i3-dead", Queue: "default", Outcome: Dead, LastError: "status 404"}}
-	require.NoError(t, store.Apply(t.Context(), b))
-	require.NoError(t, store.Close())
+	b.Finish = []store.Finish{{ID: "i3-dead", Queue: "default", Outcome: store.SetAside, LastError: "status 404"}}
+	require.NoError(t, s.Apply(t.Context(), b))
+	require.NoError(t, s.Close())
 	return path
 }
 
 // states returns the events of a file with their states.
 func states(t *testing.T, path string) map[string]string {
 	t.Helper()
-	store, err := (&SQLite{Path: path}).Open(t.Context())
+	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
-	defer store.Close()
+	defer s.Close()
 	all := make(map[string]string)
-	require.NoError(t, store.Select(t.Context(), Filter{}, false, func(r *Record) bool {
+	require.NoError(t, s.Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
 		all[r.ID] = r.State
 		return true
 	}))
@@ -90,11 +93,11 @@ func states(t *testing.T, path string) map[string]string {
 // due returns when the attempts are due, in the form of the commands.
 func due(t *testing.T, path string) map[string]string {
 	t.Helper()
-	store, err := (&SQLite{Path: path}).Open(t.Context())
+	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
-	defer store.Close()
+	defer s.Close()
 	all := make(map[string]string)
-	require.NoError(t, store.Select(t.Context(), Filter{}, false, func(r *Record) bool {
+	require.NoError(t, s.Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
 		all[r.ID] = r.Due.UTC().Format(time.RFC3339)
 		return true
 	}))
@@ -145,9 +148,9 @@ func TestList(t *testing.T) {
 
 func TestListOfNothing(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
-	store, err := (&SQLite{Path: path}).Open(t.Context())
+	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
-	require.NoError(t, store.Close())
+	require.NoError(t, s.Close())
 	got, err := run(t, "list", "--db", path)
 	require.NoError(t, err)
 	assert.Equal(t, "ID  STATE  RECEIVED  EVENT TYPE  RESOURCE ID  ATTEMPTS  NEXT ATTEMPT  LAST ERROR\n", got)
@@ -240,15 +243,15 @@ func TestManyIDs(t *testing.T) {
 // A list is read in parts, between which nothing is read.
 func TestListOfMany(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
-	store, err := (&SQLite{Path: path}).Open(t.Context())
+	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
 	const events = 2500
-	b := &Batch{}
+	b := &store.Batch{}
 	for i := range events {
-		b.Add = append(b.Add, &Record{ID: fmt.Sprintf("%04d", i), Queue: "default", Received: time.Now(), Request: []byte("x"), Checksum: []byte("x")})
+		b.Add = append(b.Add, &store.Record{ID: fmt.Sprintf("%04d", i), Queue: "default", Received: time.Now(), Request: []byte("x"), Checksum: []byte("x")})
 	}
-	require.NoError(t, store.Apply(t.Context(), b))
-	require.NoError(t, store.Close())
+	require.NoError(t, s.Apply(t.Context(), b))
+	require.NoError(t, s.Close())
 	got, err := run(t, "list", "--json", "--db", path)
 	require.NoError(t, err)
 	i := 0
@@ -276,7 +279,7 @@ func TestCommandOnNoDatabase(t *testing.T) {
 	dir := t.TempDir()
 	none := filepath.Join(dir, "none.db")
 	_, err := run(t, "list", "--db", none)
-	require.EqualError(t, err, "there is no database "+none+": name it with --db")
+	require.EqualError(t, err, "sqlite "+none+": there is no such database: name it with --db")
 	assert.NoFileExists(t, none)
 
 	other := filepath.Join(dir, "other.txt")

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -17,6 +18,8 @@ import (
 	"unicode"
 	"unicode/utf8"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
@@ -43,7 +46,7 @@ func TestBackoff(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			shortest, longest := time.Duration(math.MaxInt64), time.Duration(0)
 			for range 2000 {
-				wait := backoff(tt.age)
+				wait := delivery.Backoff(tt.age, rand.Float64())
 				shortest, longest = min(shortest, wait), max(longest, wait)
 			}
 			assert.GreaterOrEqual(t, shortest, tt.least)
@@ -122,7 +125,7 @@ func TestLastErrorOfABackend(t *testing.T) {
 		for attempt := 1; attempt <= 2; attempt++ {
 			synctest.Wait()
 			seen := 0
-			require.NoError(t, c.queue().db.opened().Select(t.Context(), Filter{}, false, func(r *Record) bool {
+			require.NoError(t, c.queue().db.opened(t).Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
 				seen++
 				assert.Equal(t, attempt, r.Attempts)
 				assert.True(t, strings.HasPrefix(r.LastError, "status 500: \uFFFD[2Jno\uFFFD\uFFFD\uFFFDlong long "), r.LastError)
@@ -133,65 +136,6 @@ func TestLastErrorOfABackend(t *testing.T) {
 			time.Sleep(1300 * time.Millisecond)
 		}
 	})
-}
-
-// bare returns a queue without a schedule, and a handler that delivers for it.
-func bare(t *testing.T, concurrency int) (*queue, *Handler) {
-	t.Helper()
-	d := newDatabase(&SQLite{Path: filepath.Join(t.TempDir(), "never opened")}, zap.NewNop())
-	q := &queue{name: t.Name(), db: d, metrics: newQueueMetrics(t.Name()), wake: make(chan struct{}, 1)}
-	h := &Handler{Concurrency: concurrency, logger: zap.NewNop(), app: &App{logger: zap.NewNop()}}
-	q.attach(h)
-	return q, h
-}
-
-func TestBreaker(t *testing.T) {
-	lost := func(ids ...string) func(*queue, *Handler) {
-		return func(q *queue, h *Handler) {
-			for _, id := range ids {
-				q.judge(h, id, result{err: errors.New("connection refused"), unreachable: true})
-			}
-		}
-	}
-	found := func(q *queue, h *Handler) { q.judge(h, "", result{}) }
-	for _, tt := range []struct {
-		name    string
-		steps   []func(*queue, *Handler)
-		down    bool
-		allowed int
-	}{
-		{"nothing has happened", nil, false, 16},
-		{"four different events", []func(*queue, *Handler){lost("a", "b", "c", "d")}, false, 16},
-		{"five different events", []func(*queue, *Handler){lost("a", "b", "c", "d", "e")}, true, 1},
-		{"one event five times", []func(*queue, *Handler){lost("a", "a", "a", "a", "a")}, false, 16},
-		{"four events many times", []func(*queue, *Handler){lost("a", "b", "c", "d", "a", "b", "c", "d", "a", "b")}, false, 16},
-		{"five, with one between that was reached", []func(*queue, *Handler){lost("a", "b", "c", "d"), found, lost("e")}, false, 16},
-		{"five again after that", []func(*queue, *Handler){lost("a", "b"), found, lost("c", "d", "e", "a", "b")}, true, 1},
-		{"a probe that fails", []func(*queue, *Handler){lost("a", "b", "c", "d", "e", "a")}, true, 1},
-		{"the probe succeeds", []func(*queue, *Handler){lost("a", "b", "c", "d", "e"), found}, false, 1},
-		{"the next succeeds", []func(*queue, *Handler){lost("a", "b", "c", "d", "e"), found, found}, false, 2},
-		{"the third", []func(*queue, *Handler){lost("a", "b", "c", "d", "e"), found, found, found}, false, 4},
-		{"the fourth", []func(*queue, *Handler){lost("a", "b", "c", "d", "e"), found, found, found, found}, false, 8},
-		{"the fifth", []func(*queue, *Handler){lost("a", "b", "c", "d", "e"), found, found, found, found, found}, false, 16},
-		{"and there it stays", []func(*queue, *Handler){lost("a", "b", "c", "d", "e"), found, found, found, found, found, found, found}, false, 16},
-		{"down again while it recovers", []func(*queue, *Handler){lost("a", "b", "c", "d", "e"), found, found, lost("a", "b", "c", "d", "e")}, true, 1},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			q, h := bare(t, 16)
-			for _, step := range tt.steps {
-				step(q, h)
-			}
-			assert.Equal(t, tt.down, q.isDown())
-			assert.Equal(t, tt.allowed, q.breaker.allowed(q.lanes.limit))
-		})
-	}
-}
-
-// What is delivered and cannot be noted is not delivered again when its lease is over.
-func TestClaimOfWhatIsHeld(t *testing.T) {
-	d := &database{held: map[string]bool{"delivered": true}}
-	assert.Equal(t, []*Record{{ID: "due"}}, d.notHeld([]*Record{{ID: "delivered"}, {ID: "due"}}))
-	assert.Empty(t, d.notHeld([]*Record{{ID: "delivered"}}))
 }
 
 // With nothing to probe with, the next event is the probe.
@@ -213,18 +157,15 @@ func TestBackendThatIsDownForNothing(t *testing.T) {
 			assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		}
 		time.Sleep(time.Minute)
-		assert.True(t, c.queue().isDown(), "while they wait")
+		assert.True(t, c.queue().breaker.Down(), "while they wait")
 		up.Store(true)
-		_, err := c.queue().db.opened().Drop(t.Context(), Filter{})
+		_, err := c.queue().db.opened(t).Drop(t.Context(), store.Filter{})
 		require.NoError(t, err)
-		time.Sleep(forgetAfter + 2*pollInterval)
+		time.Sleep(17 * time.Second)
 		synctest.Wait()
-		assert.False(t, c.queue().isDown())
+		assert.False(t, c.queue().breaker.Down())
 		assert.Zero(t, seriesOf(t, "for-nothing")["backend_down"])
-		assert.Equal(t, 1, c.logs.FilterMessage("nothing waits any more for the backend that was down").Len())
-		p, err := c.queue().db.opened().Peek(t.Context(), "for-nothing")
-		require.NoError(t, err)
-		assert.False(t, p.Down, "for other processes, too")
+		assert.Equal(t, 1, c.logs.FilterMessage("no event waits any more for the backend that was down").Len())
 		assert.Equal(t, "the backend's body", serve(t, c.handlers[0], post(body)).body)
 	})
 }
@@ -270,7 +211,7 @@ func TestAttemptThatDoesNotEnd(t *testing.T) {
 		hanging = make(chan struct{})
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		synctest.Wait()
-		c.queue().cancel() // as when the time of a stop is over
+		c.queue().cutOff() // as when the time of a stop is over
 		before := time.Now()
 		c.stop(t)
 		assert.LessOrEqual(t, time.Since(before), endMargin+time.Second)
@@ -296,7 +237,7 @@ func TestAttemptsThatDoNotEndAreBounded(t *testing.T) {
 			assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		}
 		time.Sleep(25 * time.Minute)
-		assert.EqualValues(t, maxUnended, most.Load())
+		assert.EqualValues(t, maxOverdue, most.Load())
 		close(hanging)
 		c.stop(t)
 	})
@@ -349,8 +290,8 @@ func TestBackendThatIsDown(t *testing.T) {
 				}
 				time.Sleep(11 * time.Second)
 				synctest.Wait()
-				assert.Equal(t, tt.down, c.queue().isDown())
-				warned := c.logs.FilterMessage("the backend is down: events are kept, and one attempt is made at a time").FilterLevelExact(zapcore.WarnLevel)
+				assert.Equal(t, tt.down, c.queue().breaker.Down())
+				warned := c.logs.FilterMessage("the backend is down: events are stored, and one attempt a second is made").FilterLevelExact(zapcore.WarnLevel)
 				if !tt.down {
 					assert.Zero(t, warned.Len())
 					return
@@ -377,130 +318,6 @@ func TestBackendThatIsDown(t *testing.T) {
 			})
 		})
 	}
-}
-
-// The backlog leaves a quarter of the lanes, and new events go first.
-func TestLanes(t *testing.T) {
-	for _, tt := range []struct {
-		name         string
-		allowed      int
-		all, backlog int // in use
-		waiting      int
-		want         int
-	}{
-		{"all are free", 16, 0, 0, 0, 12},
-		{"new events have some", 16, 4, 0, 0, 12},
-		{"new events have more than a quarter", 16, 10, 0, 0, 6},
-		{"the backlog has all that it may", 16, 12, 12, 0, 0},
-		{"none is free", 16, 16, 12, 0, 0},
-		{"more are in use than there are after a reload", 4, 16, 12, 0, 0},
-		{"a new event waits", 16, 12, 0, 1, 4},
-		{"a new event waits, and the backlog has its quarter", 16, 14, 4, 1, 0},
-		{"a new event waits for one of two lanes", 2, 1, 0, 1, 1},
-		{"a new event waits for the only lane", 1, 0, 0, 1, 0},
-		{"one lane in all", 1, 0, 0, 0, 1},
-		{"one lane in all, in use", 1, 1, 0, 0, 0},
-		{"two lanes", 2, 0, 0, 0, 1},
-		{"four lanes", 4, 0, 0, 0, 3},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			l := &lanes{limit: tt.allowed, all: tt.all, backlog: tt.backlog, waiting: make([]chan bool, tt.waiting)}
-			assert.Equal(t, tt.want, l.backlogLocked(tt.allowed))
-		})
-	}
-}
-
-// New events that never end do not keep retries from happening: with one lane, they take
-// turns.
-func TestRetriesBesideManyNewEvents(t *testing.T) {
-	for _, limit := range []int{1, 2, 3, 16} {
-		t.Run(fmt.Sprint(limit, " at a time"), func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				var mu sync.Mutex
-				attempts := make(map[string]int)
-				c := start(t, &Handler{
-					StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Concurrency: limit, AnswerAfter: duration(time.Minute),
-					Routes: routes(func(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
-						time.Sleep(2 * time.Second)
-						mu.Lock()
-						defer mu.Unlock()
-						name := r.Header.Get("X-Name")
-						attempts[name]++
-						if name == "once" && attempts[name] == 1 {
-							w.WriteHeader(500)
-						} else {
-							w.WriteHeader(200)
-						}
-						return nil
-					}),
-				})
-				synctest.Wait()
-				done := make(chan struct{})
-				var senders sync.WaitGroup
-				for range 2*limit + 4 {
-					senders.Go(func() {
-						for {
-							select {
-							case <-done:
-								return
-							default:
-								serve(t, c.handlers[0], post(body))
-							}
-						}
-					})
-				}
-				time.Sleep(time.Second)
-				r := post(body)
-				r.Header.Set("X-Name", "once")
-				serve(t, c.handlers[0], r)
-				time.Sleep(time.Minute)
-				mu.Lock()
-				assert.Equal(t, 2, attempts["once"])
-				assert.Greater(t, attempts[""], 10*limit, "and new events go on")
-				mu.Unlock()
-				close(done)
-				senders.Wait()
-				c.stop(t)
-			})
-		})
-	}
-}
-
-func TestLaneGoesToTheNewEventThatWaitsLongest(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		q, _ := bare(t, 2)
-		require.True(t, q.enterLive(nil, true))
-		require.True(t, q.enterLive(nil, true))
-		var order []string
-		gaveUp := make(chan struct{})
-		for _, name := range []string{"first", "second, which gives up", "third"} {
-			given := make(chan struct{})
-			if strings.HasPrefix(name, "second") {
-				given = gaveUp
-			}
-			go func() {
-				order = append(order, fmt.Sprint(name, " ", q.enterLive(given, true)))
-			}()
-			synctest.Wait()
-		}
-		close(gaveUp)
-		synctest.Wait()
-		q.leaveLive()
-		synctest.Wait()
-		q.leaveLive()
-		synctest.Wait()
-		assert.Equal(t, []string{"second, which gives up false", "first true", "third true"}, order)
-		assert.Equal(t, 2, q.lanes.all)
-
-		go func() { order = append(order, fmt.Sprint("fourth ", q.enterLive(nil, true))) }()
-		synctest.Wait()
-		q.mu.Lock()
-		q.downLocked(q.handlers[0], errors.New("x"))
-		q.mu.Unlock()
-		synctest.Wait()
-		assert.Equal(t, "fourth false", order[len(order)-1], "nobody waits for a backend that is down")
-		assert.False(t, q.enterLive(nil, true))
-	})
 }
 
 // An event that always fails and one that is never answered hold up nobody, and new
@@ -539,10 +356,9 @@ func TestNewEventsPassABacklog(t *testing.T) {
 		q := c.queue()
 		for i := range 500 { // a backlog that is due
 			r, e := arrived(t, "http://example.com/", body, nil)
-			q.db.add(&Record{ID: fmt.Sprintf("backlog-%03d", i), Queue: "default", Received: time.Now()}, newRequest(r, e), false, &q.metrics)
+			q.db.writer.Add(&store.Record{ID: fmt.Sprintf("backlog-%03d", i), Queue: "default", Received: time.Now()}, newRequest(r, e).encode, time.Now().Add(time.Minute), func(error) {})
 		}
 		synctest.Wait()
-		q.poke()
 		for range 20 {
 			got := serve(t, c.handlers[0], post(body))
 			assert.Equal(t, "the backend's body", got.body)
@@ -554,7 +370,7 @@ func TestNewEventsPassABacklog(t *testing.T) {
 		mu.Unlock()
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		assert.Equal(t, map[string]int{statePending: 20}, c.counts(t), "those that always fail")
+		assert.Equal(t, map[string]int{store.Pending: 20}, c.counts(t), "those that always fail")
 	})
 }
 
@@ -571,10 +387,10 @@ func TestMaxAge(t *testing.T) {
 		serve(t, c.handlers[0], post(body))
 		time.Sleep(59 * time.Minute)
 		synctest.Wait()
-		assert.Equal(t, map[string]int{statePending: 1}, c.counts(t))
+		assert.Equal(t, map[string]int{store.Pending: 1}, c.counts(t))
 		time.Sleep(8 * time.Minute)
 		synctest.Wait()
-		assert.Equal(t, map[string]int{stateDead: 1}, c.counts(t))
+		assert.Equal(t, map[string]int{store.Dead: 1}, c.counts(t))
 		died := c.logs.FilterMessage("an event is dead: the backend has not taken it for max_age").FilterLevelExact(zapcore.ErrorLevel)
 		require.Equal(t, 1, died.Len())
 		assert.Equal(t, "DOCUMENT_CREATE_FINISHED", died.All()[0].ContextMap()["event_type"])
@@ -585,12 +401,12 @@ func TestMaxAge(t *testing.T) {
 		time.Sleep(2 * time.Hour)
 		synctest.Wait()
 		assert.Equal(t, before, attempts.Load(), "a dead one is left alone")
-		n, err := c.queue().db.opened().Retry(t.Context(), Filter{Dead: true})
+		n, err := c.queue().db.opened(t).Retry(t.Context(), store.Filter{Dead: true})
 		require.NoError(t, err)
 		assert.Equal(t, 1, n)
 		time.Sleep(50 * time.Minute)
 		synctest.Wait()
-		assert.Equal(t, map[string]int{statePending: 1}, c.counts(t))
+		assert.Equal(t, map[string]int{store.Pending: 1}, c.counts(t))
 		assert.Greater(t, attempts.Load(), before+5)
 	})
 }
@@ -628,10 +444,10 @@ func TestSpoiltEventIsSetAside(t *testing.T) {
 		})})
 		defer c.stop(t)
 		synctest.Wait()
-		require.NoError(t, c.queue().db.opened().Apply(t.Context(), &Batch{Owner: "me", Add: []*Record{{ID: "spoilt", Queue: "default", Request: []byte("\x02{}x"), Checksum: []byte("no")}}}))
+		require.NoError(t, c.queue().db.opened(t).Apply(t.Context(), &store.Batch{Owner: "me", Add: []*store.Record{{ID: "spoilt", Queue: "default", Request: []byte("\x02{}x"), Checksum: []byte("no")}}}))
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
-		assert.Equal(t, map[string]int{stateDead: 1}, c.counts(t))
+		assert.Equal(t, map[string]int{store.Dead: 1}, c.counts(t))
 		lines := c.logs.FilterMessage("a stored event is not what was stored: it was set aside").FilterLevelExact(zapcore.ErrorLevel).All()
 		require.Len(t, lines, 1)
 		assert.Equal(t, map[string]any{"id": "spoilt", "error": "the checksum does not match"}, lines[0].ContextMap())
@@ -673,7 +489,7 @@ func TestOutage(t *testing.T) {
 			time.Sleep(outage / time.Duration(events))
 		}
 		synctest.Wait()
-		assert.Equal(t, map[string]int{statePending: events}, c.counts(t), "0 dead, 0 refused")
+		assert.Equal(t, map[string]int{store.Pending: events}, c.counts(t), "0 dead, 0 refused")
 		assert.LessOrEqual(t, calls.Load(), int64(2*outage/time.Second))
 
 		up.Store(true)

@@ -9,12 +9,14 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
-	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook" // whose events it keeps
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // a store to choose
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"   // the default store
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
@@ -35,13 +37,8 @@ const (
 	defaultConcurrency    = 16
 )
 
-const (
-	// storeWait is how long the sender waits at least for an event to be durable.
-	storeWait = 5 * time.Second
-
-	// refusedFor is what a sender is told to wait whose event could not be kept.
-	refusedFor = "30"
-)
+// refusedFor is how many seconds a sender is told to wait whose event could not be stored.
+const refusedFor = "30"
 
 // Handler keeps verified webhooks in a database until the backend has taken them.
 //
@@ -98,12 +95,11 @@ type Handler struct {
 	// The handlers that deliver an event, such as `reverse_proxy`. Required.
 	Routes caddyhttp.RouteList `json:"routes,omitempty"`
 
-	opener  Opener
-	server  *caddyhttp.Server
-	logger  *zap.Logger
-	app     *App
-	started chan struct{} // closed when shared is there
-	shared  *atomic.Pointer[shared]
+	opener store.Opener
+	server *caddyhttp.Server
+	logger *zap.Logger
+	app    *App
+	use    *use
 }
 
 // CaddyModule returns the Caddy module information.
@@ -118,7 +114,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 // before the app starts.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
-	h.started, h.shared = make(chan struct{}), new(atomic.Pointer[shared])
+	h.use = newUse(h)
 	h.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	if h.Name == "" {
 		h.Name = defaultName
@@ -161,15 +157,15 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 }
 
 // loadStore sets up the database without opening it.
-func (h *Handler) loadStore(ctx caddy.Context) (Opener, error) {
+func (h *Handler) loadStore(ctx caddy.Context) (store.Opener, error) {
 	if h.StoreRaw == nil {
 		h.StoreRaw = json.RawMessage(`{"module":"sqlite"}`)
 	}
-	store, err := ctx.LoadModule(h, "StoreRaw")
+	module, err := ctx.LoadModule(h, "StoreRaw")
 	if err != nil {
 		return nil, fmt.Errorf("store: %w", err)
 	}
-	return store.(Opener), nil
+	return module.(store.Opener), nil
 }
 
 var nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
@@ -195,89 +191,39 @@ func (h *Handler) Validate() error {
 	return nil
 }
 
-// Cleanup gives up the database, which is closed when the last request is through.
+// Cleanup gives up the queue when the last request is through: after a reload, requests
+// still come on connections that were open.
 func (h *Handler) Cleanup() error {
-	if h.shared != nil {
-		if s := h.shared.Swap(nil); s != nil {
-			s.release(h.app, caddy.Exiting())
-		}
+	if h.use != nil {
+		h.use.cleanup()
 	}
 	return nil
 }
 
-// ServeHTTP keeps and delivers the event of a request. The next handler is not called.
+// ServeHTTP stores and delivers the event of a request. The next handler is not called.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	e := event.FromContext(r.Context())
 	if e == nil {
 		return caddyhttp.Error(http.StatusInternalServerError, errors.New("there is no verified event: inkit_webhook must come before inkit_queue"))
 	}
-	q := h.enter()
+	q := h.use.enter(r.Context())
 	if q == nil {
-		return refuse(w, errors.New("the queue is not open"))
+		return refuse(w, errors.New("the queue has not started"))
 	}
-	defer q.leave()
-
-	now := time.Now()
+	defer h.use.leave()
 	id, err := uuid.NewV7()
 	if err != nil {
 		return err
 	}
-	stored := newRequest(r, e)
-	rec := &Record{
-		ID: id.String(), Queue: h.Name, State: statePending, Received: now,
-		EventType: e.Type(), ResourceID: e.ResourceID(),
+	now := time.Now()
+	a := &arrival{
+		q: q, h: h, request: newRequest(r, e), began: now,
+		record: &store.Record{
+			ID: id.String(), Queue: h.Name, State: store.Pending, Received: now,
+			EventType: e.Type(), ResourceID: e.ResourceID(),
+		},
 	}
-	l := q.live(h, stored, rec)
-
-	answerAfter := time.NewTimer(time.Duration(*h.AnswerAfter))
-	defer answerAfter.Stop()
-	giveUp := time.NewTimer(max(storeWait, time.Duration(*h.AnswerAfter)))
-	defer giveUp.Stop()
-	durable, attempted, gone := l.durable, l.attempted, r.Context().Done()
-	waited, kept := *h.AnswerAfter == 0, false
-	for {
-		select {
-		case res := <-attempted:
-			if res.err == nil {
-				return res.answer.copyTo(w)
-			}
-			attempted = nil
-		case <-durable:
-			kept = l.addition != nil && l.addition.err == nil
-			durable = nil
-		case <-answerAfter.C:
-			waited = true
-			l.stopWaiting()
-		case <-giveUp.C:
-			if !kept {
-				return refuse(w, errors.New("the event could not be kept in time"))
-			}
-		case <-gone: // or has ended its side of the connection, and waits: what it is told must be true
-			gone, waited = nil, true
-			l.stopWaiting()
-		}
-		switch {
-		case kept && (waited || attempted == nil):
-			w.WriteHeader(http.StatusOK)
-			return nil
-		case !kept && durable == nil && attempted == nil:
-			return refuse(w, errors.New("the event could not be kept, and the backend has not taken it"))
-		}
-	}
-}
-
-// enter waits for the app to have started, and returns the queue, or nil if it is not
-// there.
-func (h *Handler) enter() *queue {
-	select {
-	case <-h.started:
-	case <-time.After(storeWait):
-		return nil
-	}
-	if s := h.shared.Load(); s != nil && s.queue.enter() {
-		return s.queue
-	}
-	return nil
+	return a.answer(w, r)
 }
 
 func refuse(w http.ResponseWriter, err error) error {

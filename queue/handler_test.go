@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
@@ -85,8 +87,8 @@ func status(code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler
 
 // testStore is a store that is an Opener of a test.
 type testStore struct {
-	Number int64 `json:"number"`
-	Opener `json:"-"`
+	Number       int64 `json:"number"`
+	store.Opener `json:"-"`
 }
 
 func (testStore) CaddyModule() caddy.ModuleInfo {
@@ -95,11 +97,11 @@ func (testStore) CaddyModule() caddy.ModuleInfo {
 
 func (s *testStore) Provision(caddy.Context) error {
 	opener, _ := handed.Load(s.Number)
-	s.Opener = opener.(Opener)
+	s.Opener = opener.(store.Opener)
 	return nil
 }
 
-func storeOf(opener Opener) json.RawMessage {
+func storeOf(opener store.Opener) json.RawMessage {
 	return fmt.Appendf(nil, `{"module":"queue_test","number":%d}`, hand(opener))
 }
 
@@ -110,7 +112,7 @@ func sqliteAt(path string) json.RawMessage {
 
 // faulty is SQLite that fails, or is slow, when a test says so.
 type faulty struct {
-	SQLite
+	sqlite.SQLite
 	err      atomic.Pointer[error] // of Apply, if it adds
 	counting time.Duration         // how long a count takes
 	counted  atomic.Int32          // how many have begun
@@ -119,30 +121,35 @@ type faulty struct {
 
 func (f *faulty) fail(err error) { f.err.Store(&err) }
 
-func (f *faulty) Open(ctx context.Context) (Store, error) {
-	store, err := f.SQLite.Open(ctx)
-	return &faultyStore{store, f}, err
+func (f *faulty) Open(ctx context.Context, o store.Opening) (store.Store, error) {
+	opened, err := f.SQLite.Open(ctx, o)
+	return &faultyStore{opened, f}, err
 }
 
 type faultyStore struct {
-	Store
+	store.Store
 	faulty *faulty
 }
 
-func (s *faultyStore) Apply(ctx context.Context, b *Batch) error {
+func (s *faultyStore) Apply(ctx context.Context, b *store.Batch) error {
 	if err := s.faulty.err.Load(); err != nil && *err != nil && len(b.Add) > 0 {
 		return *err
 	}
 	return s.Store.Apply(ctx, b)
 }
 
-func (s *faultyStore) Counts(ctx context.Context) ([]Count, error) {
+func (s *faultyStore) Counts(ctx context.Context) ([]store.Count, error) {
 	s.faulty.counted.Add(1)
-	defer time.Sleep(s.faulty.counting)
+	counts, err := s.Store.Counts(ctx)
+	select {
+	case <-time.After(s.faulty.counting):
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 	if s.faulty.uncount.Load() {
 		return nil, errors.New("the table is locked")
 	}
-	return s.Store.Counts(ctx)
+	return counts, err
 }
 
 // configuration is one that is loaded.
@@ -193,38 +200,45 @@ func start(tb testing.TB, handlers ...*Handler) *configuration {
 func (c *configuration) stop(tb testing.TB) {
 	tb.Helper()
 	require.NoError(tb, c.app.Stop())
-	users := make(map[string]int) // of databases, by key
-	closed := make(map[string]chan struct{})
-	for _, h := range c.handlers {
-		users[h.opener.Key()]++
-		if s := h.shared.Load(); s != nil {
-			closed[h.opener.Key()] = s.queue.db.closed
-		}
-	}
-	var wait []chan struct{}
-	for key, n := range users {
-		if all, _ := databases.References(key); all == n && closed[key] != nil { // no other configuration has it
-			wait = append(wait, closed[key])
-		}
-	}
 	for _, h := range c.handlers {
 		require.NoError(tb, h.Cleanup())
 	}
-	for _, closed := range wait { // or else its folder is removed under it
-		<-closed
+	for _, h := range c.handlers {
+		h.use.releasing.Wait() // otherwise the folder is removed while the database is being closed
 	}
 	c.end()
 }
 
 // queue returns the queue of the first handler.
-func (c *configuration) queue() *queue { return c.handlers[0].shared.Load().queue }
+func (c *configuration) queue() *queue { return c.handlers[0].use.queue }
+
+// addition is an event that is to be stored.
+type addition struct {
+	rec     *store.Record
+	request *request
+}
+
+func (a *addition) seal() (err error) {
+	a.rec.Request, err = a.request.encode()
+	a.rec.Checksum = a.rec.Sum()
+	return err
+}
+
+// opened returns the database once it is open.
+func (d *database) opened(tb testing.TB) store.Store {
+	tb.Helper()
+	for {
+		if s, _ := d.writer.Store(); s != nil {
+			return s
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
 
 // counts returns what the database of the first handler holds.
 func (c *configuration) counts(tb testing.TB) map[string]int {
 	tb.Helper()
-	store := c.queue().db.opened()
-	require.NotNil(tb, store, "it is open")
-	counts, err := store.Counts(tb.Context())
+	counts, err := c.queue().db.opened(tb).Counts(tb.Context())
 	require.NoError(tb, err)
 	all := make(map[string]int)
 	for _, count := range counts {
@@ -280,8 +294,8 @@ const opening = time.Millisecond
 func TestAnswers(t *testing.T) {
 	broken := errors.New("the disk is broken")
 	const (
-		notTaken = "the event could not be kept, and the backend has not taken it"
-		inTime   = "the event could not be kept in time"
+		notTaken = "the event could not be stored, and the backend has not taken it"
+		inTime   = "the event could not be stored in time"
 	)
 	slow := func(wait time.Duration, code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 		return func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
@@ -360,21 +374,21 @@ func TestAnswers(t *testing.T) {
 		{name: "no answer within the 5 s that are the default", backend: slow(20*time.Second, 200), answerAfter: -1, status: 200, least: 5 * time.Second, most: 5 * time.Second, pending: 1},
 		{name: "no answer within answer_after", backend: slow(20*time.Second, 200), answerAfter: 700 * time.Millisecond, status: 200, least: 700 * time.Millisecond, most: 700 * time.Millisecond, pending: 1},
 		{name: "the attempt fails before answer_after is over", backend: slow(300*time.Millisecond, 500), answerAfter: time.Second, status: 200, least: 300 * time.Millisecond, most: 301 * time.Millisecond, pending: 1, last: "status 500"},
-		{name: "answer_after of 0 waits for the disk alone", backend: slow(time.Minute, 200), answerAfter: 0, status: 200, most: linger + opening, pending: 1},
+		{name: "answer_after of 0 waits for the disk alone", backend: slow(time.Minute, 200), answerAfter: 0, status: 200, most: patience + opening, pending: 1},
 
 		{name: "the store is broken and the backend takes it", backend: status(201), store: broken, answerAfter: -1, status: 201, body: "the backend's body"},
 		{name: "the store is broken and the backend takes it after a second", backend: slow(time.Second, 201), store: broken, answerAfter: -1, status: 201, body: "the backend's body", least: time.Second, most: time.Second},
 		{name: "the store is broken and the backend takes it after answer_after", backend: slow(time.Second, 201), store: broken, answerAfter: 500 * time.Millisecond, status: 201, body: "the backend's body", least: time.Second, most: time.Second},
-		{name: "the store is broken and the backend says 500", backend: status(500), store: broken, answerAfter: -1, status: 503, error: notTaken, most: opening},
+		{name: "the store is broken for as long as the sender waits, and the backend says 500", backend: status(500), store: broken, answerAfter: -1, status: 503, error: inTime, least: 5 * time.Second, most: 5 * time.Second},
 		{name: "the store is broken and the backend does not answer", backend: slow(time.Hour, 200), store: broken, answerAfter: time.Second, status: 503, error: inTime, least: 5 * time.Second, most: 5 * time.Second},
-		{name: "the disk is full and the backend takes it", backend: status(200), store: ErrFull, answerAfter: -1, status: 200, body: "the backend's body"},
-		{name: "the disk is full and the backend says 500", backend: status(500), store: ErrFull, answerAfter: -1, status: 503, error: notTaken, most: opening},
+		{name: "the disk is full and the backend takes it", backend: status(200), store: store.ErrFull, answerAfter: -1, status: 200, body: "the backend's body"},
+		{name: "the disk is full and the backend says 500", backend: status(500), store: store.ErrFull, answerAfter: -1, status: 503, error: notTaken, most: opening},
 		{name: "max_events wait and the backend takes it", backend: status(200), full: true, answerAfter: -1, status: 200, body: "the backend's body", pending: 1},
 		{name: "max_events wait and the backend says 500", backend: status(500), full: true, answerAfter: -1, status: 503, error: notTaken, pending: 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
+				opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
 				var backend atomic.Value
 				backend.Store(tt.backend)
 				h := &Handler{StoreRaw: storeOf(opener), AnswerAfter: duration(tt.answerAfter), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
@@ -411,9 +425,9 @@ func TestAnswers(t *testing.T) {
 				}
 				taken := tt.body != "" || tt.status == 204
 				assert.Equal(t, taken, got.header.Get("X-Backend") == "yes", "a field of the backend")
-				assert.Equal(t, tt.pending, c.counts(t)[statePending])
+				assert.Equal(t, tt.pending, c.counts(t)[store.Pending])
 				if tt.last != "" {
-					require.NoError(t, c.queue().db.opened().Select(t.Context(), Filter{}, false, func(r *Record) bool {
+					require.NoError(t, c.queue().db.opened(t).Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
 						assert.Equal(t, tt.last, r.LastError)
 						assert.Equal(t, []any{"DOCUMENT_CREATE_FINISHED", "doc_2N0X2g4f3b1JJU75fqzDZs", 1}, []any{r.EventType, r.ResourceID, r.Attempts})
 						return true
@@ -476,7 +490,7 @@ func TestSenderThatHangsUp(t *testing.T) {
 		left   map[string]int
 	}{
 		{"the backend takes it later", 200, map[string]int{}},
-		{"the backend does not take it", 500, map[string]int{statePending: 1}},
+		{"the backend does not take it", 500, map[string]int{store.Pending: 1}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -493,7 +507,7 @@ func TestSenderThatHangsUp(t *testing.T) {
 				ctx, hangUp := context.WithTimeout(r.Context(), 5*time.Millisecond)
 				defer hangUp()
 				got := serve(t, c.handlers[0], r.WithContext(ctx))
-				assert.Equal(t, linger, got.after, "one that has only ended its side gets an answer, and a true one")
+				assert.Equal(t, patience, got.after, "one that has only ended its side gets an answer, and a true one")
 				assert.Equal(t, 200, got.status)
 				assert.Empty(t, got.body)
 				time.Sleep(2500 * time.Millisecond)
@@ -566,26 +580,26 @@ func TestAttemptsAreAlike(t *testing.T) {
 // While events cannot be kept, one line a minute says so, and one that they are again.
 func TestErrorLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		opener := &faulty{SQLite: SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
+		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
 		c := start(t, &Handler{StoreRaw: storeOf(opener), MaxEvents: 3, Routes: routes(status(500))})
 		defer c.stop(t)
 		time.Sleep(2 * time.Minute)
 		opener.fail(errors.New("the disk is broken"))
-		for range 130 {
+		for range 22 { // each of them waits 5 s
 			assert.Equal(t, 503, serve(t, c.handlers[0], post(body)).status)
 			time.Sleep(time.Second)
 		}
-		const cannot = "events cannot be kept: while that is so, they pass to a backend that is up, and are refused with status 503 otherwise"
+		const cannot = "cannot store events: passing them to the backend, refusing with 503 what it does not accept"
 		assert.Equal(t, 3, c.logs.FilterMessage(cannot).FilterLevelExact(zapcore.ErrorLevel).Len())
 		opener.fail(nil)
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		synctest.Wait()
-		assert.Equal(t, 1, c.logs.FilterMessage("events are kept again").Len())
+		assert.Equal(t, 1, c.logs.FilterMessage("events are stored again").Len())
 
 		for range 4 {
 			serve(t, c.handlers[0], post(body))
 		}
-		full := c.logs.FilterMessage("events are not kept: max_events wait").FilterLevelExact(zapcore.ErrorLevel)
+		full := c.logs.FilterMessage("cannot store events: max_events are pending").FilterLevelExact(zapcore.ErrorLevel)
 		require.Equal(t, 1, full.Len())
 		assert.Equal(t, map[string]any{"queue": "default", "max_events": int64(3)}, full.All()[0].ContextMap())
 	})

@@ -3,6 +3,7 @@ package queue
 import (
 	"errors"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
@@ -67,19 +68,25 @@ func registerMetrics(registry prometheus.Registerer) error {
 	return nil
 }
 
-// queueMetrics are those of one queue. All are there from the start, at 0.
+// queueMetrics are those of one queue. All series exist from the start, at 0.
 type queueMetrics struct {
-	stored, attempts map[string]prometheus.Counter // by result
-	storeSeconds     prometheus.Observer
-	down, damaged    prometheus.Gauge
+	queue                 string
+	stored, attempts      map[string]prometheus.Counter // by result
+	storeSeconds          prometheus.Observer
+	down, damaged         prometheus.Gauge
+	pending, dead, oldest prometheus.Gauge
 }
 
-func newQueueMetrics(queue string) queueMetrics {
-	m := queueMetrics{
+func newQueueMetrics(queue string) *queueMetrics {
+	m := &queueMetrics{
+		queue:  queue,
 		stored: make(map[string]prometheus.Counter), attempts: make(map[string]prometheus.Counter),
 		storeSeconds: storeSeconds.WithLabelValues(queue),
 		down:         backendDown.WithLabelValues(queue),
 		damaged:      damagedFiles.WithLabelValues(queue),
+		pending:      eventsGauge.WithLabelValues(queue, store.Pending),
+		dead:         eventsGauge.WithLabelValues(queue, store.Dead),
+		oldest:       oldestGauge.WithLabelValues(queue),
 	}
 	for _, result := range []string{resultStored, resultDelivered, resultRefused, resultFailed} {
 		m.stored[result] = storedTotal.WithLabelValues(queue, result)
@@ -87,9 +94,23 @@ func newQueueMetrics(queue string) queueMetrics {
 	for _, result := range []string{resultDelivered, resultFailed, resultUnreachable} {
 		m.attempts[result] = attemptsTotal.WithLabelValues(queue, result)
 	}
-	for _, state := range []string{statePending, stateDead} {
-		eventsGauge.WithLabelValues(queue, state)
-	}
-	oldestGauge.WithLabelValues(queue)
 	return m
+}
+
+// show sets the gauges.
+func (m *queueMetrics) show(pending, dead store.Count, damaged int) {
+	m.pending.Set(float64(pending.Events))
+	m.dead.Set(float64(dead.Events))
+	m.oldest.Set(pending.Oldest.Seconds())
+	m.damaged.Set(float64(damaged))
+}
+
+// remove takes back the gauges of a queue that is closed: nobody sets them any more.
+func (m *queueMetrics) remove() {
+	for _, state := range []string{store.Pending, store.Dead} {
+		eventsGauge.DeleteLabelValues(m.queue, state)
+	}
+	oldestGauge.DeleteLabelValues(m.queue)
+	backendDown.DeleteLabelValues(m.queue)
+	damagedFiles.DeleteLabelValues(m.queue)
 }

@@ -17,6 +17,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -218,8 +219,8 @@ func (r *request) encode() ([]byte, error) {
 }
 
 // decodeRequest returns the request of a record, if it is the one that was stored.
-func decodeRequest(rec *Record) (*request, error) {
-	if !bytes.Equal(rec.Checksum, rec.checksum()) {
+func decodeRequest(rec *store.Record) (*request, error) {
+	if !bytes.Equal(rec.Checksum, rec.Sum()) {
 		return nil, errors.New("the checksum does not match")
 	}
 	length, n := binary.Uvarint(rec.Request)
@@ -237,7 +238,7 @@ func decodeRequest(rec *Record) (*request, error) {
 }
 
 // prepare makes the request of one attempt. Nothing of it is shared with another.
-func (r *request) prepare(ctx context.Context, server *caddyhttp.Server, w http.ResponseWriter, rec *Record) *http.Request {
+func (r *request) prepare(ctx context.Context, server *caddyhttp.Server, w http.ResponseWriter, rec *store.Record) *http.Request {
 	if r.Local != nil {
 		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(r.Local))
 	} else {
@@ -268,55 +269,4 @@ func (r *request) prepare(ctx context.Context, server *caddyhttp.Server, w http.
 	repl.Set("http.inkit_queue.attempt", rec.Attempts)
 	repl.Set("http.inkit_queue.received", rec.Received.UTC().Format(time.RFC3339))
 	return req
-}
-
-// maxAnswer is how many bytes of the body of a backend's answer are kept for the sender.
-const maxAnswer = 1 << 20
-
-// answer is the response writer of an attempt. It keeps what the backend says, and
-// does nothing with it.
-type answer struct {
-	header http.Header
-	sent   http.Header // as it was with the status
-	status int         // 0 if none was written
-	body   []byte
-	cut    bool // whether the body is longer than what is kept
-}
-
-func newAnswer() *answer { return &answer{header: make(http.Header)} }
-
-func (a *answer) Header() http.Header { return a.header }
-
-func (a *answer) WriteHeader(status int) {
-	if a.status == 0 && status >= 200 {
-		a.status, a.sent = status, a.header.Clone()
-	}
-}
-
-func (a *answer) Write(p []byte) (int, error) {
-	a.WriteHeader(http.StatusOK)
-	kept := p[:min(len(p), maxAnswer-len(a.body))]
-	a.body = append(a.body, kept...)
-	a.cut = a.cut || len(kept) < len(p)
-	return len(p), nil
-}
-
-// Flush is for handlers that stream.
-func (a *answer) Flush() {}
-
-// copyTo answers the sender as the backend did.
-func (a *answer) copyTo(w http.ResponseWriter) error {
-	header := w.Header()
-	maps.Copy(header, a.sent)
-	header.Del("Trailer") // of which nothing was kept
-	if a.cut {
-		header.Del("Content-Length")
-		a.body = nil // rather than a part of it that looks like all
-	}
-	w.WriteHeader(a.status)
-	if len(a.body) == 0 {
-		return nil // over HTTP/2, writing even nothing after status 204 is an error
-	}
-	_, err := w.Write(a.body)
-	return err
 }

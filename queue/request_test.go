@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 
@@ -43,7 +44,7 @@ func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*ht
 // stored returns the request as it comes back from a store, as attempt 3.
 func stored(tb testing.TB, r *http.Request, e *event.Event) *http.Request {
 	tb.Helper()
-	a := &addition{rec: &Record{ID: "id", Received: time.Unix(1_795_592_263, 0), Attempts: 3}, request: newRequest(r, e)}
+	a := &addition{rec: &store.Record{ID: "id", Received: time.Unix(1_795_592_263, 0), Attempts: 3}, request: newRequest(r, e)}
 	require.NoError(tb, a.seal())
 	decoded, err := decodeRequest(a.rec)
 	require.NoError(tb, err)
@@ -175,27 +176,27 @@ func TestStoredRequestHasItsAddresses(t *testing.T) {
 // What is not what was stored is not delivered, and no error shows a part of it.
 func TestStoredRequestThatIsSpoilt(t *testing.T) {
 	r, e := arrived(t, "http://example.com/c0nf1d3nt1al", body, nil)
-	whole := &addition{rec: &Record{ID: "id"}, request: newRequest(r, e)}
+	whole := &addition{rec: &store.Record{ID: "id"}, request: newRequest(r, e)}
 	require.NoError(t, whole.seal())
-	resealed := func(request []byte) *Record {
-		rec := &Record{ID: "id", Request: request}
-		rec.Checksum = rec.checksum()
+	resealed := func(request []byte) *store.Record {
+		rec := &store.Record{ID: "id", Request: request}
+		rec.Checksum = rec.Sum()
 		return rec
 	}
-	head := func(text string) *Record {
+	head := func(text string) *store.Record {
 		return resealed(append(binary.AppendUvarint(nil, uint64(len(text))), text...))
 	}
 	const sum, short, notJSON = "the checksum does not match", "the stored request is cut short", "the stored request is not the JSON that it was"
 	for _, tt := range []struct {
 		name, message string
-		rec           *Record
+		rec           *store.Record
 	}{
-		{"another byte in the body", sum, &Record{ID: "id", Request: append(whole.rec.Request[:len(whole.rec.Request)-1:len(whole.rec.Request)-1], 'x'), Checksum: whole.rec.Checksum}},
-		{"a byte more", sum, &Record{ID: "id", Request: append(slices.Clip(whole.rec.Request), 0), Checksum: whole.rec.Checksum}},
-		{"a byte less", sum, &Record{ID: "id", Request: whole.rec.Request[:len(whole.rec.Request)-1], Checksum: whole.rec.Checksum}},
-		{"the request of another event", sum, &Record{ID: "other", Request: whole.rec.Request, Checksum: whole.rec.Checksum}},
-		{"no checksum", sum, &Record{ID: "id", Request: whole.rec.Request}},
-		{"a checksum that is cut", sum, &Record{ID: "id", Request: whole.rec.Request, Checksum: whole.rec.Checksum[:31]}},
+		{"another byte in the body", sum, &store.Record{ID: "id", Request: append(whole.rec.Request[:len(whole.rec.Request)-1:len(whole.rec.Request)-1], 'x'), Checksum: whole.rec.Checksum}},
+		{"a byte more", sum, &store.Record{ID: "id", Request: append(slices.Clip(whole.rec.Request), 0), Checksum: whole.rec.Checksum}},
+		{"a byte less", sum, &store.Record{ID: "id", Request: whole.rec.Request[:len(whole.rec.Request)-1], Checksum: whole.rec.Checksum}},
+		{"the request of another event", sum, &store.Record{ID: "other", Request: whole.rec.Request, Checksum: whole.rec.Checksum}},
+		{"no checksum", sum, &store.Record{ID: "id", Request: whole.rec.Request}},
+		{"a checksum that is cut", sum, &store.Record{ID: "id", Request: whole.rec.Request, Checksum: whole.rec.Checksum[:31]}},
 		{"nothing, with the checksum of nothing", short, resealed(nil)},
 		{"a length without an end", short, resealed([]byte{0x80, 0x80})},
 		{"a length that no number holds", short, resealed([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})},
@@ -236,7 +237,7 @@ func TestStoredForm(t *testing.T) {
 
 func FuzzStoredRequest(f *testing.F) {
 	r, e := arrived(f, "http://example.com/a?b", body, nil)
-	whole := &addition{rec: &Record{ID: "id"}, request: newRequest(r, e)}
+	whole := &addition{rec: &store.Record{ID: "id"}, request: newRequest(r, e)}
 	require.NoError(f, whole.seal())
 	f.Add("id", whole.rec.Request, whole.rec.Checksum, false)
 	f.Add("id", whole.rec.Request, whole.rec.Checksum, true)
@@ -245,15 +246,15 @@ func FuzzStoredRequest(f *testing.F) {
 	f.Add("id", []byte("\x04null"), []byte{}, true)
 	f.Add("", []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}, []byte(nil), true)
 	f.Fuzz(func(t *testing.T, id string, request, checksum []byte, seal bool) {
-		rec := &Record{ID: id, Request: request, Checksum: checksum, Attempts: 1}
+		rec := &store.Record{ID: id, Request: request, Checksum: checksum, Attempts: 1}
 		if seal { // so that what comes after the checksum sees it
-			rec.Checksum = rec.checksum()
+			rec.Checksum = rec.Sum()
 		}
 		decoded, err := decodeRequest(rec)
 		if err != nil {
 			return
 		}
-		require.Equal(t, rec.checksum(), rec.Checksum, "never one whose checksum does not hold")
+		require.Equal(t, rec.Sum(), rec.Checksum, "never one whose checksum does not hold")
 		got := decoded.prepare(t.Context(), new(caddyhttp.Server), newAnswer(), rec)
 		all, err := io.ReadAll(got.Body)
 		require.NoError(t, err)
@@ -262,8 +263,8 @@ func FuzzStoredRequest(f *testing.F) {
 		_ = got.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).ReplaceAll("{http.request.local}{http.request.uri}{http.request.remote.host}", "")
 		again, err := decoded.encode() // as a command that moves it
 		require.NoError(t, err)
-		moved := &Record{ID: id, Request: again}
-		moved.Checksum = moved.checksum()
+		moved := &store.Record{ID: id, Request: again}
+		moved.Checksum = moved.Sum()
 		_, err = decodeRequest(moved)
 		require.NoError(t, err)
 	})

@@ -335,7 +335,7 @@ func TestReloadUnderLoad(t *testing.T) {
 		return l, l.tally(b)
 	}
 	one := recommendedSite(t, "UPSTREAMS")
-	two := strings.Replace(one, "inkit_webhook {env.INKIT_WEBHOOK_SECRET}", "inkit_webhook {env.INKIT_WEBHOOK_SECRET} {\n\t\t\tsecret another_secret name other\n\t\t}", 1)
+	two := strings.Replace(one, "inkit_webhook {env.INKIT_WEBHOOK_SECRET}", "inkit_webhook {env.INKIT_WEBHOOK_SECRET} {\n\t\t\tsecret \"another_secret\" name other\n\t\t}", 1)
 	require.NotEqual(t, one, two)
 
 	t.Run("HTTP/2", func(t *testing.T) {

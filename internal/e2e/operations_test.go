@@ -138,15 +138,15 @@ func TestMetrics(t *testing.T) {
 	handle /documents {
 		inkit_webhook {
 			name documents
-			secret documents_secret name documents
+			secret "documents_secret" name documents
 		}
 		reverse_proxy `+b.addr+`
 	}
 	handle /mail {
 		inkit_webhook {
 			name mail
-			secret mail_old name mail-old
-			secret mail_new name mail-new
+			secret "mail_old" name mail-old
+			secret "mail_new" name mail-new
 		}
 		reverse_proxy `+b.addr+`
 	}

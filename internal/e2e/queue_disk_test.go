@@ -74,7 +74,7 @@ func refused(t *testing.T, got answer) {
 	assert.Equal(t, "30", got.header.Get("Retry-After"))
 }
 
-const cannotBeKept = "events cannot be kept"
+const cannotBeKept = "cannot store events"
 
 func TestQueueOnADiskThatIsFull(t *testing.T) {
 	t.Parallel()
@@ -107,7 +107,7 @@ func TestQueueOnADiskThatIsFull(t *testing.T) {
 	waitFor(t, "it accepts again, without a restart", c.process, func() bool {
 		return s.once(t, large+"again").status == http.StatusOK
 	})
-	c.logged("events are kept again")
+	c.logged("events are stored again")
 	for i := range 20 {
 		assert.Equal(t, http.StatusOK, s.once(t, fmt.Sprint(large, "again-", i)).status)
 	}

@@ -70,7 +70,7 @@ func TestQueueAcrossReloads(t *testing.T) { //nolint:tparallel // its subtests s
 		waitFor(t, "the metric has them", c.process, func() bool { return c.metric(pendingMetric) == "10" })
 		c.configure("", "http://{{addr}} {\n\trespond /other \"the other site\"\n\terror 404\n}")
 		c.reload()
-		c.logged("a queue is no longer configured: its events stay")
+		c.logged("events wait in a queue that is not configured")
 		assert.Contains(t, c.output.String(), `"queue":"default","pending":10`)
 		c.configure("", strings.Replace(queueSite(next.addr, "name another"), "/webhook", "/another", 1))
 		c.reload()
@@ -129,6 +129,7 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 	one.stop(t, syscall.SIGTERM)
 	backend.listen(t)
 	assert.Zero(t, backend.hasAll(t, s.ids(), time.Minute), "the other one delivers")
+	s.refusedNone(t)
 }
 
 // While somebody else writes to the file, neither Caddy can note what it delivers, so
@@ -201,7 +202,7 @@ func TestQueueOfASenderThatHangsUp(t *testing.T) {
 		}
 		return http.StatusOK
 	})
-	c := queueCaddy(t, backend.addr, "")
+	c := queueCaddy(t, backend.addr, "concurrency 64")
 	var ids []string
 	for i := range 20 {
 		id := fmt.Sprint("hangs-up-", i)
@@ -234,7 +235,7 @@ func TestQueueThatIsFull(t *testing.T) {
 	kept := len(s.ids())
 	assert.GreaterOrEqual(t, kept, 10)
 	refused(t, s.once(t, "refused"))
-	c.logged("events are not kept: max_events wait")
+	c.logged("max_events are pending")
 	assert.NotEqual(t, "0", c.metric(`caddy_inkit_queue_stored_total{queue="default",result="refused"}`))
 	assert.Len(t, c.list(t), kept, "no older event was dropped")
 
@@ -314,7 +315,7 @@ func TestQueueCommands(t *testing.T) {
 		require.ErrorContains(t, err, tt.says, tt.name)
 	}
 	_, err := c.command("inkit-queue", "list", "--db", c.path("nothing.db"))
-	require.ErrorContains(t, err, "there is no database "+c.path("nothing.db"))
+	require.ErrorContains(t, err, "sqlite "+c.path("nothing.db")+": there is no such database")
 	assert.NoFileExists(t, c.path("nothing.db"))
 	c.stop(t, syscall.SIGTERM)
 	assert.Empty(t, c.list(t), "and without a Caddy that runs")

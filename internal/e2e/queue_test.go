@@ -184,6 +184,7 @@ type sender struct {
 	mu       sync.Mutex
 	tries    int // how many requests were sent
 	accepted []string
+	refused  []string // answered 5xx: the id, and what the answer was
 	times    []time.Duration
 }
 
@@ -213,9 +214,24 @@ func (s *sender) send(ctx context.Context, id string, first int) bool {
 			s.mu.Unlock()
 			return true
 		}
+		if err == nil && got.status >= 500 {
+			s.mu.Lock()
+			s.refused = append(s.refused, fmt.Sprint(id, " ", got.status))
+			s.mu.Unlock()
+		}
 		time.Sleep(20 * time.Millisecond)
 	}
 	return false
+}
+
+// refusedNone asserts that no event was answered 5xx. One that is, though the backend
+// is up or the event could be kept, is as good as lost.
+func (s *sender) refusedNone(t *testing.T) {
+	t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t.Logf("%d requests: %d answered 5xx", s.tries, len(s.refused))
+	assert.Empty(t, s.refused[:min(10, len(s.refused))], "%d of %d requests were answered 5xx", len(s.refused), s.tries)
 }
 
 // sendAll sends n events, as many at a time as there are workers. done is closed at the end.
@@ -374,6 +390,7 @@ func TestQueueOfACaddyThatIsKilledAndReloaded(t *testing.T) {
 	<-done
 	doubles := backend.hasAll(t, s.ids(), time.Minute)
 	assert.LessOrEqual(t, doubles, 16*kills, "what was in flight when Caddy was killed")
+	s.refusedNone(t)
 }
 
 func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
@@ -152,6 +153,66 @@ func TestRecipeSignatureInLogs(t *testing.T) {
 			assert.Contains(t, access(), `"Content-Length"`, "other fields are there")
 			assert.Equal(t, tt.inFailure, strings.Contains(c.output.String(), signature), "Caddy's own log")
 			assert.Equal(t, tt.inAccess, strings.Contains(access(), signature), "the access log")
+		})
+	}
+}
+
+// TestRecipeSignatureInDatabase: with the recipe, no file of the database has the
+// signature while an event is pending and after it is delivered. The event arrives
+// without it. Without the line of the recipe, the database has it, and with the line,
+// Caddy's log still has it.
+func TestRecipeSignatureInDatabase(t *testing.T) {
+	t.Parallel()
+	const line = "\t\trequest_header -Inkit-Signature\n"
+	for _, with := range []bool{true, false} {
+		t.Run(map[bool]string{true: "with the line", false: "without the line"}[with], func(t *testing.T) {
+			t.Parallel()
+			signatures := make(chan []string, 100)
+			answer := inTurn(500)
+			b := newScripted(t, func(n int, r *http.Request) int {
+				signatures <- r.Header["Inkit-Signature"]
+				return answer(n, r)
+			})
+			options, site := recipe(t, "Keep the signature out of the database", "localhost:9000", b.addr,
+				"inkit_queue {\n", "inkit_queue {\n\t\t\tstore sqlite {{dir}}/queue/events.db\n")
+			require.Contains(t, site, line)
+			if !with {
+				site = strings.Replace(site, line, "", 1)
+			}
+			c := startCaddy(t, "\tlog access {\n\t\toutput stderr\n\t\tinclude http.log.access\n\t}\n"+options, strings.Replace(site, "{\n", "{\n\tlog\n", 1))
+			body := event("doc_in_the_database")
+			signature := sign(secret, body)
+			var want []string // in the request that the backend gets
+			if !with {
+				want = []string{signature}
+			}
+			assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, signature).status)
+			assert.Equal(t, want, <-signatures, "in the first attempt")
+
+			// as somebody sees it who takes the files of a machine that died
+			killHard(c)
+			database := func() (content string) {
+				files, err := filepath.Glob(c.path("queue/*"))
+				require.NoError(t, err)
+				require.NotEmpty(t, files)
+				for _, file := range files {
+					content += readFile(t, file)
+				}
+				return content
+			}
+			stored := database()
+			assert.Contains(t, stored, "doc_in_the_database", "the event is pending")
+			assert.Equal(t, !with, strings.Contains(stored, signature))
+			waitFor(t, "the access log has the line", nil, func() bool { return strings.Contains(c.output.String(), "handled request") })
+			assert.Contains(t, c.output.String(), signature, "which request_header does not change")
+
+			c.start()
+			waitFor(t, "the event is delivered", c.process, func() bool { return len(b.got()) >= 2 })
+			assert.Equal(t, want, <-signatures, "in the second attempt")
+			assert.Equal(t, body, b.got()[1].Body)
+			c.stop(t, syscall.SIGINT)
+			assert.Equal(t, !with, strings.Contains(database(), signature), "what is left after the delivery")
+			assert.Len(t, b.got(), 2)
 		})
 	}
 }
@@ -718,7 +779,8 @@ func TestWhatCaddyExpands(t *testing.T) {
 		set                 bool
 		accepts             string // the secret that it then has; none if it does not load
 	}{
-		{"a value", "{$S}", "one", true, "one"},
+		{"a value", "{$S}", "one", true, ""},
+		{"a value, in quotes", `"{$S}"`, "one", true, "one"},
 		{"no value", "{$S}", "", false, ""},
 		{"no value, in quotes", `"{$S}"`, "", false, ""},
 		{"a space", "{$S}", "one two", true, ""},

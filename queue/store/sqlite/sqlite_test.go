@@ -1,4 +1,4 @@
-package queue_test
+package sqlite_test
 
 import (
 	"database/sql"
@@ -10,15 +10,17 @@ import (
 	"testing"
 	"time"
 
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue"
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/storetest"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/storetest"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/zap"
 )
 
 func TestSQLiteIsAStore(t *testing.T) {
 	storetest.Run(t, func(t *testing.T) storetest.Database {
 		path := filepath.Join(t.TempDir(), "queue.db")
-		return storetest.Database{Opener: &queue.SQLite{Path: path}, Exec: func(t *testing.T, statement string) {
+		return storetest.Database{Opener: &sqlite.SQLite{Path: path}, Exec: func(t *testing.T, statement string) {
 			t.Helper()
 			db, err := sql.Open("sqlite", path)
 			require.NoError(t, err)
@@ -34,13 +36,13 @@ func TestSQLiteIsAStore(t *testing.T) {
 func TestSQLiteLogThatIsCut(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "running.db")
-	store, err := (&queue.SQLite{Path: path}).Open(t.Context())
+	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
-	defer store.Close()
+	defer s.Close()
 	var acked []int64 // for each event, how long the log was when it was acknowledged
 	for i := range 40 {
 		request := make([]byte, i*37%3000)
-		require.NoError(t, store.Apply(t.Context(), &queue.Batch{Owner: "me", Add: []*queue.Record{{
+		require.NoError(t, s.Apply(t.Context(), &store.Batch{Owner: "me", Add: []*store.Record{{
 			ID: fmt.Sprintf("event-%03d", i), Queue: "default", Received: time.Now(), Request: request, Checksum: []byte("checksum"),
 		}}}))
 		info, err := os.Stat(path + "-wal")
@@ -65,10 +67,10 @@ func TestSQLiteLogThatIsCut(t *testing.T) {
 		copied := filepath.Join(dir, fmt.Sprintf("copy-%d.db", i))
 		require.NoError(t, os.WriteFile(copied, database, 0o600))
 		require.NoError(t, os.WriteFile(copied+"-wal", log[:cut], 0o600))
-		store, err := (&queue.SQLite{Path: copied}).Open(t.Context())
+		s, err := (&sqlite.SQLite{Path: copied}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 		require.NoError(t, err, "cut at %d", cut)
 		var ids []string
-		require.NoError(t, store.Select(t.Context(), queue.Filter{}, false, func(r *queue.Record) bool {
+		require.NoError(t, s.Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
 			ids = append(ids, r.ID)
 			return true
 		}))
@@ -76,6 +78,6 @@ func TestSQLiteLogThatIsCut(t *testing.T) {
 		for j := range want {
 			require.Equal(t, fmt.Sprintf("event-%03d", j), ids[j], "cut at %d", cut)
 		}
-		require.NoError(t, store.Close())
+		require.NoError(t, s.Close())
 	}
 }

@@ -1,0 +1,153 @@
+package inkitwebhook
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// This file reads the body of a request, and prepares it for the next reader.
+
+const (
+	firstRead   = 4 << 10         // bytes of memory for a body before any of it has arrived
+	maxDiscard  = 1 << 20         // bytes that are read and discarded of a rejected body
+	discardTime = 5 * time.Second // time limit for discarding
+)
+
+var (
+	errBodyTooLarge   = errors.New("body is larger than max_size")
+	errBodyTimeout    = errors.New("body did not arrive in time")
+	errBodyUnreadable = errors.New("body did not arrive whole")
+)
+
+// readBody reads r to its end. If there are more than max bytes or fewer than length,
+// or if r fails, the error is one of rejections, and the body is the part that has
+// arrived. A length of -1 means that the length is unknown.
+//
+// Memory grows with the bytes that arrive, not with the announced length: it is at most
+// firstRead, or four times the body. It is never used again, because the Transport
+// behind reverse_proxy may still read it after the handler has returned.
+func readBody(r io.Reader, length, max int64) (body []byte, err error) {
+	if r == nil {
+		return nil, nil
+	}
+	for size := int64(firstRead); ; size *= 4 {
+		// one byte more than the length, since only a further Read returns EOF
+		if int64(len(body)) <= length && length <= size {
+			size = length + 1
+		}
+		if max < size {
+			size = max + 1
+		}
+		body = append(make([]byte, 0, size), body...)
+		for len(body) < cap(body) {
+			n, err := r.Read(body[len(body):cap(body)])
+			body = body[:len(body)+n]
+			switch {
+			case int64(len(body)) > max:
+				return body, errBodyTooLarge
+			case err == io.EOF && int64(len(body)) < length: // an earlier handler has swallowed the error
+				return body, readError(io.ErrUnexpectedEOF)
+			case err == io.EOF:
+				return body, nil
+			case err != nil:
+				return body, readError(err)
+			}
+		}
+	}
+}
+
+// readError wraps an error of reading the body in the one of rejections that fits. err
+// may come from another handler: request_body returns one for a body above its limit.
+func readError(err error) error {
+	reason := errBodyUnreadable
+	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
+		reason = errBodyTooLarge
+	} else if netErr, ok := errors.AsType[net.Error](err); ok && netErr.Timeout() {
+		reason = errBodyTimeout
+	}
+	return fmt.Errorf("%w: %w", reason, err)
+}
+
+// endBody reads and discards the rest of a rejected body, then closes it, also for
+// handlers with a copy of the request. Otherwise the connection is reset while the
+// client is sending: the client never sees the answer, and a proxy in front takes the
+// site to be down. It returns whether the body was read to its end.
+func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
+	if r.Body == nil || r.Body == http.NoBody {
+		return true
+	}
+	now, controller := time.Now(), http.NewResponseController(w)
+	end := now
+	if discard && r.Header["Expect"] == nil { // with Expect, the client sends nothing until it is told to
+		end = now.Add(discardTime)
+	}
+	if controller.SetReadDeadline(end) != nil {
+		return false
+	}
+	defer func() { _ = controller.SetReadDeadline(time.Time{}) }()
+	buffer := make([]byte, firstRead)
+	for total := 0; total < maxDiscard && time.Now().Before(end); {
+		n, err := r.Body.Read(buffer)
+		if total += n; err != nil {
+			all, end = err == io.EOF, now
+		}
+	}
+	if !all {
+		_ = controller.SetReadDeadline(now) // or Close would wait for more
+	}
+	r.Body.Close()
+	return all
+}
+
+// setBody removes the body from the request and announces one of that length, which a
+// FastCGI backend has to know. Trailers go too: with them, a proxy would send chunks.
+func setBody(r *http.Request, length int) {
+	r.Body, r.GetBody = http.NoBody, nil
+	r.ContentLength, r.TransferEncoding, r.Trailer = int64(length), nil, nil
+	text := strconv.Itoa(length)
+	if lines := r.Header["Content-Length"]; len(lines) != 1 || lines[0] != text {
+		r.Header["Content-Length"] = []string{text}
+	}
+}
+
+// removeControls removes what the sender could use to control the next handlers. With
+// Connection, a proxy would drop fields that are set here. With Upgrade, or the
+// :protocol of HTTP/2 and HTTP/3, it would open a tunnel. Incremental would forbid it
+// to buffer the body. An idempotency key of the sender would stand for another event.
+func removeControls(r *http.Request) {
+	if !strings.HasPrefix(r.Proto, "HTTP/") { // in HTTP/3, it is the :protocol of a CONNECT, which error routes see again
+		r.Proto = fmt.Sprintf("HTTP/%d.%d", r.ProtoMajor, r.ProtoMinor)
+	}
+	for field := range r.Header {
+		switch field {
+		case "Connection", "Upgrade", "Expect", "Te", "Keep-Alive", "Proxy-Connection", "Incremental", ":protocol",
+			idempotencyKeyField, "X-Idempotency-Key":
+			delete(r.Header, field)
+		}
+	}
+}
+
+// bodyReader reads the bytes of a body. There is nothing to close.
+type bodyReader struct{ bytes.Reader }
+
+func (*bodyReader) Close() error { return nil }
+
+// attachBody makes reader the body of the request. GetBody is for net/http's
+// Transport, which may have to send the body again.
+func (d *delivery) attachBody(r *http.Request, reader *bodyReader) {
+	reader.Reset(d.event.Body)
+	r.Body = reader
+	r.GetBody = func() (io.ReadCloser, error) {
+		if r.Body != reader {
+			return nil, errors.New("the body was replaced after it was verified")
+		}
+		return &bodyReader{*bytes.NewReader(d.event.Body)}, nil
+	}
+}

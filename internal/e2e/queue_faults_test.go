@@ -1,0 +1,301 @@
+//go:build linux
+
+package e2e
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
+	_ "github.com/jackc/pgx/v5/stdlib" // to look into PostgreSQL
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// proxySite is queueSite without the queue.
+func proxySite(backend string) string {
+	return `
+http://{{addr}} {
+	handle /webhook {
+		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
+		reverse_proxy ` + backend + `
+	}
+	error 404
+}`
+}
+
+// slowly sends the body of each request some time after its head.
+type slowly struct{ *http.Transport }
+
+func (s slowly) RoundTrip(req *http.Request) (*http.Response, error) {
+	body := req.Body
+	req.GetBody = nil
+	req.Body = &lateBody{ReadCloser: body}
+	return s.Transport.RoundTrip(req)
+}
+
+type lateBody struct {
+	io.ReadCloser
+	once sync.Once
+}
+
+func (b *lateBody) Read(p []byte) (int, error) {
+	b.once.Do(func() { time.Sleep(50 * time.Millisecond) })
+	return b.ReadCloser.Read(p)
+}
+
+// Requests that have begun before a reload reach the handlers of the old configuration
+// after Caddy has cleaned it up. With slow senders, there are some at each reload.
+func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside each other they take longer, and so events wait longer
+	t.Parallel()
+	other := func(site string) string { return strings.Replace(site, "events.db", "others.db", 1) }
+	for _, tt := range []struct {
+		name  string
+		sites func(backend string) []string // one after the other, again and again
+		down  bool                          // whether the backend is
+	}{
+		{"options change, the backend is up", changedOptions, false},
+		{"options change, the backend is down", changedOptions, true},
+		{"the store changes, the backend is up", func(backend string) []string {
+			return []string{queueSite(backend, ""), other(queueSite(backend, ""))}
+		}, false},
+		{"the store changes, the backend is down", func(backend string) []string {
+			return []string{queueSite(backend, ""), other(queueSite(backend, ""))}
+		}, true},
+		{"the name changes, the backend is up", func(backend string) []string {
+			return []string{queueSite(backend, ""), queueSite(backend, "name another")}
+		}, false},
+		{"the name changes, the backend is down", func(backend string) []string {
+			return []string{queueSite(backend, ""), queueSite(backend, "name another")}
+		}, true},
+		{"the queue goes and comes, the backend is up", func(backend string) []string {
+			return []string{queueSite(backend, ""), proxySite(backend)}
+		}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			backend := newTaker(t, all)
+			if tt.down {
+				backend.close()
+			}
+			sites := tt.sites(backend.addr)
+			c := queueCaddy(t, backend.addr, "")
+			load, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			s, slow := newSender(t, c), newSender(t, c)
+			slow.client.Transport = slowly{slow.client.Transport.(*http.Transport)}
+			s.workers, slow.workers = 4, 4
+			done, slowDone := s.sendAll(load, "reload", 1_000_000), slow.sendAll(load, "slow", 1_000_000)
+			reloads := size(60, 20)
+			for i := range reloads {
+				before := len(s.ids())
+				waitFor(t, "events are accepted", c.process, func() bool { return len(s.ids()) >= before+20 })
+				c.configure("grace_period 5s", sites[(i+1)%len(sites)])
+				c.reload()
+			}
+			cancel()
+			<-done
+			<-slowDone
+			ids := append(s.ids(), slow.ids()...)
+			if tt.down {
+				backend.listen(t)
+			}
+			// What each of them keeps is delivered while it is configured. What was a probe waits
+			// for as long again as it has waited.
+			ended := time.Now()
+			for i := 0; len(backend.missing(ids)) > 0 && time.Since(ended) < 3*time.Minute; i++ {
+				c.configure("grace_period 5s", sites[i%len(sites)])
+				c.reload()
+				for began := time.Now(); len(backend.missing(ids)) > 0 && time.Since(began) < 5*time.Second; {
+					time.Sleep(20 * time.Millisecond)
+				}
+			}
+			t.Logf("all are delivered after %v", time.Since(ended).Round(time.Second))
+			backend.hasAll(t, ids, time.Second)
+			s.refusedNone(t)
+			slow.refusedNone(t)
+		})
+	}
+}
+
+// changedOptions changes them with every third site.
+func changedOptions(backend string) (sites []string) {
+	for _, seconds := range []int{5, 4, 3} {
+		site := queueSite(backend, fmt.Sprintf("answer_after %ds\nconcurrency %d", seconds, 10+seconds))
+		sites = append(sites, site, site, site)
+	}
+	return sites
+}
+
+// What lists the folder of the database takes long then.
+func TestQueueBesideManyFiles(t *testing.T) {
+	backend := newTaker(t, all)
+	c := newQueueCaddy(t, backend.addr, "")
+	require.NoError(t, os.Mkdir(c.path("queue"), 0o700))
+	for i := range size(200_000, 50_000) {
+		f, err := os.Create(c.path(fmt.Sprintf("queue/another-file-of-somebody-else-%06d", i)))
+		require.NoError(t, err)
+		f.Close()
+	}
+	c.start()
+	s := newSender(t, c)
+	began := time.Now()
+	for i := 0; i < size(1500, 500) || time.Since(began) < time.Duration(size(12, 6))*time.Second; i++ { // in which the events are counted
+		require.True(t, s.send(t.Context(), fmt.Sprint("beside-", i), 0))
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Logf("the slowest of %d answers after %v, the median %v", len(s.times), s.quantile(1).Round(time.Millisecond), s.median().Round(100*time.Microsecond))
+	assert.Less(t, s.quantile(1), 250*time.Millisecond)
+	backend.hasAll(t, s.ids(), 5*time.Second)
+	s.refusedNone(t)
+}
+
+// timeline is a backend that notes which events it was asked to take twice at a time.
+type timeline struct {
+	mu     sync.Mutex
+	now    map[string]bool
+	twice  []string
+	up     atomic.Bool   // whether it takes events
+	status int           // what it answers otherwise
+	let    chan struct{} // closed when it answers the slow ones
+}
+
+func (l *timeline) answer(id string, _ int) int {
+	l.mu.Lock()
+	if l.now[id] {
+		l.twice = append(l.twice, id)
+	}
+	l.now[id] = true
+	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.now, id)
+	}()
+	if strings.HasPrefix(id, "slow") {
+		<-l.let
+		return http.StatusOK
+	}
+	if !l.up.Load() {
+		return l.status
+	}
+	return http.StatusOK
+}
+
+// The database has times by a clock that is set, back or forward, while Caddy runs,
+// or before it is started again after a kill.
+func TestQueueWhoseClockIsSet(t *testing.T) {
+	t.Parallel()
+	server := pgtest.Start(t, "fsync=off")
+	for _, store := range []string{"SQLite", "PostgreSQL"} {
+		for _, hours := range []int{10, -10} {
+			// open starts a Caddy, and returns what shifts the times of its database
+			open := func(t *testing.T, backend string) (c *caddy, shift func() (events int)) {
+				t.Helper()
+				const options = "answer_after 100ms\nmax_age 12h"
+				var db *sql.DB
+				var err error
+				if store == "SQLite" {
+					c = queueCaddy(t, backend, options)
+					db, err = sql.Open("sqlite", c.path("queue/events.db")+"?_pragma=busy_timeout(5000)")
+				} else {
+					dsn := server.DSN(server.NewDatabase(t))
+					c = pgCaddy(t, backend, dsn, options)
+					db, err = sql.Open("pgx", dsn)
+				}
+				require.NoError(t, err)
+				t.Cleanup(func() { db.Close() })
+				return c, func() int {
+					by := hours * 3_600_000
+					tx, err := db.Begin()
+					require.NoError(t, err)
+					result, err := tx.Exec(fmt.Sprintf(`UPDATE inkit_queue_events SET due = due + %d, queued = queued + %d, lease = lease + %d`, by, by, by))
+					require.NoError(t, err)
+					require.NoError(t, tx.Commit())
+					_, _ = db.Exec(fmt.Sprintf(`UPDATE inkit_queue_backends SET probe = probe + %d`, by)) // if there is such a table
+					n, err := result.RowsAffected()
+					require.NoError(t, err)
+					return int(n)
+				}
+			}
+			name := fmt.Sprintf("%s, %+d h, ", store, hours)
+			newBackend := func(t *testing.T, status int) (*taker, *timeline) {
+				t.Helper()
+				l := &timeline{now: make(map[string]bool), status: status, let: make(chan struct{})}
+				return newTaker(t, l.answer), l
+			}
+
+			t.Run(name+"events wait and are in flight", func(t *testing.T) {
+				t.Parallel()
+				backend, l := newBackend(t, http.StatusInternalServerError)
+				c, shift := open(t, backend.addr)
+				s := newSender(t, c)
+				<-s.sendAll(t.Context(), "slow", 4)
+				<-s.sendAll(t.Context(), "kept", 50)
+				l.up.Store(true)
+				require.Greater(t, shift(), 20)
+				var kept []string
+				for _, id := range s.ids() {
+					if strings.HasPrefix(id, "kept") {
+						kept = append(kept, id)
+					}
+				}
+				backend.hasAll(t, kept, 10*time.Second)
+				require.True(t, s.send(t.Context(), "new", 0))
+				time.Sleep(3 * time.Second) // in which the slow ones are not to be attempted again
+				close(l.let)
+				doubles := backend.hasAll(t, s.ids(), 10*time.Second)
+				assert.Zero(t, doubles)
+				for i := 1; i <= 4; i++ {
+					assert.Equal(t, 1, backend.of(fmt.Sprintf("slow-%05d", i)).attempts)
+				}
+				assert.Empty(t, l.twice, "twice at once")
+				s.refusedNone(t)
+			})
+			t.Run(name+"the backend is down", func(t *testing.T) {
+				t.Parallel()
+				backend, l := newBackend(t, http.StatusServiceUnavailable)
+				c, shift := open(t, backend.addr)
+				s := newSender(t, c)
+				<-s.sendAll(t.Context(), "kept", 50)
+				waitFor(t, "the backend is known to be down", c.process, func() bool {
+					return c.metric(`caddy_inkit_queue_backend_down{queue="default"}`) == "1"
+				})
+				l.up.Store(true)
+				require.Greater(t, shift(), 20)
+				require.True(t, s.send(t.Context(), "new", 0))
+				assert.Zero(t, backend.hasAll(t, s.ids(), 10*time.Second))
+				assert.Empty(t, l.twice, "twice at once")
+				s.refusedNone(t)
+			})
+			t.Run(name+"Caddy was killed", func(t *testing.T) {
+				t.Parallel()
+				backend, l := newBackend(t, http.StatusInternalServerError)
+				c, shift := open(t, backend.addr)
+				s := newSender(t, c)
+				<-s.sendAll(t.Context(), "slow", 4)
+				<-s.sendAll(t.Context(), "kept", 50)
+				killHard(c)
+				l.up.Store(true)
+				close(l.let)
+				require.Greater(t, shift(), 20)
+				c.start()
+				backend.hasAll(t, s.ids(), 10*time.Second)
+				waitFor(t, "what was in flight is attempted again, before its lease of 32 s is over", c.process, func() bool {
+					backend.mu.Lock()
+					defer backend.mu.Unlock()
+					return backend.attempts["slow-00001"] > 1 && backend.attempts["slow-00002"] > 1
+				})
+				s.refusedNone(t)
+			})
+		}
+	}
+}

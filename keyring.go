@@ -1,0 +1,187 @@
+package inkitwebhook
+
+import (
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+)
+
+const (
+	reloadInterval    = 250 * time.Millisecond // pause between two reloads
+	reloadWait        = 2 * time.Second        // how long a request waits for a reload before it is rejected
+	reloadLogInterval = time.Minute            // pause between two log lines about failed reloads
+	previousAge       = 10 * time.Second       // how long a value stays good after a new one is found, which may be half written
+)
+
+// keyring has the secrets of a running handler and reloads them when requests ask for
+// it. It watches no files: a watcher would miss the symbolic links that Kubernetes
+// swaps.
+type keyring struct {
+	secrets    []Secret             // as configured
+	changeable bool                 // whether a value can change while the process runs
+	reloads    []prometheus.Counter // by index of reloadResults; set before the first request
+	logger     *zap.Logger
+
+	inUse     atomic.Pointer[[]generation] // newest first
+	reloading atomic.Bool                  // whether reloadLoop runs
+	mu        sync.Mutex                   // for next
+	next      chan struct{}                // closed at the end of the next reload; nil if no request asks for one
+
+	values    []Secret  // with the last good value of each; only reload uses it
+	lastError time.Time // of the last log line about a failed reload; only reload uses it
+}
+
+// generation is a set of values. It stays good for previousAge after a newer one exists.
+type generation struct {
+	verifier *Verifier
+	until    time.Time
+}
+
+// newKeyring resolves the secrets. An error shows no part of a value, nor of a
+// placeholder, which may be a secret in braces.
+func newKeyring(secrets []Secret, logger *zap.Logger) (k *keyring, err error) {
+	k = &keyring{secrets: secrets, logger: logger}
+	k.inUse.Store(new([]generation))
+	values := slices.Clone(secrets)
+	for i, secret := range secrets {
+		if values[i].Value, err = resolveInTime(secret.Value); err != nil {
+			return nil, fmt.Errorf("secret %s: %w", secret.Name, err)
+		}
+		name, ok := placeholder.Name(secret.Value)
+		k.changeable = k.changeable || ok && !strings.HasPrefix(name, "env.")
+	}
+	return k, k.use(values)
+}
+
+// use makes values the newest generation.
+func (k *keyring) use(values []Secret) error {
+	verifier, err := NewVerifier(values...)
+	if err != nil {
+		return err
+	}
+	for i, one := range values {
+		for _, other := range values[:i] {
+			if one.Value == other.Value {
+				k.logger.Warn("two secrets have the same value", zap.Strings("secrets", []string{other.Name, one.Name}))
+			}
+		}
+	}
+	generations := []generation{{verifier: verifier}}
+	for i, g := range *k.inUse.Load() {
+		if i == 0 {
+			g.until = time.Now().Add(previousAge)
+		}
+		if time.Now().Before(g.until) {
+			generations = append(generations, g)
+		}
+	}
+	k.values = values
+	k.inUse.Store(&generations)
+	return nil
+}
+
+// verify returns the index of the secret that made sig for body. A signature that
+// matches never waits. One that does not match waits for a reload that begins after
+// this call, because the secret may be a new one.
+func (k *keyring) verify(ctx context.Context, sig *[sha256.Size]byte, body []byte) (secret int, err error) {
+	secret, err = k.match(sig, body)
+	switch {
+	case !k.changeable:
+	case err != nil:
+		select {
+		case <-k.askForReload():
+			return k.match(sig, body)
+		case <-time.After(reloadWait):
+		case <-ctx.Done():
+		}
+	case !k.reloading.Load():
+		k.askForReload()
+	}
+	return secret, err
+}
+
+func (k *keyring) match(sig *[sha256.Size]byte, body []byte) (secret int, err error) {
+	for i, g := range *k.inUse.Load() {
+		if i == 0 || time.Now().Before(g.until) {
+			if secret, err = g.verifier.match(sig, body); err == nil {
+				break
+			}
+		}
+	}
+	return secret, err
+}
+
+// askForReload starts a reload if none is waiting to begin. The channel is closed at the
+// end of a reload that begins after this call.
+func (k *keyring) askForReload() <-chan struct{} {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.next == nil {
+		k.next = make(chan struct{})
+		if k.reloading.CompareAndSwap(false, true) {
+			go k.reloadLoop()
+		}
+	}
+	return k.next
+}
+
+// reloadLoop reloads as long as requests ask for it. It runs in its own goroutine, so
+// that a file system that hangs blocks nothing else.
+func (k *keyring) reloadLoop() {
+	for {
+		k.mu.Lock()
+		done := k.next
+		k.next = nil
+		k.reloading.Store(done != nil)
+		k.mu.Unlock()
+		if done == nil {
+			return
+		}
+		k.reload()
+		close(done)
+		time.Sleep(reloadInterval)
+	}
+}
+
+// reload takes every new value that is valid. If a value is not valid, the last good one
+// stays: losing events is worse than using a secret for longer.
+func (k *keyring) reload() {
+	var failure error
+	var changed []string
+	values := slices.Clone(k.values)
+	for i, secret := range k.secrets {
+		value, err := resolve(secret.Value)
+		if err != nil {
+			failure = fmt.Errorf("secret %s: %w", secret.Name, err)
+		} else if value != values[i].Value {
+			values[i].Value = value
+			changed = append(changed, secret.Name)
+		}
+	}
+	result := reloadUnchanged
+	if len(changed) > 0 {
+		if err := k.use(values); err != nil {
+			failure = err
+		} else {
+			result = reloadChanged
+			k.logger.Info("secrets changed", zap.Strings("secrets", changed))
+		}
+	}
+	if failure != nil {
+		result = reloadFailed
+		if time.Since(k.lastError) >= reloadLogInterval {
+			k.lastError = time.Now()
+			k.logger.Error("reloading secrets, the last good values stay in use", zap.Error(failure))
+		}
+	}
+	k.reloads[result].Inc()
+}

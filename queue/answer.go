@@ -1,0 +1,57 @@
+package queue
+
+import (
+	"maps"
+	"net/http"
+)
+
+// maxAnswer is how many bytes of the body of a backend's answer are kept for the sender.
+const maxAnswer = 1 << 20
+
+// answer is the response writer of an attempt. It keeps what the backend says, and
+// does nothing with it.
+type answer struct {
+	header http.Header
+	sent   http.Header // as it was with the status
+	status int         // 0 if none was written
+	body   []byte
+	cut    bool // whether the body is longer than what is kept
+}
+
+func newAnswer() *answer { return &answer{header: make(http.Header)} }
+
+func (a *answer) Header() http.Header { return a.header }
+
+func (a *answer) WriteHeader(status int) {
+	if a.status == 0 && status >= 200 {
+		a.status, a.sent = status, a.header.Clone()
+	}
+}
+
+func (a *answer) Write(p []byte) (int, error) {
+	a.WriteHeader(http.StatusOK)
+	kept := p[:min(len(p), maxAnswer-len(a.body))]
+	a.body = append(a.body, kept...)
+	a.cut = a.cut || len(kept) < len(p)
+	return len(p), nil
+}
+
+// Flush is for handlers that stream.
+func (a *answer) Flush() {}
+
+// copyTo answers the sender as the backend did.
+func (a *answer) copyTo(w http.ResponseWriter) error {
+	header := w.Header()
+	maps.Copy(header, a.sent)
+	header.Del("Trailer") // of which nothing was kept
+	if a.cut {
+		header.Del("Content-Length")
+		a.body = nil // rather than a part of it that looks like all
+	}
+	w.WriteHeader(a.status)
+	if len(a.body) == 0 {
+		return nil // over HTTP/2, writing even nothing after status 204 is an error
+	}
+	_, err := w.Write(a.body)
+	return err
+}

@@ -1,0 +1,211 @@
+package queue
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"runtime/debug"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+const (
+	// maxRetryAfter bounds the wait that a backend may ask for.
+	maxRetryAfter = time.Hour
+
+	// endMargin is how long handlers have to end when attempt_timeout is over. Some do not
+	// heed that: php_fastcgi waits for as long as its read_timeout says, or for ever.
+	endMargin = time.Second
+
+	// maxOverdue is how many attempts may go on after that. Each uses a connection.
+	maxOverdue = 256
+
+	// maxError is how many bytes of the last error are stored with an event.
+	maxError = 300
+)
+
+// result is what came of an attempt.
+type result struct {
+	answer      *answer
+	status      int
+	err         error         // nil if the backend took the event
+	unreachable bool          // whether err says more about the backend than about the event
+	retryAfter  time.Duration // as the backend asked for
+}
+
+// name returns the label of the metric.
+func (r result) name() string {
+	switch {
+	case r.err == nil:
+		return resultDelivered
+	case r.unreachable:
+		return resultUnreachable
+	}
+	return resultFailed
+}
+
+// attempt makes one attempt at an event, and calls done once: when the handlers have
+// returned, or some time after attempt_timeout though they have not.
+func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(result)) {
+	if err := q.begin(rec.ID); err != nil {
+		done(result{answer: newAnswer(), err: err, unreachable: true})
+		return
+	}
+	began := time.Now()
+	ctx, cancel := context.WithTimeout(q.attempting, time.Duration(h.AttemptTimeout))
+	defer cancel()
+	var over atomic.Bool
+	end := func(res result) {
+		if c := h.logger.Check(zapcore.DebugLevel, "attempt"); c != nil {
+			c.Write(zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
+				zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
+		}
+		done(res)
+		q.end(rec.ID)
+	}
+	returned := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() { // the time is over, or Caddy ends
+		select {
+		case <-returned:
+			return
+		case <-time.After(endMargin):
+		}
+		if !over.CompareAndSwap(false, true) {
+			return
+		}
+		if q.attempting.Err() == nil {
+			h.logger.Warn("an attempt goes on though attempt_timeout is over: its handler does not heed it, such as php_fastcgi without read_timeout", zap.String("id", rec.ID))
+		}
+		q.setOverdue(rec.ID, true)
+		end(result{answer: newAnswer(), err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
+	})
+	answer := newAnswer()
+	err := q.run(h, r.prepare(ctx, h.server, answer, rec), answer, rec.ID)
+	timeUp := ctx.Err() == context.DeadlineExceeded
+	stop()
+	close(returned)
+	if !over.CompareAndSwap(false, true) {
+		h.logger.Debug("an attempt has ended for which attempt_timeout was too short", zap.String("id", rec.ID), zap.Error(err))
+		q.setOverdue(rec.ID, false)
+		return
+	}
+	end(newResult(answer, err, timeUp, time.Duration(h.AttemptTimeout)))
+}
+
+// begin notes an attempt. It must not begin while the last one at the event goes on, or
+// while too many do.
+func (q *queue) begin(id string) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	switch {
+	case q.overdue[id]:
+		return errors.New("the last attempt has not ended yet")
+	case len(q.overdue) >= maxOverdue:
+		return errors.New("too many attempts have not ended yet")
+	}
+	q.inFlight[id] = true
+	q.running.Add(1)
+	return nil
+}
+
+func (q *queue) end(id string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	delete(q.inFlight, id)
+	q.running.Done()
+}
+
+func (q *queue) setOverdue(id string, overdue bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if overdue {
+		q.overdue[id] = true
+	} else {
+		delete(q.overdue, id)
+	}
+}
+
+// run runs the handlers of the deliver block.
+func (q *queue) run(h *Handler, req *http.Request, answer *answer, id string) (err error) {
+	// a proxy panics when an answer is cut short, and net/http is not here to recover
+	defer func() {
+		switch p := recover(); p {
+		case nil:
+		case http.ErrAbortHandler:
+			err = errors.New("the answer was cut short, or abort ended it")
+		default:
+			h.logger.Error("a handler panicked while an event was delivered", zap.String("id", id), zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
+			err = errors.New("a handler panicked")
+		}
+	}()
+	unhandled := false
+	next := caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error {
+		unhandled = answer.status == 0
+		return nil
+	})
+	if err = h.Routes.Compile(next).ServeHTTP(answer, req); err == nil && unhandled { // whatever status a handler such as templates makes of that
+		err = errors.New("no directive of the deliver block took it")
+	}
+	return err
+}
+
+// newResult says what the answer or the error of the handlers means: only a status of 2xx
+// delivers.
+func newResult(answer *answer, err error, timeUp bool, timeout time.Duration) result {
+	res := result{answer: answer, status: answer.status}
+	handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err)
+	if ok && res.status == 0 {
+		res.status = handlerErr.StatusCode
+	}
+	switch {
+	case timeUp && (err != nil || answer.status/100 != 2):
+		res.err, res.unreachable = fmt.Errorf("no answer within %v", timeout), true
+	case ok && handlerErr.Err == nil:
+		res.err = fmt.Errorf("status %d", handlerErr.StatusCode)
+	case ok: // without the marks of Caddy's log
+		res.err = fmt.Errorf("status %d: %w", handlerErr.StatusCode, handlerErr.Err)
+	case err != nil:
+		res.err = err
+	case answer.status == 0:
+		res.err = errors.New("the backend gave no status")
+	case answer.status/100 != 2:
+		res.err = fmt.Errorf("status %d", answer.status)
+	default:
+		return res
+	}
+	switch res.status {
+	case http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout, http.StatusTooManyRequests:
+		res.unreachable = true
+	}
+	res.retryAfter = retryAfter(answer.header.Get("Retry-After"), time.Now())
+	return res
+}
+
+// retryAfter returns the wait that a Retry-After field asks for (RFC 9110, 10.2.3).
+func retryAfter(value string, now time.Time) time.Duration {
+	if seconds, err := strconv.ParseUint(value, 10, 64); err == nil || errors.Is(err, strconv.ErrRange) {
+		return time.Duration(min(seconds, uint64(maxRetryAfter/time.Second))) * time.Second
+	}
+	if date, err := http.ParseTime(value); err == nil {
+		return min(max(0, date.Sub(now)), maxRetryAfter)
+	}
+	return 0
+}
+
+// lastError returns the text that is stored of an error: one line that a terminal can show.
+func lastError(err error) string {
+	text := printable(err.Error())
+	if len(text) > maxError {
+		text = strings.ToValidUTF8(text[:maxError], "") + "..."
+	}
+	return text
+}

@@ -1,0 +1,98 @@
+package delivery
+
+import (
+	"context"
+	"sync"
+
+	"golang.org/x/sync/semaphore"
+)
+
+// most is the size of the semaphores. All that is above the limit is taken for good.
+const most = 1 << 20
+
+// Limits bound the attempts at a time, first come, first served. Old events, which were
+// stored before, get three quarters of them, so that new ones do not wait behind a backlog
+// that hangs.
+type Limits struct {
+	all, old *semaphore.Weighted
+
+	mu    sync.Mutex
+	limit int
+}
+
+// NewLimits returns limits of 0.
+func NewLimits() *Limits {
+	l := &Limits{all: semaphore.NewWeighted(most), old: semaphore.NewWeighted(most)}
+	l.all.TryAcquire(most)
+	l.old.TryAcquire(most)
+	return l
+}
+
+// oldLimit returns how many of the attempts may be at old events.
+func oldLimit(limit int) int {
+	if limit <= 1 {
+		return limit
+	}
+	return limit - max(1, limit/4)
+}
+
+// Resize changes the number of attempts at a time. A smaller one holds when the attempts
+// under way have ended.
+func (l *Limits) Resize(limit int) {
+	limit = min(limit, most)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	resize(l.all, l.limit, limit)
+	resize(l.old, oldLimit(l.limit), oldLimit(limit))
+	l.limit = limit
+}
+
+func resize(s *semaphore.Weighted, from, to int) {
+	switch {
+	case to > from:
+		s.Release(int64(to - from))
+	case to < from && !s.TryAcquire(int64(from-to)):
+		go func() { _ = s.Acquire(context.Background(), int64(from-to)) }() // waits for its turn
+	}
+}
+
+// Limit returns the number of attempts at a time.
+func (l *Limits) Limit() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.limit
+}
+
+// TryNew takes the place of an attempt at a new event, if one is free.
+func (l *Limits) TryNew() bool { return l.all.TryAcquire(1) }
+
+// New waits for the place of an attempt at a new event.
+func (l *Limits) New(ctx context.Context) bool { return l.all.Acquire(ctx, 1) == nil }
+
+// EndNew gives it back.
+func (l *Limits) EndNew() { l.all.Release(1) }
+
+// Old waits for the place of an attempt at an old event, and takes more if they are free.
+// It returns how many, which is 0 if the context has ended.
+func (l *Limits) Old(ctx context.Context, wanted int) (n int) {
+	if l.old.Acquire(ctx, 1) != nil {
+		return 0
+	}
+	if l.all.Acquire(ctx, 1) != nil {
+		l.old.Release(1)
+		return 0
+	}
+	for n = 1; n < wanted && l.old.TryAcquire(1); n++ {
+		if !l.all.TryAcquire(1) {
+			l.old.Release(1)
+			break
+		}
+	}
+	return n
+}
+
+// EndOld gives n places back.
+func (l *Limits) EndOld(n int) {
+	l.all.Release(int64(n))
+	l.old.Release(int64(n))
+}

@@ -1,0 +1,129 @@
+package delivery
+
+import (
+	"context"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+)
+
+const (
+	// LeaseMargin is how much longer than an attempt its lease is.
+	LeaseMargin = 2 * time.Second
+
+	// emptyClaimPause is the pause after a claim that found nothing: another process was
+	// faster.
+	emptyClaimPause = 250 * time.Millisecond
+)
+
+// Source is where the stored events of a queue are.
+type Source interface {
+	Peek() (store.Peek, error)
+	Claim(c *store.Claim) ([]*store.Record, error)
+}
+
+// Schedule has the stored events of a queue attempted when they are due.
+type Schedule struct {
+	Source  Source
+	Breaker *Breaker
+	Limits  *Limits
+
+	// Queue is the name of the queue.
+	Queue string
+
+	// Timeout returns how long an attempt may take, or false while nobody can make one.
+	Timeout func() (time.Duration, bool)
+
+	// Attempt makes one attempt, and calls ended when it is over.
+	Attempt func(r *store.Record, claimed time.Time, ended func())
+
+	// Forgotten is called when a backend that was down is taken for up, because there is
+	// nothing left to find out with.
+	Forgotten func()
+
+	wake    chan struct{}
+	init    sync.Once
+	running atomic.Int64
+}
+
+func (s *Schedule) waker() chan struct{} {
+	s.init.Do(func() { s.wake = make(chan struct{}, 1) })
+	return s.wake
+}
+
+// Wake says that an event may be due sooner than the schedule knows, or that an attempt
+// may begin.
+func (s *Schedule) Wake() {
+	select {
+	case s.waker() <- struct{}{}:
+	default:
+	}
+}
+
+// Run works until the context ends.
+func (s *Schedule) Run(ctx context.Context) {
+	for ctx.Err() == nil {
+		wait := s.next(ctx)
+		timer := time.NewTimer(wait)
+		select {
+		case <-s.waker():
+		case <-timer.C:
+		case <-ctx.Done():
+		}
+		timer.Stop()
+	}
+}
+
+// next begins the attempts that can begin, and returns how long to wait.
+func (s *Schedule) next(ctx context.Context) time.Duration {
+	timeout, able := s.Timeout()
+	if !able {
+		return pollInterval
+	}
+	look := Look{Limit: oldLimit(s.Limits.Limit()), Running: int(s.running.Load())}
+	s.Breaker.look(&look)
+	if look.Down && look.Probe > 0 { // the database need not be asked
+		return min(look.Probe, pollInterval)
+	}
+	peek, err := s.Source.Peek()
+	look.Failed, look.Empty, look.Wait = err != nil, peek.Empty, peek.Wait
+	if err == nil && s.Breaker.Empty(peek.Empty) {
+		s.Forgotten()
+	}
+	step := Plan(look)
+	if step.Claim == 0 {
+		return step.Wait
+	}
+	places := s.Limits.Old(ctx, step.Claim)
+	if places == 0 {
+		return 0
+	}
+	if s.Breaker.Down() != look.Down { // it has changed while this waited for a place
+		s.Limits.EndOld(places)
+		return 0
+	}
+	claim := &store.Claim{Queue: s.Queue, Max: places, Lease: timeout + LeaseMargin, Newest: step.Newest}
+	records, err := s.Source.Claim(claim)
+	s.Limits.EndOld(places - len(records))
+	if look.Down && len(records) > 0 {
+		s.Breaker.probing(claim.Lease)
+	}
+	s.running.Add(int64(len(records)))
+	claimed := time.Now()
+	for _, r := range records {
+		go s.Attempt(r, claimed, func() {
+			s.Limits.EndOld(1)
+			s.running.Add(-1)
+			s.Wake()
+		})
+	}
+	switch {
+	case err != nil:
+		return pollInterval
+	case len(records) == 0:
+		return emptyClaimPause
+	}
+	return 0
+}

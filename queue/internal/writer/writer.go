@@ -1,0 +1,407 @@
+// Package writer is the group commit of a database: one goroutine puts everything that
+// waits into one transaction. It knows events and their ends, and nothing of Caddy.
+package writer
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+)
+
+const (
+	// maxBatch is how many events one transaction adds.
+	maxBatch = 500
+
+	// applyTimeout is how long a transaction may take.
+	applyTimeout = 20 * time.Second
+
+	// After a failed transaction the writer pauses, longer each time within these bounds.
+	// openPause is the pause between two tries to open the database.
+	minPause  = 50 * time.Millisecond
+	maxPause  = 500 * time.Millisecond
+	openPause = time.Second
+)
+
+var (
+	// ErrNotOpen is the error of a database that is not open yet.
+	ErrNotOpen = errors.New("the database is not open yet")
+
+	// ErrCalledBack is the error of an event that was delivered before it was written.
+	ErrCalledBack = errors.New("delivered before it was written")
+)
+
+// Observer hears what becomes of transactions. It is called without a lock of the writer,
+// from one goroutine at a time, and must not block.
+type Observer interface {
+	Opened()
+	Written(b *store.Batch)
+	Failed(err error)
+}
+
+// Writer writes to one database. It opens the database itself.
+type Writer struct {
+	owner    string
+	open     func(context.Context) (store.Store, error)
+	observer Observer
+
+	wake, closing chan struct{}
+	closed        chan struct{}
+
+	mu        sync.Mutex
+	store     store.Store // nil until it is open
+	broken    error       // why it is not open
+	failing   bool        // whether the last transaction that added events has failed
+	adds      []*Addition
+	finishes  []store.Finish
+	claims    []*claim
+	unwritten map[string]bool // events whose finish is not written yet
+}
+
+// Addition is an event on its way into the database.
+type Addition struct {
+	record   *store.Record
+	encode   func() ([]byte, error)
+	deadline time.Time
+	finish   *store.Finish // of an attempt that ended while the event was being written
+	state    state
+	err      error
+	done     chan struct{}
+	ended    func(error)
+}
+
+type state int
+
+const (
+	waiting state = iota
+	writing
+	ended
+)
+
+// Done is closed when it is known whether the event is on the disk.
+func (a *Addition) Done() <-chan struct{} { return a.done }
+
+// Err returns nil if the event is on the disk. It is for after Done.
+func (a *Addition) Err() error { return a.err }
+
+func (a *Addition) end(err error) {
+	a.state, a.err = ended, err
+	close(a.done)
+	a.ended(err)
+}
+
+// change makes the record that of an event after an attempt. It is not written yet.
+func (a *Addition) change(f store.Finish) {
+	if f.Outcome == store.Delivered {
+		a.end(ErrCalledBack)
+		return
+	}
+	if f.Outcome == store.Unbegun {
+		a.record.Attempts--
+	}
+	a.record.Lease, a.record.Delay, a.record.LastError = 0, f.After, f.LastError
+}
+
+type claim struct {
+	*store.Claim
+	done chan error
+}
+
+// New returns a writer that works until Close. The owner is the name of this process in
+// the leases.
+func New(owner string, open func(context.Context) (store.Store, error), observer Observer) *Writer {
+	w := &Writer{
+		owner: owner, open: open, observer: observer,
+		wake: make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
+		broken: ErrNotOpen, unwritten: make(map[string]bool),
+	}
+	go w.run()
+	return w
+}
+
+// Close writes everything that waits and closes the database. Nobody may use the writer
+// any more.
+func (w *Writer) Close() {
+	close(w.closing)
+	<-w.closed
+}
+
+func (w *Writer) poke() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Store returns the database for reading, or nil with the reason why it is not open.
+func (w *Writer) Store() (store.Store, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.store, w.broken
+}
+
+// Failing reports whether events cannot be written, as far as is known.
+func (w *Writer) Failing() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.failing
+}
+
+// Add writes an event. If the transaction fails, it tries again until the deadline, except
+// on a full disk. encode returns the request of the record; it is called just before. ended
+// is called with the error of Err, and must not block.
+func (w *Writer) Add(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
+	a := &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
+	w.mu.Lock()
+	w.adds = append(w.adds, a)
+	w.mu.Unlock()
+	w.poke()
+	return a
+}
+
+// Finish writes how an attempt ended. The addition is that of the event, or nil if the
+// event was claimed.
+func (w *Writer) Finish(a *Addition, f store.Finish) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case a == nil, a.state == ended && a.err == nil:
+		w.finishLocked(f)
+		w.poke()
+	case a.state == writing:
+		a.finish = &f
+	case a.state == waiting:
+		a.change(f)
+	}
+}
+
+func (w *Writer) finishLocked(f store.Finish) {
+	w.finishes = append(w.finishes, f)
+	w.unwritten[f.ID] = true
+}
+
+// Claim leases events that are due. It leaves out those whose finish this process has not
+// been able to write: it has delivered them.
+func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
+	waits := &claim{c, make(chan error, 1)}
+	w.mu.Lock()
+	if w.store == nil {
+		defer w.mu.Unlock()
+		return nil, w.broken
+	}
+	w.claims = append(w.claims, waits)
+	w.mu.Unlock()
+	w.poke()
+	if err := <-waits.done; err != nil {
+		return nil, err
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return slices.DeleteFunc(c.Records, func(r *store.Record) bool { return w.unwritten[r.ID] }), nil
+}
+
+func (w *Writer) run() {
+	defer close(w.closed)
+	pause := minPause
+	for closing := false; !closing; {
+		var retry <-chan time.Time
+		switch {
+		case !w.opened():
+			retry = time.After(openPause)
+		case w.write():
+			pause = minPause
+		default:
+			retry = time.After(pause)
+			pause = min(2*pause, maxPause)
+		}
+		wake := w.wake
+		if retry != nil {
+			wake = nil
+		}
+		select {
+		case <-wake:
+		case <-retry:
+		case <-w.closing:
+			closing = true
+		}
+	}
+	w.write()
+	w.write() // what the first transaction left
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, a := range w.adds {
+		if a.state != ended {
+			a.end(errors.New("Caddy ends")) //nolint:staticcheck // the name of a program
+		}
+	}
+	if w.store != nil {
+		_ = w.store.Close()
+	}
+}
+
+// opened opens the database if it is not open, and reports whether it is.
+func (w *Writer) opened() bool {
+	if s, _ := w.Store(); s != nil {
+		return true
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
+	defer cancel()
+	s, err := w.open(ctx)
+	w.mu.Lock()
+	if err != nil {
+		w.broken, w.failing = err, true
+		w.expireLocked(err)
+	} else {
+		w.store, w.broken, w.failing = s, nil, false
+	}
+	claims := w.claims
+	w.claims = nil
+	w.mu.Unlock()
+	for _, c := range claims {
+		c.done <- err
+	}
+	if err != nil {
+		w.observer.Failed(err)
+		return false
+	}
+	w.observer.Opened()
+	return true
+}
+
+// expireLocked ends the additions whose time is over.
+func (w *Writer) expireLocked(err error) {
+	w.adds = slices.DeleteFunc(w.adds, func(a *Addition) bool {
+		if a.state == waiting && !time.Now().Before(a.deadline) {
+			a.end(err)
+		}
+		return a.state == ended
+	})
+}
+
+// take returns the work of the next transaction.
+func (w *Writer) take() (adds []*Addition, b *store.Batch, claims []*claim, s store.Store) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.store == nil {
+		return nil, nil, nil, nil
+	}
+	b = &store.Batch{Owner: w.owner, Finish: w.finishes}
+	w.finishes, claims, w.claims = nil, w.claims, nil
+	for _, c := range claims {
+		b.Claims = append(b.Claims, c.Claim)
+	}
+	w.expireLocked(errors.New("the time of its sender is over"))
+	n := min(len(w.adds), maxBatch)
+	for _, a := range w.adds[:n] {
+		a.state = writing
+	}
+	adds, w.adds = w.adds[:n:n], w.adds[n:]
+	if len(w.adds) > 0 {
+		w.poke()
+	}
+	return adds, b, claims, w.store
+}
+
+// write does the work that waits in one transaction, and reports whether it succeeded.
+func (w *Writer) write() bool {
+	adds, b, claims, s := w.take()
+	if s == nil || len(adds)+len(b.Finish)+len(claims) == 0 {
+		return true
+	}
+	for _, a := range adds {
+		var err error
+		if a.record.Request, err = a.encode(); err != nil {
+			w.endAdd(a, err)
+			continue
+		}
+		a.record.Checksum = a.record.Sum()
+		b.Add = append(b.Add, a.record)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
+	defer cancel()
+	err := s.Apply(ctx, b)
+	if errors.Is(err, store.ErrFull) && len(b.Add) > 0 {
+		w.observer.Failed(err)
+		w.failed(adds, nil, err)
+		adds, b.Add = nil, nil
+		err = s.Apply(ctx, b) // finishing still works on a full disk
+	}
+	if err != nil {
+		w.observer.Failed(err)
+		w.failed(adds, b.Finish, err)
+	} else {
+		w.written(adds, b)
+		w.observer.Written(b)
+	}
+	for _, c := range claims {
+		if err != nil && len(c.Records) == 0 {
+			c.done <- s.Due(ctx, c.Claim, err)
+		} else {
+			c.done <- err
+		}
+	}
+	return err == nil && len(b.Left) == 0
+}
+
+func (w *Writer) endAdd(a *Addition, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	a.end(err)
+}
+
+// failed takes a batch back after its transaction has failed. On a full disk, its
+// additions are not tried again: their senders can try later.
+func (w *Writer) failed(adds []*Addition, finishes []store.Finish, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.failing = w.failing || len(adds) > 0
+	w.finishes = append(finishes, w.finishes...)
+	var again []*Addition
+	for _, a := range adds {
+		switch {
+		case a.state == ended:
+			continue
+		case a.finish != nil: // the attempt has ended meanwhile
+			a.state = waiting
+			a.change(*a.finish)
+			a.finish = nil
+		}
+		switch {
+		case a.state == ended:
+		case errors.Is(err, store.ErrFull), !time.Now().Before(a.deadline):
+			a.end(err)
+		default:
+			a.state = waiting
+			again = append(again, a)
+		}
+	}
+	w.adds = append(again, w.adds...)
+}
+
+// written ends the additions and finishes of a transaction.
+func (w *Writer) written(adds []*Addition, b *store.Batch) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for _, f := range b.Finish {
+		delete(w.unwritten, f.ID)
+	}
+	for _, f := range b.Left {
+		w.finishLocked(f)
+	}
+	for _, a := range adds {
+		if a.state == ended {
+			continue
+		}
+		a.end(nil)
+		if a.finish != nil {
+			w.finishLocked(*a.finish)
+			w.poke()
+		}
+	}
+	if len(adds) > 0 {
+		w.failing = false
+	}
+}

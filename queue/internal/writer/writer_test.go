@@ -1,0 +1,207 @@
+package writer
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/stretchr/testify/assert"
+	"github.com/stretchr/testify/require"
+)
+
+// database is a store whose transactions a test lets fail.
+type database struct {
+	store.Store
+
+	mu      sync.Mutex
+	apply   func(b *store.Batch) error
+	batches []store.Batch
+}
+
+func (d *database) Apply(_ context.Context, b *store.Batch) error {
+	d.mu.Lock()
+	apply := d.apply
+	d.mu.Unlock()
+	if apply != nil {
+		if err := apply(b); err != nil {
+			return err
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.batches = append(d.batches, *b)
+	return nil
+}
+
+func (d *database) Due(_ context.Context, _ *store.Claim, why error) error { return why }
+func (d *database) Close() error                                           { return nil }
+
+type silent struct{}
+
+func (silent) Opened()              {}
+func (silent) Written(*store.Batch) {}
+func (silent) Failed(error)         {}
+
+func event(id string) *store.Record {
+	return &store.Record{ID: id, Queue: "default", Lease: time.Minute, Attempts: 1}
+}
+
+func encoded() ([]byte, error) { return []byte("request"), nil }
+
+func TestWriter(t *testing.T) {
+	broken := errors.New("the connection is broken")
+	for _, tt := range []struct {
+		name string
+		do   func(t *testing.T, w *Writer, d *database)
+	}{
+		{"what waits goes into one transaction", func(t *testing.T, w *Writer, d *database) {
+			slow := make(chan struct{})
+			d.apply = func(*store.Batch) error { <-slow; return nil }
+			first := w.Add(event("first"), encoded, time.Now().Add(time.Minute), func(error) {})
+			synctest.Wait()
+			var rest []*Addition
+			for range 10 {
+				rest = append(rest, w.Add(event("later"), encoded, time.Now().Add(time.Minute), func(error) {}))
+			}
+			close(slow)
+			synctest.Wait()
+			require.NoError(t, first.Err())
+			for _, a := range rest {
+				<-a.Done()
+			}
+			require.Len(t, d.batches, 2)
+			assert.Len(t, d.batches[1].Add, 10)
+		}},
+		{"an event whose transaction fails is tried again until it succeeds", func(t *testing.T, w *Writer, d *database) {
+			until := time.Now().Add(3 * time.Second)
+			d.apply = func(*store.Batch) error {
+				if time.Now().Before(until) {
+					return broken
+				}
+				return nil
+			}
+			a := w.Add(event("a"), encoded, time.Now().Add(5*time.Second), func(error) {})
+			<-a.Done()
+			require.NoError(t, a.Err())
+			assert.False(t, w.Failing())
+		}},
+		{"and fails when the time of its sender is over", func(t *testing.T, w *Writer, d *database) {
+			d.apply = func(*store.Batch) error { return broken }
+			began := time.Now()
+			a := w.Add(event("a"), encoded, time.Now().Add(5*time.Second), func(error) {})
+			<-a.Done()
+			require.Error(t, a.Err())
+			assert.InDelta(t, 5*time.Second, time.Since(began), float64(time.Second))
+			assert.True(t, w.Failing())
+		}},
+		{"a full disk refuses at once, and still finishes", func(t *testing.T, w *Writer, d *database) {
+			d.apply = func(b *store.Batch) error {
+				if len(b.Add) > 0 {
+					return store.ErrFull
+				}
+				return nil
+			}
+			began := time.Now()
+			w.Finish(nil, store.Finish{ID: "delivered"})
+			a := w.Add(event("a"), encoded, time.Now().Add(5*time.Second), func(error) {})
+			<-a.Done()
+			require.ErrorIs(t, a.Err(), store.ErrFull)
+			assert.Zero(t, time.Since(began))
+			synctest.Wait()
+			require.NotEmpty(t, d.batches)
+			assert.Equal(t, "delivered", d.batches[0].Finish[0].ID)
+		}},
+		{"an event that is delivered before it is written is called back", func(t *testing.T, w *Writer, d *database) {
+			slow := make(chan struct{})
+			d.apply = func(*store.Batch) error { <-slow; return nil }
+			w.Add(event("other"), encoded, time.Now().Add(time.Minute), func(error) {})
+			synctest.Wait()
+			a := w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			w.Finish(a, store.Finish{ID: "a"})
+			require.ErrorIs(t, a.Err(), ErrCalledBack)
+			close(slow)
+			synctest.Wait()
+			require.Len(t, d.batches, 1)
+		}},
+		{"an event that is delivered while its transaction fails is called back", func(t *testing.T, w *Writer, d *database) {
+			slow := make(chan struct{})
+			d.apply = func(*store.Batch) error { <-slow; return broken }
+			a := w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			synctest.Wait()
+			w.Finish(a, store.Finish{ID: "a"})
+			close(slow)
+			<-a.Done()
+			require.ErrorIs(t, a.Err(), ErrCalledBack)
+		}},
+		{"an event whose attempt fails while it is written is finished by the next transaction", func(t *testing.T, w *Writer, d *database) {
+			slow := make(chan struct{}, 1)
+			d.apply = func(*store.Batch) error { <-slow; return nil }
+			a := w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			synctest.Wait()
+			w.Finish(a, store.Finish{ID: "a", Outcome: store.Later, After: time.Second, LastError: "status 500"})
+			close(slow)
+			synctest.Wait()
+			require.Len(t, d.batches, 2)
+			assert.Equal(t, "status 500", d.batches[1].Finish[0].LastError)
+		}},
+		{"a finish whose row is locked is tried again, and its event not claimed meanwhile", func(t *testing.T, w *Writer, d *database) {
+			locked := true
+			d.apply = func(b *store.Batch) error {
+				if b.Left = nil; locked {
+					b.Left = b.Finish
+				}
+				for _, c := range b.Claims {
+					c.Records = []*store.Record{{ID: "a"}, {ID: "b"}}
+				}
+				return nil
+			}
+			w.Finish(nil, store.Finish{ID: "a"})
+			synctest.Wait()
+			records, err := w.Claim(&store.Claim{Queue: "default", Max: 2})
+			require.NoError(t, err)
+			assert.Equal(t, []*store.Record{{ID: "b"}}, records)
+			d.mu.Lock()
+			locked = false
+			d.mu.Unlock()
+			time.Sleep(maxPause)
+			records, err = w.Claim(&store.Claim{Queue: "default", Max: 2})
+			require.NoError(t, err)
+			assert.Len(t, records, 2)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				d := new(database)
+				w := New("me", func(context.Context) (store.Store, error) { return d, nil }, silent{})
+				synctest.Wait()
+				tt.do(t, w, d)
+				d.mu.Lock()
+				d.apply = nil
+				d.mu.Unlock()
+				w.Close()
+			})
+		})
+	}
+}
+
+func TestWriterBeforeTheDatabaseIsOpen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d, tries := new(database), 0
+		w := New("me", func(context.Context) (store.Store, error) {
+			if tries++; tries < 4 {
+				return nil, errors.New("the server starts")
+			}
+			return d, nil
+		}, silent{})
+		a := w.Add(event("a"), encoded, time.Now().Add(5*time.Second), func(error) {})
+		_, err := w.Claim(new(store.Claim))
+		require.Error(t, err)
+		<-a.Done()
+		require.NoError(t, a.Err())
+		w.Close()
+	})
+}

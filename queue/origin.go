@@ -1,0 +1,135 @@
+package queue
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// origin says which databases a command works on.
+type origin struct {
+	db, config, adapter string
+	make                bool // whether a database that is not there is made
+}
+
+// load returns the databases, each of them once, until done is called.
+func (o *origin) load(ctx context.Context) (openers []store.Opener, done func(), err error) {
+	caddyCtx, cancel := caddy.NewContext(caddy.Context{Context: ctx})
+	if openers, err = o.openers(caddyCtx); err != nil {
+		cancel()
+	}
+	return openers, cancel, err
+}
+
+func (o *origin) openers(ctx caddy.Context) (openers []store.Opener, err error) {
+	var configs []json.RawMessage
+	if o.config == "" {
+		configs = append(configs, json.RawMessage(`{}`))
+	} else {
+		config, _, _, err := caddycmd.LoadConfig(o.config, o.adapter)
+		if err != nil {
+			return nil, err
+		}
+		configs = queueConfigs(config)
+	}
+	for _, config := range configs {
+		h := new(Handler)
+		if err := json.Unmarshal(config, h); err != nil {
+			return nil, err
+		}
+		if o.db != "" {
+			h.StoreRaw, _ = json.Marshal(map[string]string{"module": "sqlite", "path": o.db})
+		}
+		opener, err := h.loadStore(ctx)
+		if err != nil {
+			return nil, err
+		}
+		if !slices.ContainsFunc(openers, func(other store.Opener) bool { return other.Key() == opener.Key() }) {
+			openers = append(openers, opener)
+		}
+	}
+	if len(openers) == 0 {
+		return nil, errors.New("there is no inkit_queue in the configuration")
+	}
+	return openers, nil
+}
+
+// queueConfigs returns the JSON of all handlers of this module, wherever they stand.
+func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
+	var object map[string]json.RawMessage
+	var list []json.RawMessage
+	switch {
+	case json.Unmarshal(config, &object) == nil:
+		if string(object["handler"]) == `"inkit_queue"` {
+			found = append(found, config)
+		}
+		for _, value := range object {
+			found = append(found, queueConfigs(value)...)
+		}
+	case json.Unmarshal(config, &list) == nil:
+		for _, value := range list {
+			found = append(found, queueConfigs(value)...)
+		}
+	}
+	return found
+}
+
+// each calls f for each database.
+func (o *origin) each(ctx context.Context, f func(store.Store) error) error {
+	openers, done, err := o.load(ctx)
+	if err != nil {
+		return err
+	}
+	defer done()
+	for _, opener := range openers {
+		s, err := opener.Open(ctx, store.Opening{Logger: caddy.Log(), Command: true, Existing: !o.make})
+		if err != nil {
+			return fmt.Errorf("%s: %w", opener.Key(), err)
+		}
+		if err := errors.Join(f(s), s.Close()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// eachID calls f for each event of ids. One that is in no database is an error, after
+// the others are through.
+func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *store.Record) error) error {
+	unknown := make(map[string]bool)
+	for _, id := range ids {
+		unknown[id] = true
+	}
+	var failed []error
+	err := o.each(ctx, func(s store.Store) error {
+		for some := range slices.Chunk(ids, 500) { // as many as a statement takes
+			var records []*store.Record
+			err := s.Select(ctx, store.Filter{IDs: some}, true, func(r *store.Record) bool {
+				records = append(records, r)
+				return true
+			})
+			if err != nil {
+				return err
+			}
+			for _, r := range records {
+				delete(unknown, r.ID)
+				failed = append(failed, f(s, r))
+			}
+		}
+		return nil
+	})
+	for _, id := range ids {
+		if unknown[id] && err == nil {
+			failed = append(failed, fmt.Errorf("there is no event %s", printable(id)))
+		}
+	}
+	return errors.Join(append(failed, err)...)
+}

@@ -1,0 +1,248 @@
+package queue
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/writer"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"go.uber.org/zap"
+)
+
+// queue delivers the events of one name in one database. It outlives the handlers of a
+// configuration: the handler that was attached last delivers.
+type queue struct {
+	name     string
+	db       *database
+	metrics  *queueMetrics
+	breaker  *delivery.Breaker
+	limits   *delivery.Limits
+	schedule *delivery.Schedule
+
+	attempting context.Context // of all attempts
+	cutOff     context.CancelFunc
+	stop       context.CancelFunc // ends the schedule
+	scheduled  sync.WaitGroup     // the schedule
+	running    sync.WaitGroup     // attempts
+
+	mu         sync.Mutex
+	handlers   []*Handler // attached, the latest last
+	grace      time.Duration
+	inFlight   map[string]bool // events with an attempt under way
+	overdue    map[string]bool // events whose last attempt goes on though its time is over
+	refusedLog time.Time       // when the log said that too many events wait
+}
+
+func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
+	q := &queue{
+		name: name, db: openDatabase(opener, logger), metrics: newQueueMetrics(name),
+		breaker: new(delivery.Breaker), limits: delivery.NewLimits(),
+		inFlight: make(map[string]bool), overdue: make(map[string]bool),
+	}
+	q.attempting, q.cutOff = context.WithCancel(context.Background())
+	q.schedule = &delivery.Schedule{
+		Source: q, Queue: name, Breaker: q.breaker, Limits: q.limits,
+		Timeout: q.timeout, Attempt: q.attemptStored, Forgotten: q.forgetDown,
+	}
+	q.db.join(q)
+	ctx, stop := context.WithCancel(context.Background())
+	q.stop = stop
+	q.scheduled.Go(func() { q.schedule.Run(ctx) })
+	return q
+}
+
+// Destruct closes the queue: nobody uses it. Attempts under way go on until they end.
+func (q *queue) Destruct() error {
+	q.stop()
+	q.scheduled.Wait()
+	q.running.Wait()
+	q.cutOff()
+	q.db.leave(q)
+	_, err := databases.Delete(q.db.opener.Key())
+	return err
+}
+
+// cutOffAfterGrace cuts off the attempts under way when the grace period of Caddy is over.
+// Their events are due at once. Without a grace period, they have their time.
+func (q *queue) cutOffAfterGrace() (cancel func()) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.grace == 0 {
+		return func() {}
+	}
+	timer := time.AfterFunc(q.grace, q.cutOff)
+	return func() { timer.Stop() }
+}
+
+// attach has a handler deliver until detach.
+func (q *queue) attach(h *Handler) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.handlers = append(q.handlers, h)
+	q.followLocked(h)
+	q.schedule.Wake()
+}
+
+func (q *queue) detach(h *Handler, grace time.Duration) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.grace = grace
+	q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h })
+	if n := len(q.handlers); n > 0 {
+		q.followLocked(q.handlers[n-1])
+	}
+}
+
+// lend takes over the settings of a handler whose configuration has ended, if no other one
+// delivers: its last requests are attempted too.
+func (q *queue) lend(h *Handler) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if len(q.handlers) == 0 {
+		q.followLocked(h)
+	}
+}
+
+// followLocked takes over the settings of a configuration.
+func (q *queue) followLocked(h *Handler) {
+	q.limits.Resize(h.Concurrency)
+	q.db.logger.Store(h.app.logger)
+}
+
+// current returns the handler that delivers, or nil.
+func (q *queue) current() *Handler {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if n := len(q.handlers); n > 0 {
+		return q.handlers[n-1]
+	}
+	return nil
+}
+
+// inFlightNow returns how many attempts are under way.
+func (q *queue) inFlightNow() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.inFlight)
+}
+
+func (q *queue) timeout() (time.Duration, bool) {
+	if h := q.current(); h != nil {
+		return time.Duration(h.AttemptTimeout), true
+	}
+	return 0, false
+}
+
+// Peek is of delivery.Source.
+func (q *queue) Peek() (store.Peek, error) { return q.db.peek(q.name) }
+
+// Claim is of delivery.Source. It leaves out events with an attempt under way in this
+// process, which a clock that was set may have made due.
+func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
+	records, err := q.db.writer.Claim(c)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return slices.DeleteFunc(records, func(r *store.Record) bool { return q.inFlight[r.ID] }), err
+}
+
+// attemptStored makes one attempt at a stored event.
+func (q *queue) attemptStored(r *store.Record, claimed time.Time, ended func()) {
+	h := q.current()
+	request, err := decodeRequest(r)
+	switch {
+	case h == nil:
+		q.db.writer.Finish(nil, store.Finish{ID: r.ID, Queue: q.name, Outcome: store.Unbegun})
+	case err != nil:
+		h.logger.Error("a stored event is not what was stored: it was set aside", zap.String("id", r.ID), zap.Error(err))
+		q.db.writer.Finish(nil, store.Finish{ID: r.ID, Queue: q.name, Outcome: store.SetAside, LastError: lastError(err)})
+	default:
+		q.attempt(h, request, r, func(res result) {
+			q.db.writer.Finish(nil, q.settle(h, r, res, r.Age+time.Since(claimed)))
+			ended()
+		})
+		return
+	}
+	ended()
+}
+
+// settle draws the consequences of an attempt: for what is known of the backend, and for
+// the event, which it returns.
+func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duration) store.Finish {
+	f := store.Finish{ID: r.ID, Queue: q.name}
+	if res.err != nil && q.attempting.Err() != nil { // the end of this process has cut it off
+		f.Outcome = store.Released
+		return f
+	}
+	q.metrics.attempts[res.name()].Inc()
+	if res.unreachable {
+		q.unreached(h, r.ID, res.err)
+	} else {
+		q.reached(h)
+	}
+	switch {
+	case res.err == nil:
+		f.Outcome = store.Delivered
+	case age >= time.Duration(h.MaxAge):
+		h.logger.Error("an event is dead: the backend has not taken it for max_age", zap.String("id", r.ID),
+			zap.String("event_type", r.EventType), zap.String("resource_id", r.ResourceID),
+			zap.Int("attempts", r.Attempts), zap.Duration("age", age), zap.Error(res.err))
+		f.Outcome, f.LastError = store.SetAside, lastError(res.err)
+	default:
+		f.Outcome, f.LastError = store.Later, lastError(res.err)
+		f.After = max(delivery.Backoff(age, rand.Float64()), res.retryAfter)
+	}
+	return f
+}
+
+func (q *queue) reached(h *Handler) {
+	down, back := q.breaker.Reached(q.limits.Limit())
+	if back {
+		h.logger.Info("the backend is back", zap.String("queue", q.name), zap.Duration("down", down), zap.Int("pending", q.db.pending(q.name)))
+		q.metrics.down.Set(0)
+		q.schedule.Wake()
+	}
+}
+
+func (q *queue) unreached(h *Handler, id string, err error) {
+	if q.breaker.Unreached(id) {
+		h.logger.Warn("the backend is down: events are stored, and one attempt a second is made", zap.String("queue", q.name), zap.Error(err))
+		q.metrics.down.Set(1)
+	}
+}
+
+// forgetDown is for a backend that is taken for up again, because no event is left to find
+// out with: the next new event will tell.
+func (q *queue) forgetDown() {
+	q.db.logger.Load().Info("no event waits any more for the backend that was down", zap.String("queue", q.name))
+	q.metrics.down.Set(0)
+}
+
+// refused notes that an event is not stored because too many are.
+func (q *queue) refused(h *Handler) {
+	q.metrics.stored[resultRefused].Inc()
+	q.db.countSoon()
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if time.Since(q.refusedLog) >= errorInterval {
+		q.refusedLog = time.Now()
+		h.logger.Error("cannot store events: max_events are pending", zap.String("queue", q.name), zap.Int("max_events", h.MaxEvents))
+	}
+}
+
+// noteStored counts an event by what became of storing it.
+func (q *queue) noteStored(err error, took time.Duration) {
+	switch {
+	case err == nil:
+		q.metrics.stored[resultStored].Inc()
+		q.metrics.storeSeconds.Observe(took.Seconds())
+	case errors.Is(err, writer.ErrCalledBack):
+		q.metrics.stored[resultDelivered].Inc()
+	default:
+		q.metrics.stored[resultFailed].Inc()
+	}
+}

@@ -1,0 +1,272 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlstore"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+)
+
+const (
+	// busyTimeout is how long a transaction waits for another process. Nobody but its
+	// operator waits for a command, beside a Caddy that writes all the time.
+	busyTimeout        = 4 * time.Second
+	commandBusyTimeout = 30 * time.Second
+
+	// rowsPerStatement is how many events a statement adds: more are no faster.
+	rowsPerStatement = 8
+
+	// reserveSize is the room that is given up when the disk is full: that of the
+	// write-ahead log, all of which may have to be copied into the file.
+	reserveSize = 1 << 20
+)
+
+// file is an open database file. It notices its troubles, and healing ends them.
+type file struct {
+	sqlstore.DB
+	path string      // without symbolic links: SQLite puts its log beside the real file
+	main os.FileInfo // of the file as it was opened
+	log  os.FileInfo // of its write-ahead log
+
+	room room
+}
+
+// openFile opens the file at a path and makes its schema.
+func openFile(ctx context.Context, path string, o store.Opening) (*file, error) {
+	if info, err := os.Stat(path); o.Existing && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
+		return nil, errors.New("there is no such database: name it with --db")
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
+		return nil, withoutPath(err)
+	}
+	made, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, withoutPath(err)
+	}
+	info, err := made.Stat()
+	if err := errors.Join(err, made.Close()); err != nil {
+		return nil, withoutPath(err)
+	}
+	if !info.Mode().IsRegular() {
+		return nil, errors.New("is not a regular file")
+	}
+	path = real(path)
+	busy := busyTimeout
+	if o.Command {
+		busy = commandBusyTimeout
+	}
+	f := &file{path: path, main: info, room: room{reserve: path + "-reserve"}}
+	f.Dialect = sqlstore.Dialect{Bytes: "BLOB", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap}
+	if f.Write, err = openSQLite(path, 1, busy,
+		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
+		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize)); err != nil {
+		return nil, err
+	}
+	if f.Read, err = openSQLite(path, 2, busy, "query_only(1)"); err != nil {
+		return nil, errors.Join(err, f.Write.Close())
+	}
+	if err = f.prepare(ctx); err == nil {
+		f.log, err = os.Stat(path + "-wal")
+	}
+	if err != nil {
+		_ = f.Close()
+		return nil, withoutPath(err)
+	}
+	if o.Command {
+		return f, nil
+	}
+	for _, suffix := range []string{"", "-wal", "-shm"} { // files that were there may be readable for others
+		if info, err := os.Stat(path + suffix); err == nil && info.Mode().Perm()&0o077 != 0 {
+			_ = os.Chmod(path+suffix, 0o600) // fails only for somebody who does not own the file
+		}
+	}
+	f.room.full = !f.room.make()
+	return f, nil
+}
+
+// real returns the path without symbolic links.
+func real(path string) string {
+	if target, err := filepath.EvalSymlinks(path); err == nil {
+		return target
+	}
+	return path
+}
+
+func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) (*sql.DB, error) {
+	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds())}, pragmas...)
+	db, err := sql.Open("sqlite", path+"?_txlock=immediate&_pragma="+strings.Join(pragmas, "&_pragma="))
+	if err != nil {
+		return nil, err
+	}
+	db.SetMaxOpenConns(connections)
+	db.SetMaxIdleConns(connections)
+	return db, nil
+}
+
+// prepare makes the schema, unless the file holds something else. If the schema is there
+// it only reads: a command need not wait for a Caddy that is busy writing.
+func (f *file) prepare(ctx context.Context) error {
+	exists, err := f.exists(ctx, f.Write) // its first read opens the log, also of a copy that has none
+	switch {
+	case err != nil:
+		_, statErr := os.Stat(f.room.reserve)
+		if err = wrap(err); errors.Is(err, errDamaged) && statErr != nil && isCode(err, sqlite3.SQLITE_NOTADB) {
+			return errors.New("is no database, and not ours")
+		}
+		return err
+	case exists:
+		return wrap(f.CheckVersion(ctx, f.Read))
+	}
+	tx, err := f.Write.BeginTx(ctx, nil)
+	if err != nil {
+		return wrap(err)
+	}
+	defer func() { _ = tx.Rollback() }()
+	exists, err = f.exists(ctx, tx) // another process may have made it meanwhile
+	if err == nil {
+		err = f.Migrate(ctx, tx, exists)
+	}
+	if err == nil {
+		err = tx.Commit()
+	}
+	return wrap(err)
+}
+
+// exists reports whether the schema is there.
+func (f *file) exists(ctx context.Context, db sqlstore.Querier) (bool, error) {
+	var tables, ours int
+	err := db.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
+	if err == nil && tables > 0 && ours == 0 {
+		err = errors.New("is the database of another program")
+	}
+	return ours > 0, err
+}
+
+// Apply is of store.Store. Nothing is added while the disk is full, so that there is room
+// to finish the events in the database.
+func (f *file) Apply(ctx context.Context, b *store.Batch) error {
+	if len(b.Add) > 0 && !f.room.isThere() {
+		return store.ErrFull
+	}
+	err := f.DB.Apply(ctx, b)
+	if errors.Is(err, store.ErrFull) {
+		f.room.giveUp()
+		_, _ = f.Write.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`) // empties the log into the file
+	}
+	return err
+}
+
+// Tidy is of store.Store: it gives free space back to the disk, a part at a time.
+func (f *file) Tidy(ctx context.Context) (u store.Upkeep, err error) {
+	const pages = 256
+	names, _ := filepath.Glob(globEscape.Replace(f.path) + ".damaged-*Z")
+	u.DamagedFiles = len(names)
+	var free int
+	if err := f.Read.QueryRowContext(ctx, `PRAGMA freelist_count`).Scan(&free); err != nil || free < pages {
+		return u, wrap(err)
+	}
+	if _, err := f.Write.ExecContext(ctx, fmt.Sprintf(`PRAGMA incremental_vacuum(%d)`, pages)); err != nil {
+		return u, wrap(err)
+	}
+	if u.More = free >= 2*pages; !u.More {
+		_, err = f.Write.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`)
+	}
+	return u, wrap(err)
+}
+
+var globEscape = strings.NewReplacer(`*`, `\*`, `?`, `\?`, `[`, `\[`, `\`, `\\`)
+
+// isAtPath reports whether the file and its log are still where they were opened.
+func (f *file) isAtPath() bool {
+	return isFile(f.path, f.main) && isFile(f.path+"-wal", f.log)
+}
+
+func isFile(path string, opened os.FileInfo) bool {
+	info, err := os.Stat(path)
+	return err == nil && os.SameFile(info, opened)
+}
+
+// room is a file whose space is given up when the disk is full.
+type room struct {
+	reserve string // its path
+
+	mu    sync.Mutex
+	full  bool      // whether it is given up
+	retry time.Time // when to try to make it again
+}
+
+// make writes the file if it is not there, and reports whether it is there now.
+func (r *room) make() bool {
+	if info, err := os.Stat(r.reserve); err == nil && info.Size() == reserveSize {
+		return true
+	}
+	file, err := os.OpenFile(r.reserve, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
+	if err != nil {
+		return false
+	}
+	_, err = file.Write(make([]byte, reserveSize))
+	if err = errors.Join(err, file.Sync(), file.Close()); err != nil {
+		_ = os.Remove(r.reserve)
+	}
+	return err == nil
+}
+
+// isThere reports whether there is room to add events. Once a second, it tries to make it.
+func (r *room) isThere() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.full && time.Now().After(r.retry) {
+		r.retry = time.Now().Add(time.Second)
+		r.full = !r.make()
+	}
+	return !r.full
+}
+
+func (r *room) giveUp() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.full, r.retry = true, time.Now().Add(time.Second)
+	_ = os.Remove(r.reserve)
+}
+
+// errDamaged means that the file cannot be read as a database. No caller of a store sees
+// it: healing moves the file aside.
+var errDamaged = errors.New("the database is damaged")
+
+// wrap translates an error of SQLite.
+func wrap(err error) error {
+	switch {
+	case isCode(err, sqlite3.SQLITE_FULL), isCode(err, sqlite3.SQLITE_IOERR_SHMSIZE):
+		return fmt.Errorf("%w: %w", store.ErrFull, err)
+	case isCode(err, sqlite3.SQLITE_BUSY):
+		return fmt.Errorf("%w: %w", store.ErrLocked, err)
+	case isCode(err, sqlite3.SQLITE_CORRUPT), isCode(err, sqlite3.SQLITE_NOTADB):
+		return fmt.Errorf("%w: %w", errDamaged, err)
+	}
+	return err
+}
+
+// isCode reports whether err is of SQLite and has a code, or an extended one of it.
+func isCode(err error, code int) bool {
+	sqliteErr, ok := errors.AsType[*sqlite.Error](err)
+	return ok && (sqliteErr.Code() == code || sqliteErr.Code()&0xff == code)
+}
+
+// withoutPath leaves out the path of an error: the line of the log has it beside the error.
+func withoutPath(err error) error {
+	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
+		return pathErr.Err
+	}
+	return err
+}

@@ -1,0 +1,118 @@
+// Package sqlite keeps the events of a queue in a file of SQLite.
+package sqlite
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"modernc.org/sqlite"
+	sqlite3 "modernc.org/sqlite/lib"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+)
+
+func init() {
+	caddy.RegisterModule(SQLite{})
+	sqlite.MustRegisterScalarFunction("inkit_queue_now", 0, func(*sqlite.FunctionContext, []driver.Value) (driver.Value, error) {
+		return time.Now().UnixMilli(), nil
+	})
+}
+
+// An SQLite older than 3.51.3 can damage a database that two processes write to. This
+// does not compile with one.
+const _ = uint(sqlite3.SQLITE_VERSION_NUMBER - 3_051_003)
+
+// SQLite keeps the events of a queue in a file on this machine.
+//
+// The file and its folder are made if they are not there, for nobody else to read.
+// Several queues, and several processes on the machine, can share one file. It must
+// not lie on a network file system. Beside it, SQLite keeps a write-ahead log
+// (`-wal`) and an index of that (`-shm`), and this module a megabyte of room
+// (`-reserve`) that is given up when the disk is full, since deleting takes room too.
+type SQLite struct {
+	// The path of the file, in which placeholders such as `{env.NAME}` are replaced when
+	// the configuration is loaded. One that is relative starts at the directory in which
+	// Caddy was started. Default: `inkit_queue.db` in Caddy's data directory.
+	Path string `json:"path,omitempty"`
+}
+
+// CaddyModule returns the Caddy module information.
+func (SQLite) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "inkit_queue.stores.sqlite",
+		New: func() caddy.Module { return new(SQLite) },
+	}
+}
+
+// Provision sets the default, and makes the path absolute. It touches no file.
+func (s *SQLite) Provision(caddy.Context) (err error) {
+	if s.Path, err = caddy.NewReplacer().ReplaceOrErr(s.Path, true, true); err != nil {
+		return fmt.Errorf("path: %w", err)
+	}
+	if s.Path == "" {
+		s.Path = filepath.Join(caddy.AppDataDir(), "inkit_queue.db")
+	}
+	s.Path, err = filepath.Abs(s.Path)
+	return err
+}
+
+// Validate refuses a path that the driver would cut.
+func (s *SQLite) Validate() error {
+	if strings.Contains(s.Path, "?") {
+		return errors.New("path: must not hold a question mark")
+	}
+	return nil
+}
+
+// UnmarshalCaddyfile sets up the store from Caddyfile tokens. Syntax:
+//
+//	store sqlite [<path>]
+func (s *SQLite) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // consume the name of the store
+	if d.NextArg() {
+		s.Path = d.Val()
+	}
+	if d.NextArg() || d.NextBlock(d.Nesting()) {
+		return d.Err("store: sqlite takes a path at most")
+	}
+	return nil
+}
+
+// Key is of store.Opener.
+func (s *SQLite) Key() string { return "sqlite " + s.Path }
+
+// Migration is of store.Opener: whoever may write the file makes its schema.
+func (*SQLite) Migration() string { return "" }
+
+// Open is of store.Opener. A file that is not a database of this module is left alone. A
+// damaged one is moved aside.
+func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error) {
+	healing := &healing{path: s.Path, opening: o}
+	err := healing.open(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return healing, nil
+}
+
+// Same reports whether two stores are in one file.
+func Same(a, b store.Store) bool {
+	one, isFile := a.(*healing)
+	other, isFileToo := b.(*healing)
+	return isFile && isFileToo && one.isFileOf(other)
+}
+
+// Interface guards
+var (
+	_ store.Opener          = (*SQLite)(nil)
+	_ caddy.Provisioner     = (*SQLite)(nil)
+	_ caddy.Validator       = (*SQLite)(nil)
+	_ caddyfile.Unmarshaler = (*SQLite)(nil)
+)

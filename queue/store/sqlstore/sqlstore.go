@@ -1,0 +1,115 @@
+// Package sqlstore is the SQL that the stores share: one schema, one way of doing each
+// thing, and a Dialect for the few places in which databases differ.
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	_ "embed"
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+)
+
+// version is that of schema.sql.
+const version = 1
+
+//go:embed schema.sql
+var schema string
+
+// Dialect is what differs between databases. It takes the place of {bytes}, {schema},
+// {now} and {skip} in the statements of this package.
+type Dialect struct {
+	Bytes  string         // the type of bytes
+	Schema string         // stands before the names of tables, with its dot
+	Rows   int            // how many events one statement adds or finishes
+	Now    string         // the clock in milliseconds, the same throughout a statement
+	Skip   string         // makes a SELECT pass over locked rows; empty if no row can be locked
+	Begin  string         // the first statement of a transaction that writes, if there is one
+	Tx     *sql.TxOptions // of such a transaction
+	More   string         // what the schema has beyond schema.sql
+
+	// Wrap translates an error of the driver into those of package store.
+	Wrap func(error) error
+}
+
+// DB is a store on a database that does not heal itself: that is for the packages that
+// embed it.
+type DB struct {
+	Dialect
+	Write, Read *sql.DB
+}
+
+func (d *DB) text(query string) string {
+	for _, part := range [][2]string{{"{bytes}", d.Bytes}, {"{schema}", d.Schema}, {"{now}", d.Now}, {"{skip}", d.Skip}} {
+		query = strings.ReplaceAll(query, part[0], part[1]) // a Replacer costs more to make than it saves
+	}
+	return query
+}
+
+// BeginTx begins a transaction that writes.
+func (d *DB) BeginTx(ctx context.Context) (*sql.Tx, error) {
+	tx, err := d.Write.BeginTx(ctx, d.Tx)
+	if err != nil || d.Begin == "" {
+		return tx, err
+	}
+	if _, err = tx.ExecContext(ctx, d.Begin); err != nil {
+		_ = tx.Rollback()
+		return nil, err
+	}
+	return tx, nil
+}
+
+// SchemaSQL returns the statements that make the schema.
+func (d *DB) SchemaSQL() []string {
+	var statements []string
+	for statement := range strings.SplitSeq(d.text(schema+d.More), ";\n") {
+		if statement = strings.TrimSpace(statement); statement != "" {
+			statements = append(statements, statement)
+		}
+	}
+	return statements
+}
+
+// Migrate makes the schema if it is not there. The caller keeps others from doing the same.
+func (d *DB) Migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
+	if exists {
+		return d.CheckVersion(ctx, tx)
+	}
+	for _, statement := range d.SchemaSQL() {
+		if _, err := tx.ExecContext(ctx, statement); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Querier is a database, or a transaction in it.
+type Querier interface {
+	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
+}
+
+// CheckVersion refuses a schema that is not the one of this version.
+func (d *DB) CheckVersion(ctx context.Context, db Querier) error {
+	var found int
+	if err := db.QueryRowContext(ctx, d.text(`SELECT version FROM {schema}inkit_queue_schema`)).Scan(&found); err != nil {
+		return err
+	}
+	switch {
+	case found > version:
+		return fmt.Errorf("%w: %d, and this one knows %d", store.ErrNewer, found, version)
+	case found < version:
+		return fmt.Errorf("%w: %d, and this one needs %d", store.ErrOlder, found, version)
+	}
+	return nil
+}
+
+// Tidy is of store.Store, for a database that needs no upkeep.
+func (d *DB) Tidy(context.Context) (store.Upkeep, error) { return store.Upkeep{}, nil }
+
+// Close is of store.Store.
+func (d *DB) Close() error {
+	return errors.Join(d.Read.Close(), d.Write.Close())
+}

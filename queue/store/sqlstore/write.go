@@ -1,0 +1,248 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+)
+
+// Apply is of store.Store.
+func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
+	b.Left = nil
+	tx, err := d.BeginTx(ctx)
+	if err != nil {
+		return d.Wrap(err)
+	}
+	if err = d.apply(ctx, tx, b); err == nil {
+		err = tx.Commit()
+	}
+	if err != nil {
+		_ = tx.Rollback()
+		b.Left = nil
+		for _, claim := range b.Claims {
+			claim.Records = nil
+		}
+	}
+	return d.Wrap(err)
+}
+
+func (d *DB) apply(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
+	if err := d.add(ctx, tx, b); err != nil {
+		return err
+	}
+	if err := d.finish(ctx, tx, b); err != nil {
+		return err
+	}
+	for _, claim := range b.Claims {
+		if err := d.claim(ctx, tx, b.Owner, claim); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// plain returns a text that every database takes: UTF-8 without NUL. Otherwise one event
+// would make the batch that it is in fail each time.
+func plain(text string) string {
+	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
+}
+
+// values returns n rows of arguments for VALUES, each like pattern, in which ? stands for
+// an argument.
+func values(n int, pattern string) string {
+	var b strings.Builder
+	arg := 0
+	for i := range n {
+		if i > 0 {
+			b.WriteByte(',')
+		}
+		for _, c := range []byte(pattern) {
+			if c != '?' {
+				b.WriteByte(c)
+				continue
+			}
+			arg++
+			fmt.Fprintf(&b, "$%d", arg)
+		}
+	}
+	return b.String()
+}
+
+func (d *DB) add(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
+	for records := range slices.Chunk(b.Add, d.Rows) {
+		args := make([]any, 0, 12*len(records))
+		for _, r := range records {
+			var lease, owner any
+			delay := r.Delay
+			if r.Lease > 0 {
+				lease, owner, delay = r.Lease.Milliseconds(), b.Owner, r.Lease
+			}
+			args = append(args, r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
+				r.Attempts, plain(r.LastError), plain(r.EventType), plain(r.ResourceID), r.Request, r.Checksum)
+		}
+		_, err := tx.ExecContext(ctx, d.text(`
+			INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
+				attempts, last_error, event_type, resource_id, request, checksum) VALUES `+
+			values(len(records), `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)+`
+			ON CONFLICT (id) DO NOTHING`), args...)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *DB) finish(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
+	var delivered, others []store.Finish
+	for _, f := range b.Finish {
+		if f.Outcome == store.Delivered {
+			delivered = append(delivered, f)
+		} else {
+			others = append(others, f)
+		}
+	}
+	for some := range slices.Chunk(delivered, d.Rows) {
+		query := `DELETE FROM {schema}inkit_queue_events WHERE id IN (` + values(len(some), `?`) + `)`
+		if d.Skip != "" {
+			query = `DELETE FROM {schema}inkit_queue_events WHERE id IN (
+				SELECT e.id FROM {schema}inkit_queue_events AS e WHERE e.id IN (` + values(len(some), `?`) + `) {skip})`
+		}
+		if err := d.finishSome(ctx, tx, b, some, query, ids(some), ""); err != nil {
+			return err
+		}
+	}
+	for some := range slices.Chunk(others, d.Rows) {
+		args := make([]any, 0, 5*len(some)+1)
+		for _, f := range some {
+			args = append(args, finishRow(f)...)
+		}
+		args = append(args, b.Owner)
+		// an owner that has lost the lease must not change the event any more
+		mine := fmt.Sprintf(`(owner IS NULL OR owner = $%d)`, len(args))
+		locked := ""
+		if d.Skip != "" {
+			locked = ` AND id IN (SELECT e.id FROM {schema}inkit_queue_events AS e JOIN v ON e.id = v.column1 {skip})`
+		}
+		query := `WITH v AS (SELECT * FROM (VALUES ` +
+			values(len(some), `(?, ?, CAST(? AS BIGINT), ?, CAST(? AS INTEGER))`) + `) AS v)
+			UPDATE {schema}inkit_queue_events
+			SET state = v.column2, due = {now} + v.column3, lease = NULL, owner = NULL,
+				last_error = COALESCE(v.column4, last_error), attempts = attempts - v.column5
+			FROM v WHERE id = v.column1 AND ` + mine + locked
+		if err := d.finishSome(ctx, tx, b, some, query, args, ` AND owner = $1`); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func ids(finishes []store.Finish) []any {
+	all := make([]any, len(finishes))
+	for i, f := range finishes {
+		all[i] = f.ID
+	}
+	return all
+}
+
+// finishRow returns the id, state, delay and error of an event after an attempt, and how
+// many attempts are to be taken off.
+func finishRow(f store.Finish) []any {
+	switch f.Outcome {
+	case store.Later:
+		return []any{f.ID, store.Pending, f.After.Milliseconds(), plain(f.LastError), 0}
+	case store.SetAside:
+		return []any{f.ID, store.Dead, int64(0), plain(f.LastError), 0}
+	case store.Unbegun:
+		return []any{f.ID, store.Pending, int64(0), nil, 1}
+	case store.Released, store.Delivered: // a delivered event has no row any more
+		return []any{f.ID, store.Pending, int64(0), nil, 0}
+	}
+	panic("an outcome that there is not")
+}
+
+// finishSome runs a statement that finishes events, and adds to Left those whose rows are
+// locked: they are still there, and condition still holds for them.
+func (d *DB) finishSome(ctx context.Context, tx *sql.Tx, b *store.Batch, some []store.Finish, query string, args []any, condition string) error {
+	result, err := tx.ExecContext(ctx, d.text(query), args...)
+	if err != nil || d.Skip == "" {
+		return err
+	}
+	if n, err := result.RowsAffected(); err != nil || n == int64(len(some)) {
+		return err
+	}
+	args, pattern := ids(some), values(len(some), `?`)
+	if condition != "" {
+		args = append([]any{b.Owner}, args...)
+		pattern, _ = strings.CutPrefix(values(len(some)+1, `?`), "$1,")
+	}
+	rows, err := tx.QueryContext(ctx, d.text(`SELECT id FROM {schema}inkit_queue_events WHERE id IN (`+pattern+`)`+condition), args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	left := make(map[string]bool)
+	for rows.Next() {
+		var id string
+		if err := rows.Scan(&id); err != nil {
+			return err
+		}
+		left[id] = true
+	}
+	for _, f := range some {
+		if left[f.ID] {
+			b.Left = append(b.Left, f)
+		}
+	}
+	return rows.Err()
+}
+
+func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
+	// Events that are due later than an honest clock can say are due now.
+	_, err := tx.ExecContext(ctx, d.text(`
+		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
+			SELECT e.id FROM {schema}inkit_queue_events AS e
+			WHERE e.queue = $1 AND e.state = 'pending' AND e.due > {now} + CAST($2 AS BIGINT) LIMIT 500 {skip})`),
+		claim.Queue, max(store.Latest, claim.Lease).Milliseconds())
+	if err != nil {
+		return err
+	}
+	if claim.Newest { // first among the last arrivals: sorting all that are due takes long
+		err := d.claimFrom(ctx, tx, owner, claim,
+			`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT 16 + 4 * $2) AS n CROSS JOIN {schema}inkit_queue_events AS e WHERE e.id = n.id AND`, `e.id DESC`)
+		if err != nil || len(claim.Records) > 0 {
+			return err
+		}
+	}
+	return d.claimFrom(ctx, tx, owner, claim, `{schema}inkit_queue_events AS e WHERE`, `e.due`)
+}
+
+func (d *DB) claimFrom(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim, from, order string) error {
+	rows, err := tx.QueryContext(ctx, d.text(`
+		WITH picked AS MATERIALIZED (
+			SELECT e.id FROM `+from+` e.queue = $1 AND e.state = 'pending' AND e.due <= {now}
+			ORDER BY `+order+` LIMIT $2 {skip})
+		UPDATE {schema}inkit_queue_events
+		SET due = {now} + CAST($3 AS BIGINT), lease = {now} + CAST($3 AS BIGINT), owner = $4, attempts = attempts + 1
+		WHERE id IN (SELECT id FROM picked)
+		RETURNING id, received, queued, attempts, event_type, resource_id, request, checksum, {now}`),
+		claim.Queue, claim.Max, claim.Lease.Milliseconds(), owner)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		r := &store.Record{Queue: claim.Queue, State: store.Pending}
+		var received, queued, now int64
+		if err := rows.Scan(&r.ID, &received, &queued, &r.Attempts, &r.EventType, &r.ResourceID, &r.Request, &r.Checksum, &now); err != nil {
+			return err
+		}
+		r.Received, r.Age = time.UnixMilli(received), time.Duration(max(0, now-queued))*time.Millisecond
+		claim.Records = append(claim.Records, r)
+	}
+	return rows.Err()
+}
