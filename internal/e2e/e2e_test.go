@@ -408,3 +408,9 @@ func readFile(t *testing.T, path string) string {
 	require.NoError(t, err)
 	return string(content)
 }
+
+// killHard ends a Caddy as a machine that dies does.
+func killHard(c *caddy) {
+	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
+	<-c.exited
+}

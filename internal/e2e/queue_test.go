@@ -285,12 +285,6 @@ func sometimes(id string, attempt int) int {
 	return http.StatusOK
 }
 
-// kill is what a machine does that dies.
-func killHard(c *caddy) {
-	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
-	<-c.exited
-}
-
 // queueCaddy starts a Caddy with a queue in SQLite, in front of a backend.
 func queueCaddy(t *testing.T, backend, options string) *caddy {
 	t.Helper()
