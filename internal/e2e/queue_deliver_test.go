@@ -214,6 +214,7 @@ http://{{addr}} {
 	handle /webhook* {
 		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
 		inkit_queue {
+			attempt_timeout 5s
 			deliver {
 				root `+root+`
 				php_fastcgi `+php+` {

@@ -94,7 +94,7 @@ func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside 
 			slow.client.Transport = slowly{slow.client.Transport.(*http.Transport)}
 			s.workers, slow.workers = 4, 4
 			done, slowDone := s.sendAll(load, "reload", 1_000_000), slow.sendAll(load, "slow", 1_000_000)
-			reloads := size(60, 20)
+			reloads := size(60, 9)
 			for i := range reloads {
 				before := len(s.ids())
 				waitFor(t, "events are accepted", c.process, func() bool { return len(s.ids()) >= before+20 })

@@ -5,6 +5,7 @@ package postgres_test
 import (
 	"context"
 	"crypto/rand"
+	"flag"
 	"fmt"
 	"net"
 	"os"
@@ -24,6 +25,17 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 )
+
+func TestMain(m *testing.M) {
+	// Tests in parallel wait for a server that hangs, so there may be more of them than
+	// there are processors. -parallel on the command line has the last word.
+	if err := flag.Set("test.parallel", "24"); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	flag.Parse()
+	os.Exit(m.Run())
+}
 
 func TestPostgresIsAStore(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
