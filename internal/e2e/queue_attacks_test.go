@@ -20,7 +20,7 @@ import (
 // A sender that has ended its side of the connection still reads what it is told.
 func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 	t.Parallel()
-	halfClosed := func(c *caddy, id string) int {
+	halfClosed := func(t *testing.T, c *caddy, id string) int {
 		t.Helper()
 		body := event(id)
 		conn, err := net.Dial("tcp", c.addr)
@@ -39,17 +39,19 @@ func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 		return http.StatusInternalServerError
 	})
 	t.Run("when nothing can be kept", func(t *testing.T) {
+		t.Parallel()
 		c := newQueueCaddy(t, backend.addr, "")
 		require.NoError(t, os.MkdirAll(c.path("queue/events.db"), 0o700)) // no file can be there
 		c.start()
 		for i := range 4 { // each waits 5 s for a database
-			assert.Equal(t, http.StatusServiceUnavailable, halfClosed(c, fmt.Sprint("refused-", i)))
+			assert.Equal(t, http.StatusServiceUnavailable, halfClosed(t, c, fmt.Sprint("refused-", i)))
 		}
 	})
 	t.Run("when it is kept", func(t *testing.T) {
+		t.Parallel()
 		c := queueCaddy(t, backend.addr, "")
 		for i := range 20 {
-			assert.Equal(t, http.StatusOK, halfClosed(c, fmt.Sprint("kept-", i)))
+			assert.Equal(t, http.StatusOK, halfClosed(t, c, fmt.Sprint("kept-", i)))
 		}
 		assert.Len(t, c.list(t), 20)
 	})
