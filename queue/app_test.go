@@ -79,6 +79,7 @@ func TestReloads(t *testing.T) {
 			c, err := next()
 			require.NoError(t, err)
 			require.NoError(t, c.app.Start())
+			time.Sleep(time.Minute) // another app takes long, and fails
 			c.stop(t)
 		}, true, false},
 	} {
@@ -95,6 +96,9 @@ func TestReloads(t *testing.T) {
 					return provision(t, &Handler{StoreRaw: sqliteAt(path), Routes: by(&newCalls, 500)})
 				})
 				synctest.Wait()
+				if tt.old {
+					assert.Zero(t, newCalls.Load(), "a configuration that fails delivers nothing")
+				}
 				oldCalls.Store(0)
 				newCalls.Store(0)
 				time.Sleep(time.Minute)

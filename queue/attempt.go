@@ -69,8 +69,9 @@ func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(res
 			c.Write(zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
 				zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
 		}
+		q.ended(rec.ID) // before its event can be due again
 		done(res)
-		q.end(rec.ID)
+		q.running.Done()
 	}
 	returned := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() { // the time is over, or Caddy ends
@@ -117,11 +118,10 @@ func (q *queue) begin(id string) error {
 	return nil
 }
 
-func (q *queue) end(id string) {
+func (q *queue) ended(id string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	delete(q.inFlight, id)
-	q.running.Done()
 }
 
 func (q *queue) setOverdue(id string, overdue bool) {

@@ -15,7 +15,8 @@ import (
 )
 
 // queue delivers the events of one name in one database. It outlives the handlers of a
-// configuration: the handler that was attached last delivers.
+// configuration. The handler that was attached first delivers until it is detached: during
+// a reload, the new configuration may still fail.
 type queue struct {
 	name     string
 	db       *database
@@ -31,7 +32,7 @@ type queue struct {
 	running    sync.WaitGroup     // attempts
 
 	mu         sync.Mutex
-	handlers   []*Handler // attached, the latest last
+	handlers   []*Handler // attached, the first delivers
 	grace      time.Duration
 	inFlight   map[string]bool // events with an attempt under way
 	overdue    map[string]bool // events whose last attempt goes on though its time is over
@@ -79,13 +80,13 @@ func (q *queue) cutOffAfterGrace() (cancel func()) {
 	return func() { timer.Stop() }
 }
 
-// attach has a handler deliver until detach.
+// attach has a handler deliver until detach, as soon as those before it are detached.
 func (q *queue) attach(h *Handler) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.handlers = append(q.handlers, h)
-	q.followLocked(h)
-	q.schedule.Wake()
+	if q.handlers = append(q.handlers, h); len(q.handlers) == 1 {
+		q.followLocked(h)
+	}
 }
 
 func (q *queue) detach(h *Handler, grace time.Duration) {
@@ -93,8 +94,8 @@ func (q *queue) detach(h *Handler, grace time.Duration) {
 	defer q.mu.Unlock()
 	q.grace = grace
 	q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h })
-	if n := len(q.handlers); n > 0 {
-		q.followLocked(q.handlers[n-1])
+	if len(q.handlers) > 0 {
+		q.followLocked(q.handlers[0])
 	}
 }
 
@@ -112,14 +113,15 @@ func (q *queue) lend(h *Handler) {
 func (q *queue) followLocked(h *Handler) {
 	q.limits.Resize(h.Concurrency)
 	q.db.logger.Store(h.app.logger)
+	q.schedule.Wake()
 }
 
 // current returns the handler that delivers, or nil.
 func (q *queue) current() *Handler {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if n := len(q.handlers); n > 0 {
-		return q.handlers[n-1]
+	if len(q.handlers) > 0 {
+		return q.handlers[0]
 	}
 	return nil
 }
