@@ -252,3 +252,33 @@ func TestSharedDatabase(t *testing.T) {
 		assert.Same(t, queueOf(0).db, queueOf(2).db)
 	})
 }
+
+// An attempt that begins at the moment of a stop is waited for, too.
+func TestStopLeavesNoLease(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "queue.db")
+	var calls atomic.Int64
+	for i := range 60 {
+		c := start(t, &Handler{StoreRaw: sqliteAt(path), Concurrency: 16, Routes: by(&calls, 500)})
+		opened := c.queue().db.opened(t)
+		if i == 0 {
+			for range 8 {
+				serve(t, c.handlers[0], post(body))
+			}
+		}
+		_, err := opened.Retry(t.Context(), store.Filter{})
+		require.NoError(t, err)
+		before := calls.Load()
+		c.queue().schedule.Wake()
+		for calls.Load() == before {
+			time.Sleep(10 * time.Microsecond)
+		}
+		c.stop(t)
+		s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
+		require.NoError(t, err)
+		require.NoError(t, s.Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
+			require.Zero(t, r.LeasedUntil, "stop %d: an event is leased, and nobody attempts it", i)
+			return true
+		}))
+		require.NoError(t, s.Close())
+	}
+}

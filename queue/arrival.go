@@ -109,14 +109,17 @@ func (a *arrival) attempt() chan result {
 	attempted := make(chan result, 1)
 	a.record.Attempts, a.record.Lease = 1, time.Duration(a.h.AttemptTimeout)+delivery.LeaseMargin
 	placed := q.limits.TryNew()
+	q.running.Add(1)
 	go func() {
 		if !placed && !a.waitForPlace(storing) {
+			defer q.running.Done()
 			a.end(store.Finish{ID: a.record.ID, Queue: q.name, Outcome: store.Unbegun})
 			attempted <- result{err: errNoPlace}
 			return
 		}
 		rec := &store.Record{ID: a.record.ID, Received: a.record.Received, Attempts: 1, EventType: a.record.EventType, ResourceID: a.record.ResourceID}
 		q.attempt(a.h, a.request, rec, func(res result) {
+			defer q.running.Done()
 			q.limits.EndNew()
 			a.end(q.settle(a.h, rec, res, time.Since(a.began)))
 			attempted <- res

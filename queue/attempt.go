@@ -71,7 +71,6 @@ func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(res
 		}
 		q.ended(rec.ID) // before its event can be due again
 		done(res)
-		q.running.Done()
 	}
 	returned := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() { // the time is over, or Caddy ends
@@ -114,7 +113,6 @@ func (q *queue) begin(id string) error {
 		return errors.New("too many attempts have not ended yet")
 	}
 	q.inFlight[id] = true
-	q.running.Add(1)
 	return nil
 }
 

@@ -29,7 +29,7 @@ type queue struct {
 	cutOff     context.CancelFunc
 	stop       context.CancelFunc // ends the schedule
 	scheduled  sync.WaitGroup     // the schedule
-	running    sync.WaitGroup     // attempts
+	running    sync.WaitGroup     // attempts, from their claim or arrival until their end is being written
 
 	mu         sync.Mutex
 	handlers   []*Handler // attached, the first delivers
@@ -149,11 +149,17 @@ func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
 	records, err := q.db.writer.Claim(c)
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return slices.DeleteFunc(records, func(r *store.Record) bool { return q.inFlight[r.ID] }), err
+	records = slices.DeleteFunc(records, func(r *store.Record) bool { return q.inFlight[r.ID] })
+	q.running.Add(len(records)) // now, and not when the goroutine of an attempt begins: a stop may be waiting
+	return records, err
 }
 
 // attemptStored makes one attempt at a stored event.
-func (q *queue) attemptStored(r *store.Record, claimed time.Time, ended func()) {
+func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree func()) {
+	ended := func() {
+		placeIsFree()
+		q.running.Done()
+	}
 	h := q.current()
 	request, err := decodeRequest(r)
 	switch {
