@@ -143,13 +143,9 @@ func (q *queue) timeout() (time.Duration, bool) {
 // Peek is of delivery.Source.
 func (q *queue) Peek() (store.Peek, error) { return q.db.peek(q.name) }
 
-// Claim is of delivery.Source. It leaves out events with an attempt under way in this
-// process, which a clock that was set may have made due.
+// Claim is of delivery.Source.
 func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
 	records, err := q.db.writer.Claim(c)
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	records = slices.DeleteFunc(records, func(r *store.Record) bool { return q.inFlight[r.ID] })
 	q.running.Add(len(records)) // now, and not when the goroutine of an attempt begins: a stop may be waiting
 	return records, err
 }

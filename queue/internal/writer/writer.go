@@ -58,11 +58,15 @@ type Writer struct {
 	adds      []*Addition
 	finishes  []store.Finish
 	claims    []*claim
-	unwritten map[string]bool // events whose finish is not written yet
+
+	// held are the events that this process attempts, until the end of the attempt is
+	// written. No claim returns them, whatever a clock that was set says.
+	held map[string]bool
 }
 
 // Addition is an event on its way into the database.
 type Addition struct {
+	held     map[string]bool // of the writer
 	record   *store.Record
 	encode   func() ([]byte, error)
 	deadline time.Time
@@ -88,6 +92,9 @@ func (a *Addition) Done() <-chan struct{} { return a.done }
 func (a *Addition) Err() error { return a.err }
 
 func (a *Addition) end(err error) {
+	if err != nil {
+		delete(a.held, a.record.ID)
+	}
 	a.state, a.err = ended, err
 	close(a.done)
 	a.ended(err)
@@ -102,6 +109,7 @@ func (a *Addition) change(f store.Finish) {
 	if f.Outcome == store.Unbegun {
 		a.record.Attempts--
 	}
+	delete(a.held, a.record.ID)
 	a.record.Lease, a.record.Delay, a.record.LastError = 0, f.After, f.LastError
 }
 
@@ -116,7 +124,7 @@ func New(owner string, open func(context.Context) (store.Store, error), observer
 	w := &Writer{
 		owner: owner, open: open, observer: observer,
 		wake: make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
-		broken: ErrNotOpen, unwritten: make(map[string]bool),
+		broken: ErrNotOpen, held: make(map[string]bool),
 	}
 	go w.run()
 	return w
@@ -154,8 +162,11 @@ func (w *Writer) Failing() bool {
 // on a full disk. encode returns the request of the record; it is called just before. ended
 // is called with the error of Err, and must not block.
 func (w *Writer) Add(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
-	a := &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
+	a := &Addition{held: w.held, record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
 	w.mu.Lock()
+	if r.Lease > 0 {
+		w.held[r.ID] = true
+	}
 	w.adds = append(w.adds, a)
 	w.mu.Unlock()
 	w.poke()
@@ -169,7 +180,7 @@ func (w *Writer) Finish(a *Addition, f store.Finish) {
 	defer w.mu.Unlock()
 	switch {
 	case a == nil, a.state == ended && a.err == nil:
-		w.finishLocked(f)
+		w.finishes = append(w.finishes, f)
 		w.poke()
 	case a.state == writing:
 		a.finish = &f
@@ -178,13 +189,9 @@ func (w *Writer) Finish(a *Addition, f store.Finish) {
 	}
 }
 
-func (w *Writer) finishLocked(f store.Finish) {
-	w.finishes = append(w.finishes, f)
-	w.unwritten[f.ID] = true
-}
-
-// Claim leases events that are due. It leaves out those whose finish this process has not
-// been able to write: it has delivered them.
+// Claim leases events that are due, except those that this process attempts at this moment
+// or has attempted without being able to write how that ended. Each claimed event must be
+// finished.
 func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 	waits := &claim{c, make(chan error, 1)}
 	w.mu.Lock()
@@ -198,9 +205,18 @@ func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 	if err := <-waits.done; err != nil {
 		return nil, err
 	}
+	return c.Records, nil
+}
+
+// hold notes that the claimed events are attempted, and leaves out those that are already.
+// That must happen before the next transaction, which may end such an attempt.
+func (w *Writer) hold(c *claim) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return slices.DeleteFunc(c.Records, func(r *store.Record) bool { return w.unwritten[r.ID] }), nil
+	c.Records = slices.DeleteFunc(c.Records, func(r *store.Record) bool { return w.held[r.ID] })
+	for _, r := range c.Records {
+		w.held[r.ID] = true
+	}
 }
 
 func (w *Writer) run() {
@@ -337,11 +353,12 @@ func (w *Writer) write() bool {
 		w.observer.Written(b)
 	}
 	for _, c := range claims {
-		if err != nil && len(c.Records) == 0 {
-			c.done <- s.Due(ctx, c.Claim, err)
-		} else {
-			c.done <- err
+		why := err
+		if err != nil {
+			why = s.Due(ctx, c.Claim, err)
 		}
+		w.hold(c)
+		c.done <- why
 	}
 	return err == nil && len(b.Left) == 0
 }
@@ -386,18 +403,19 @@ func (w *Writer) written(adds []*Addition, b *store.Batch) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, f := range b.Finish {
-		delete(w.unwritten, f.ID)
+		delete(w.held, f.ID)
 	}
 	for _, f := range b.Left {
-		w.finishLocked(f)
+		w.held[f.ID] = true
 	}
+	w.finishes = append(w.finishes, b.Left...)
 	for _, a := range adds {
 		if a.state == ended {
 			continue
 		}
 		a.end(nil)
 		if a.finish != nil {
-			w.finishLocked(*a.finish)
+			w.finishes = append(w.finishes, *a.finish)
 			w.poke()
 		}
 	}

@@ -164,6 +164,7 @@ func TestWriter(t *testing.T) {
 			records, err := w.Claim(&store.Claim{Queue: "default", Max: 2})
 			require.NoError(t, err)
 			assert.Equal(t, []*store.Record{{ID: "b"}}, records)
+			w.Finish(nil, store.Finish{ID: "b", Outcome: store.Released})
 			d.mu.Lock()
 			locked = false
 			d.mu.Unlock()
@@ -171,6 +172,36 @@ func TestWriter(t *testing.T) {
 			records, err = w.Claim(&store.Claim{Queue: "default", Max: 2})
 			require.NoError(t, err)
 			assert.Len(t, records, 2)
+		}},
+		{"an event that a clock makes due during its attempt is not claimed, even if the attempt ends meanwhile", func(t *testing.T, w *Writer, d *database) {
+			var during func()
+			d.apply = func(b *store.Batch) error {
+				for _, c := range b.Claims {
+					c.Records = []*store.Record{{ID: "old"}, {ID: "new"}}
+					during()
+				}
+				return nil
+			}
+			during = func() {}
+			a := w.Add(event("new"), encoded, time.Now().Add(time.Minute), func(error) {})
+			<-a.Done()
+			records, err := w.Claim(&store.Claim{Queue: "default", Max: 2})
+			require.NoError(t, err)
+			assert.Equal(t, []*store.Record{{ID: "old"}}, records)
+			during = func() {
+				w.Finish(a, store.Finish{ID: "new"})
+				w.Finish(nil, store.Finish{ID: "old"})
+			}
+			late := &claim{&store.Claim{Queue: "default", Max: 2}, make(chan error)} // whose goroutine is slow
+			w.mu.Lock()
+			w.claims = append(w.claims, late)
+			w.mu.Unlock()
+			w.poke()
+			synctest.Wait()
+			require.NoError(t, <-late.done)
+			synctest.Wait()
+			assert.Empty(t, late.Records)
+			assert.Len(t, d.batches[len(d.batches)-1].Finish, 2)
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
