@@ -249,7 +249,7 @@ var lookAtSources = sync.OnceFunc(func() {
 	for _, name := range []string{"E2E_LONG", "E2E_CADDY"} { // which was asked for too early to be noticed
 		_ = os.Getenv(name)
 	}
-	for _, pattern := range []string{"../../*.go", "../../cmd/*/*.go", "../../queue/*.go", "../../internal/*/*.go", "../../go.sum"} {
+	for _, pattern := range []string{"../../*.go", "../../cmd/*/*.go", "../../queue/*.go", "../../queue/*/*.go", "../../queue/*/*/*.go", "../../internal/*/*.go", "../../go.sum"} {
 		files, _ := filepath.Glob(pattern)
 		for _, file := range files {
 			_, _ = os.Stat(file)

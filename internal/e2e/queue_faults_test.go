@@ -9,6 +9,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"os/exec"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -298,4 +299,94 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 			})
 		}
 	}
+}
+
+// While the backend is down, a database that fails for some seconds makes senders wait. It
+// refuses none of them, and the database has each event that was answered 2xx.
+func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
+	t.Parallel()
+	// load sends events while the faults happen, and then has the backend take them
+	load := func(t *testing.T, backend *taker, c *caddy, faults func(accepted func(more int))) {
+		t.Helper()
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		s := newSender(t, c)
+		done := s.sendAll(ctx, "passing", 1_000_000)
+		accepted := func(more int) {
+			t.Helper()
+			before := len(s.ids())
+			waitFor(t, "events are accepted", c.process, func() bool { return len(s.ids()) >= before+more })
+		}
+		accepted(50)
+		faults(accepted)
+		accepted(50)
+		cancel()
+		<-done
+		backend.listen(t)
+		backend.hasAll(t, s.ids(), 2*time.Minute)
+		s.refusedNone(t)
+	}
+	down := func(t *testing.T) *taker {
+		t.Helper()
+		backend := newTaker(t, all)
+		backend.close()
+		return backend
+	}
+	const disconnect = `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()`
+	for _, tt := range []struct {
+		name  string
+		fault func(t *testing.T, server *pgtest.Server, database string)
+		times int
+	}{
+		{"the connections are ended", func(t *testing.T, server *pgtest.Server, database string) {
+			server.Exec(t, database, disconnect)
+		}, 5},
+		{"the server is started again", func(_ *testing.T, server *pgtest.Server, _ string) {
+			server.Stop()
+			server.Run()
+		}, 3},
+		{"the server is read-only for 4 s", func(t *testing.T, server *pgtest.Server, database string) {
+			set := `ALTER DATABASE "` + database + `" SET default_transaction_read_only = `
+			server.Exec(t, database, set+"on", disconnect)
+			time.Sleep(4 * time.Second)
+			server.Exec(t, "postgres", set+"off")
+			server.Exec(t, database, disconnect)
+		}, 1},
+		{"the server is away for 3 s", func(_ *testing.T, server *pgtest.Server, _ string) {
+			server.Stop()
+			time.Sleep(3 * time.Second)
+			server.Run()
+		}, 1},
+	} {
+		t.Run("PostgreSQL, "+tt.name, func(t *testing.T) {
+			t.Parallel()
+			server := pgtest.Start(t)
+			database := server.NewDatabase(t)
+			backend := down(t)
+			c := pgCaddy(t, backend.addr, server.DSN(database), "")
+			load(t, backend, c, func(accepted func(int)) {
+				for range tt.times {
+					tt.fault(t, server, database)
+					accepted(50)
+				}
+			})
+		})
+	}
+	t.Run("SQLite, ten fsyncs in a row fail", func(t *testing.T) {
+		t.Parallel()
+		strace := []string{"strace", "-f", "-q", "-o", "/dev/null"}
+		if out, err := exec.Command(strace[0], append(strace[1:], "true")...).CombinedOutput(); err != nil {
+			t.Skipf("strace does not work here: %v %s", err, out)
+		}
+		backend := down(t)
+		c := newQueueCaddy(t, backend.addr, "")
+		c.wrapper = append(strace, "-e", "trace=fsync,fdatasync", "-e", "inject=fsync,fdatasync:error=EIO:when=50..59")
+		c.start()
+		load(t, backend, c, func(accepted func(int)) {
+			c.logged("cannot store events")
+			c.logged("events are stored again")
+			accepted(50)
+		})
+		killHard(c) // the process that traces it
+	})
 }
