@@ -51,13 +51,13 @@ type Writer struct {
 	wake, closing chan struct{}
 	closed        chan struct{}
 
-	mu        sync.Mutex
-	store     store.Store // nil until it is open
-	broken    error       // why it is not open
-	failing   bool        // whether the last transaction that added events has failed
-	adds      []*Addition
-	finishes  []store.Finish
-	claims    []*claim
+	mu       sync.Mutex
+	store    store.Store // nil until it is open
+	broken   error       // why it is not open
+	failing  bool        // whether the last transaction that added events has failed
+	adds     []*Addition
+	finishes []store.Finish
+	claims   []*claim
 
 	// held are the events that this process attempts, until the end of the attempt is
 	// written. No claim returns them, whatever a clock that was set says.
