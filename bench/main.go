@@ -6,6 +6,11 @@
 // the same signed events. It prints the tables of docs/performance.md:
 //
 //	go run -C bench .
+//	go run -C bench . -queue
+//
+// The second command compares a Caddy with the queue and without it. With -beside it does
+// the same with other binaries, such as one of an older commit, and with -dsn the queue is
+// in PostgreSQL.
 //
 // It installs nothing, but builds cmd/caddy, and prints what is missing. The
 // programs are those of Debian's packages nginx-light, libnginx-mod-http-js,
@@ -29,15 +34,19 @@ import (
 func main() {
 	rounds := flag.Int("rounds", 5, "how many times to measure each row; 0 only checks that each does what is measured")
 	each := flag.Duration("time", 2*time.Second, "how long to measure a row in each round, for each of two loads")
+	queue := flag.Bool("queue", false, "measure the queue instead")
+	beside := flag.String("beside", "", "other binaries of Caddy whose queue to measure too, with commas between them")
+	dsn := flag.String("dsn", "", "a PostgreSQL for the queue, which is in SQLite otherwise")
 	flag.Parse()
-	if err := run(*rounds, *each); err != nil {
+	caddys := strings.FieldsFunc(*beside, func(r rune) bool { return r == ',' })
+	if err := run(*rounds, *each, *queue, caddys, *dsn); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
 }
 
-func run(rounds int, each time.Duration) error {
-	if missing := missing(); len(missing) > 0 {
+func run(rounds int, each time.Duration, queue bool, beside []string, dsn string) error {
+	if missing := missing(); len(missing) > 0 && !queue {
 		return fmt.Errorf("missing: %s", strings.Join(missing, ", "))
 	}
 	if err := raiseFileLimit(); err != nil {
@@ -59,6 +68,14 @@ func run(rounds int, each time.Duration) error {
 		return err
 	}
 
+	if rounds == 0 {
+		each = 100 * time.Millisecond
+	}
+	if queue || rounds == 0 {
+		if err := measureQueue(dir, append([]string{caddy}, beside...), backend, dsn, rounds, each); err != nil || queue {
+			return err
+		}
+	}
 	rows := rows(caddy, backend)
 	for _, r := range rows {
 		if err := r.check(dir); err != nil {

@@ -41,7 +41,11 @@ var (
 
 // send posts the event and returns the status of the answer.
 func send(client *http.Client, addr, signature string) (int, error) {
-	req, err := http.NewRequest(http.MethodPost, "http://"+addr+path, bytes.NewReader(event))
+	return sendTo(client, "http://"+addr+path, signature)
+}
+
+func sendTo(client *http.Client, url, signature string) (int, error) {
+	req, err := http.NewRequest(http.MethodPost, url, bytes.NewReader(event))
 	if err != nil {
 		return 0, err
 	}

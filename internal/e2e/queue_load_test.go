@@ -3,14 +3,12 @@
 package e2e
 
 import (
-	"context"
 	"crypto/sha256"
 	"database/sql"
 	"fmt"
 	"net/http"
 	"os"
 	"path/filepath"
-	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -21,85 +19,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
-
-// TestQueueCost compares what a Caddy accepts with a queue and without one, in turn.
-// The table of docs/performance.md is that of E2E_LONG=1.
-func TestQueueCost(t *testing.T) {
-	backend := newBackend(t, modeDiscard)
-	c := startCaddy(t, "", `
-http://{{addr}} {
-	handle /without {
-		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
-		reverse_proxy `+backend.addr+`
-	}
-	handle /queue {
-		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
-		inkit_queue {
-			deliver {
-				reverse_proxy `+backend.addr+`
-			}
-		}
-	}
-	handle /down {
-		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
-		inkit_queue {
-			name down
-			deliver {
-				reverse_proxy `+freeAddr(t)+`
-			}
-		}
-	}
-	error 404
-}`)
-	// load returns how many events are accepted in a second, and the median.
-	load := func(path string, senders int) (float64, time.Duration) {
-		s := newSender(t, c)
-		s.urls = []string{"http://" + c.addr + path}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Duration(size(1500, 200))*time.Millisecond)
-		defer cancel()
-		began := time.Now()
-		var wg sync.WaitGroup
-		for i := range senders {
-			wg.Go(func() {
-				for n := 0; ctx.Err() == nil; n++ {
-					s.send(ctx, fmt.Sprintf("cost-%d-%d", i, n), n)
-				}
-			})
-		}
-		wg.Wait()
-		require.NotEmpty(t, s.ids(), path)
-		return float64(len(s.ids())) / time.Since(began).Seconds(), s.median()
-	}
-	median := func(values []float64) float64 { return slices.Sorted(slices.Values(values))[len(values)/2] }
-
-	slack := 0.9 // for neighbours that are noisy: docs/performance.md has what was measured
-	if !long {   // short rounds beside other tests say little
-		slack = 0.25
-	}
-	for _, tt := range []struct {
-		senders int
-		share   float64 // of what is accepted without a queue, at least
-	}{{1, 0.55}, {8, 0.65}, {64, 0.75}} {
-		load("/down", tt.senders)
-		var without, with, down, shares, longer []float64
-		for range size(7, 3) {
-			a, medianWithout := load("/without", tt.senders)
-			b, medianWith := load("/queue", tt.senders)
-			d, _ := load("/down", tt.senders)
-			without, with, down, shares = append(without, a), append(with, b), append(down, d), append(shares, b/a)
-			longer = append(longer, float64(medianWith-medianWithout))
-		}
-		t.Logf("| %d | %.0f | %.0f | %.2f | %v | %.0f |", tt.senders, median(without), median(with), median(shares),
-			time.Duration(median(longer)).Round(10*time.Microsecond), median(down))
-		assert.GreaterOrEqual(t, median(shares), tt.share*slack, "%d senders", tt.senders)
-		if tt.senders == 1 {
-			assert.LessOrEqual(t, time.Duration(median(longer)), time.Duration(float64(time.Millisecond)/slack))
-		}
-		if tt.senders == 64 {
-			assert.GreaterOrEqual(t, median(down), 1000*slack)
-		}
-	}
-}
 
 // TestQueueOfManyEvents has a million events wait, or fewer.
 func TestQueueOfManyEvents(t *testing.T) {

@@ -11,7 +11,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -285,81 +284,6 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 	began := time.Now()
 	backend.hasAll(t, s.ids(), 30*time.Second)
 	assert.Less(t, time.Since(began), attemptTimeout+2*time.Second+5*time.Second, "a lease, and 5 s")
-}
-
-// TestPostgresCost logs what Caddys accept, with a backend that takes each event at once
-// and with one that is down. The figures of docs/performance.md are those of E2E_LONG=1.
-func TestPostgresCost(t *testing.T) {
-	server := pgtest.Start(t)
-	backend := newBackend(t, modeDiscard)
-	site := func(store string) string {
-		return `
-http://{{addr}} {
-	handle /webhook {
-		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
-		inkit_queue {
-			` + store + `
-			deliver {
-				reverse_proxy ` + backend.addr + `
-			}
-		}
-	}
-	error 404
-}`
-	}
-	for _, row := range []struct {
-		name  string
-		start func(t *testing.T) []*caddy
-	}{
-		{"no queue", func(t *testing.T) []*caddy {
-			return []*caddy{startCaddy(t, "", "http://{{addr}} {\n\thandle /webhook {\n\t\tinkit_webhook {env.INKIT_WEBHOOK_SECRET}\n\t\treverse_proxy "+backend.addr+"\n\t}\n\terror 404\n}")}
-		}},
-		{"SQLite", func(t *testing.T) []*caddy { return []*caddy{startCaddy(t, "", site(""))} }},
-		{"PostgreSQL", func(t *testing.T) []*caddy {
-			return []*caddy{startCaddy(t, "", site("store postgres {env.INKIT_QUEUE_DSN}"), "INKIT_QUEUE_DSN="+server.DSN(server.NewDatabase(t)))}
-		}},
-		{"PostgreSQL, two Caddys", func(t *testing.T) []*caddy {
-			dsn := "INKIT_QUEUE_DSN=" + server.DSN(server.NewDatabase(t))
-			return []*caddy{startCaddy(t, "", site("store postgres {env.INKIT_QUEUE_DSN}"), dsn), startCaddy(t, "", site("store postgres {env.INKIT_QUEUE_DSN}"), dsn)}
-		}},
-	} {
-		for _, takes := range []bool{true, false} {
-			if row.name == "no queue" && !takes {
-				continue // nothing is accepted
-			}
-			t.Run(fmt.Sprintf("%s, takes %v", row.name, takes), func(t *testing.T) {
-				caddys := row.start(t)
-				if !takes {
-					backend.kill()
-					defer backend.start()
-					s := newSender(t, caddys...)
-					for i := range 12 {
-						s.send(t.Context(), fmt.Sprint("first-", i), i)
-					}
-				}
-				line := ""
-				for _, senders := range []int{1, 8, 64} {
-					s := newSender(t, caddys...)
-					s.client.Transport.(*http.Transport).MaxIdleConnsPerHost = 64
-					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(size(2000, 200))*time.Millisecond)
-					began := time.Now()
-					var wg sync.WaitGroup
-					for i := range senders {
-						wg.Go(func() {
-							for n := i; ctx.Err() == nil; n++ {
-								s.send(ctx, fmt.Sprintf("cost-%d-%d", i, n), n)
-							}
-						})
-					}
-					wg.Wait()
-					cancel()
-					require.NotEmpty(t, s.ids())
-					line += fmt.Sprintf(" | %.0f, %v", float64(len(s.ids()))/time.Since(began).Seconds(), s.median().Round(100*time.Microsecond))
-				}
-				t.Logf("| %s, the backend takes events: %v%s |", row.name, takes, line)
-			})
-		}
-	}
 }
 
 // TestPostgresExample runs examples/two-caddys as its README says.

@@ -59,22 +59,22 @@ type Writer struct {
 	finishes []store.Finish
 	claims   []*claim
 
-	// held are the events that this process attempts, until the end of the attempt is
+	// attempting are the events that this process attempts, until the end of the attempt is
 	// written. No claim returns them, whatever a clock that was set says.
-	held map[string]bool
+	attempting map[string]bool
 }
 
 // Addition is an event on its way into the database.
 type Addition struct {
-	held     map[string]bool // of the writer
-	record   *store.Record
-	encode   func() ([]byte, error)
-	deadline time.Time
-	finish   *store.Finish // of an attempt that ended while the event was being written
-	state    state
-	err      error
-	done     chan struct{}
-	ended    func(error)
+	attempting map[string]bool // of the writer
+	record     *store.Record
+	encode     func() ([]byte, error)
+	deadline   time.Time
+	finish     *store.Finish // of an attempt that ended while the event was being written
+	state      state
+	err        error
+	done       chan struct{}
+	ended      func(error)
 }
 
 type state int
@@ -93,7 +93,7 @@ func (a *Addition) Err() error { return a.err }
 
 func (a *Addition) end(err error) {
 	if err != nil {
-		delete(a.held, a.record.ID)
+		delete(a.attempting, a.record.ID)
 	}
 	a.state, a.err = ended, err
 	close(a.done)
@@ -109,7 +109,7 @@ func (a *Addition) change(f store.Finish) {
 	if f.Outcome == store.Unbegun {
 		a.record.Attempts--
 	}
-	delete(a.held, a.record.ID)
+	delete(a.attempting, a.record.ID)
 	a.record.Lease, a.record.Delay, a.record.LastError = 0, f.After, f.LastError
 }
 
@@ -124,7 +124,7 @@ func New(owner string, open func(context.Context) (store.Store, error), observer
 	w := &Writer{
 		owner: owner, open: open, observer: observer,
 		wake: make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
-		broken: ErrNotOpen, held: make(map[string]bool),
+		broken: ErrNotOpen, attempting: make(map[string]bool),
 	}
 	go w.run()
 	return w
@@ -162,10 +162,10 @@ func (w *Writer) Failing() bool {
 // on a full disk. encode returns the request of the record; it is called just before. ended
 // is called with the error of Err, and must not block.
 func (w *Writer) Add(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
-	a := &Addition{held: w.held, record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
+	a := &Addition{attempting: w.attempting, record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
 	w.mu.Lock()
 	if r.Lease > 0 {
-		w.held[r.ID] = true
+		w.attempting[r.ID] = true
 	}
 	w.adds = append(w.adds, a)
 	w.mu.Unlock()
@@ -208,14 +208,14 @@ func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 	return c.Records, nil
 }
 
-// hold notes that the claimed events are attempted, and leaves out those that are already.
+// exclude leaves out of a claim the events that are attempted already, and notes the others.
 // That must happen before the next transaction, which may end such an attempt.
-func (w *Writer) hold(c *claim) {
+func (w *Writer) exclude(c *claim) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	c.Records = slices.DeleteFunc(c.Records, func(r *store.Record) bool { return w.held[r.ID] })
+	c.Records = slices.DeleteFunc(c.Records, func(r *store.Record) bool { return w.attempting[r.ID] })
 	for _, r := range c.Records {
-		w.held[r.ID] = true
+		w.attempting[r.ID] = true
 	}
 }
 
@@ -357,7 +357,7 @@ func (w *Writer) write() bool {
 		if err != nil {
 			why = s.Due(ctx, c.Claim, err)
 		}
-		w.hold(c)
+		w.exclude(c)
 		c.done <- why
 	}
 	return err == nil && len(b.Left) == 0
@@ -403,10 +403,10 @@ func (w *Writer) written(adds []*Addition, b *store.Batch) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, f := range b.Finish {
-		delete(w.held, f.ID)
+		delete(w.attempting, f.ID)
 	}
 	for _, f := range b.Left {
-		w.held[f.ID] = true
+		w.attempting[f.ID] = true
 	}
 	w.finishes = append(w.finishes, b.Left...)
 	for _, a := range adds {
