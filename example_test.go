@@ -50,11 +50,11 @@ func Example() {
 	// 401 signature does not match the body under any secret
 }
 
-// The Go that the README shows is what the example runs.
-func TestGoOfTheREADME(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
+// The example runs the Go code of docs/reference.md.
+func TestGoOfTheReference(t *testing.T) {
+	reference, err := os.ReadFile("docs/reference.md")
 	require.NoError(t, err)
-	_, block, found := strings.Cut(string(readme), "```go\n")
+	_, block, found := strings.Cut(string(reference), "```go\n")
 	require.True(t, found)
 	block, _, _ = strings.Cut(block, "```\n")
 	example, err := os.ReadFile("example_test.go")
