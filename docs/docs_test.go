@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -211,4 +212,56 @@ func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 		}
 	}
 	assert.LessOrEqual(t, strings.Count(readme, "\n"), 200)
+}
+
+// CONTRIBUTING.md draws the packages of the queue. Imports run along its arrows, one way.
+func TestImportsRunAlongTheArrows(t *testing.T) {
+	drawing := files(t, "CONTRIBUTING.md")["CONTRIBUTING.md"]
+	packages := make(map[string]string) // by the name in the drawing
+	for _, match := range regexp.MustCompile(`(?m)^\t(\w+)\["<b>([\w/]+)</b>`).FindAllStringSubmatch(drawing, -1) {
+		packages[match[1]] = match[2]
+	}
+	below := make(map[string]map[string]bool) // the packages below each package
+	for _, line := range regexp.MustCompile(`(?m)^\t\w+( & \w+)* --> .*$`).FindAllString(drawing, -1) {
+		steps := strings.Split(strings.TrimSpace(line), " --> ")
+		for i, step := range steps[1:] {
+			for upper := range strings.SplitSeq(steps[i], " & ") {
+				for lower := range strings.SplitSeq(step, " & ") {
+					require.NotEmpty(t, packages[upper], upper)
+					require.NotEmpty(t, packages[lower], lower)
+					if below[packages[upper]] == nil {
+						below[packages[upper]] = make(map[string]bool)
+					}
+					below[packages[upper]][packages[lower]] = true
+				}
+			}
+		}
+	}
+	var reaches func(from, to string) bool
+	reaches = func(from, to string) bool {
+		for lower := range below[from] {
+			if lower == to || reaches(lower, to) {
+				return true
+			}
+		}
+		return false
+	}
+	const module = "github.com/inkit-webhooks/caddy-inkit-webhook/"
+	list := exec.Command("go", "list", "-f", `{{.ImportPath}} {{join .Imports " "}}`, "./queue/...")
+	list.Dir = ".."
+	out, err := list.Output()
+	require.NoError(t, err)
+	for line := range strings.Lines(string(out)) {
+		words := strings.Fields(line)
+		from := strings.TrimPrefix(words[0], module)
+		if strings.HasSuffix(from, "storetest") {
+			continue
+		}
+		assert.Contains(t, slices.Collect(maps.Values(packages)), from, "the drawing lacks a package")
+		for _, imported := range words[1:] {
+			if to, ours := strings.CutPrefix(imported, module+"queue"); ours {
+				assert.True(t, reaches(from, "queue"+to), "%s imports queue%s", from, to)
+			}
+		}
+	}
 }
