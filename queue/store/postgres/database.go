@@ -223,15 +223,6 @@ func (s *database) applyOnce(ctx context.Context, b *store.Batch) error {
 	return err
 }
 
-// Due is of store.Store. While the server can be written to, other Caddys attempt the same
-// events; when its disk is full, nobody can lease any.
-func (s *database) Due(ctx context.Context, c *store.Claim, why error) error {
-	if !errors.Is(why, store.ErrFull) {
-		return why
-	}
-	return s.DB.Due(ctx, c, why)
-}
-
 // Peek is of store.Store.
 func (s *database) Peek(ctx context.Context, queue string) (store.Peek, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
