@@ -31,7 +31,7 @@ type queue struct {
 	running    sync.WaitGroup     // the schedule, and attempts from their claim or arrival until their end is being written
 
 	mu         sync.Mutex
-	handlers   []*Handler // attached, the first delivers
+	handlers   []*Handler      // attached, the first delivers
 	inFlight   map[string]bool // events with an attempt under way
 	overdue    map[string]bool // events whose last attempt goes on though its time is over
 	refusedLog time.Time       // when the log said that too many events wait
