@@ -102,21 +102,13 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *
 	}
 	var failed []error
 	err := o.each(ctx, func(s store.Store) error {
-		for some := range slices.Chunk(ids, 500) { // as many as a statement takes
-			var records []*store.Record
-			err := s.Select(ctx, store.Filter{IDs: some}, true, func(r *store.Record) bool {
-				records = append(records, r)
-				return true
-			})
-			if err != nil {
-				return err
-			}
-			for _, r := range records {
+		return store.Each(ctx, s, store.Filter{IDs: ids}, true, func(page []*store.Record) error {
+			for _, r := range page {
 				delete(unknown, r.ID)
 				failed = append(failed, f(s, r))
 			}
-		}
-		return nil
+			return nil
+		})
 	})
 	for _, id := range ids {
 		if unknown[id] && err == nil {

@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlstore"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -88,27 +87,18 @@ func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		return d.Err("store: postgres takes one placeholder at most")
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
-		var value *string
 		word := d.Val()
-		switch word {
-		case "dsn":
-			value = &p.DSN
-		case "schema":
-			value = &p.Schema
-		default:
+		value := map[string]*string{"dsn": &p.DSN, "schema": &p.Schema}[word]
+		args := d.RemainingArgs()
+		switch {
+		case value == nil:
 			return d.Err("store: postgres must hold dsn and schema only")
-		}
-		switch args := d.RemainingArgs(); {
 		case *value != "":
 			return d.Err(word + ": must not be repeated")
 		case len(args) != 1 || args[0] == "":
 			return d.Err(word + ": takes one value, in quotes if there are spaces in it")
-		default:
-			*value = args[0]
 		}
-	}
-	if p.DSN == "" {
-		return d.Err("dsn: is required")
+		*value = args[0]
 	}
 	return nil
 }
@@ -207,10 +197,3 @@ func parseFailure(err error) string {
 	}
 	return "cannot be parsed as a connection string of PostgreSQL, such as postgres://role@host/database"
 }
-
-// Interface guards
-var (
-	_ store.Opener          = (*Postgres)(nil)
-	_ caddy.Validator       = (*Postgres)(nil)
-	_ caddyfile.Unmarshaler = (*Postgres)(nil)
-)

@@ -52,7 +52,7 @@ func (h *healing) moveAside(why error) error {
 	name := path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
 	for _, suffix := range []string{"-wal", "-shm", ""} {
 		if err := os.Rename(path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			h.opening.Logger.Error("cannot move the damaged database aside", zap.Error(withoutPath(err)))
+			h.opening.Logger.Error("cannot move the damaged database aside", zap.Error(err))
 			return why
 		}
 	}
@@ -165,7 +165,7 @@ func (f *file) leave(ctx context.Context) (moved bool, err error) {
 	case isFile(f.path+"-wal", f.log):
 		for _, suffix := range []string{"-wal", "-shm"} {
 			if err := os.Remove(f.path + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return false, withoutPath(err)
+				return false, err
 			}
 		}
 	}

@@ -111,11 +111,3 @@ func Same(a, b store.Store) bool {
 	other, isFileToo := b.(*file)
 	return isFile && isFileToo && os.SameFile(one.main, other.main)
 }
-
-// Interface guards
-var (
-	_ store.Opener          = (*SQLite)(nil)
-	_ caddy.Provisioner     = (*SQLite)(nil)
-	_ caddy.Validator       = (*SQLite)(nil)
-	_ caddyfile.Unmarshaler = (*SQLite)(nil)
-)
