@@ -69,9 +69,3 @@ func (a *App) Stop() error {
 	}
 	return nil
 }
-
-// Interface guards
-var (
-	_ caddy.App         = (*App)(nil)
-	_ caddy.Provisioner = (*App)(nil)
-)

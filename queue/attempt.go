@@ -57,7 +57,7 @@ func (r result) name() string {
 // returned, or some time after attempt_timeout though they have not.
 func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(result)) {
 	if err := q.begin(rec.ID); err != nil {
-		done(result{answer: newAnswer(), err: err, unreachable: true})
+		done(result{err: err, unreachable: true})
 		return
 	}
 	began := time.Now()
@@ -69,7 +69,7 @@ func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(res
 			c.Write(zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
 				zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
 		}
-		q.ended(rec.ID) // before its event can be due again
+		q.locked(func() { delete(q.inFlight, rec.ID) }) // before its event can be due again
 		done(res)
 	}
 	returned := make(chan struct{})
@@ -85,8 +85,8 @@ func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(res
 		if q.attempting.Err() == nil {
 			h.logger.Warn("an attempt goes on though attempt_timeout is over: its handler does not heed it, such as php_fastcgi without read_timeout", zap.String("id", rec.ID))
 		}
-		q.setOverdue(rec.ID, true)
-		end(result{answer: newAnswer(), err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
+		q.locked(func() { q.overdue[rec.ID] = true })
+		end(result{err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
 	})
 	answer := newAnswer()
 	err := q.run(h, r.prepare(ctx, h.server, answer, rec), answer, rec.ID)
@@ -95,7 +95,7 @@ func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(res
 	close(returned)
 	if !over.CompareAndSwap(false, true) {
 		h.logger.Debug("an attempt has ended for which attempt_timeout was too short", zap.String("id", rec.ID), zap.Error(err))
-		q.setOverdue(rec.ID, false)
+		q.locked(func() { delete(q.overdue, rec.ID) })
 		return
 	}
 	end(newResult(answer, err, timeUp, time.Duration(h.AttemptTimeout)))
@@ -116,20 +116,10 @@ func (q *queue) begin(id string) error {
 	return nil
 }
 
-func (q *queue) ended(id string) {
+func (q *queue) locked(f func()) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	delete(q.inFlight, id)
-}
-
-func (q *queue) setOverdue(id string, overdue bool) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if overdue {
-		q.overdue[id] = true
-	} else {
-		delete(q.overdue, id)
-	}
+	f()
 }
 
 // run runs the handlers of the deliver block.

@@ -233,11 +233,10 @@ tables, where that of Caddy may not.
 	}
 	show := cmd.Flags().Bool("print", false, "Show the SQL for PostgreSQL")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		openers, done, err := o.load(cmd.Context())
+		openers, err := o.openers(cmd.Context())
 		if err != nil {
 			return err
 		}
-		defer done()
 		shown := false
 		for _, opener := range openers {
 			if *show {
@@ -282,11 +281,10 @@ The age of an event counts anew.
 			return errors.New("--config is needed: it names the database to move to")
 		}
 		o.make = true
-		openers, done, err := o.load(cmd.Context())
+		openers, err := o.openers(cmd.Context())
 		if err != nil {
 			return err
 		}
-		defer done()
 		if len(openers) > 1 {
 			return errors.New("the configuration names several databases: it is not known which to move to")
 		}

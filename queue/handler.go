@@ -206,7 +206,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	if e == nil {
 		return caddyhttp.Error(http.StatusInternalServerError, errors.New("there is no verified event: inkit_webhook must come before inkit_queue"))
 	}
-	q := h.use.enter(r.Context())
+	q := h.use.enter()
 	if q == nil {
 		return refuse(w, errors.New("the queue has not started"))
 	}

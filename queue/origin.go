@@ -20,16 +20,9 @@ type origin struct {
 	make                bool // whether a database that is not there is made
 }
 
-// load returns the databases, each of them once, until done is called.
-func (o *origin) load(ctx context.Context) (openers []store.Opener, done func(), err error) {
-	caddyCtx, cancel := caddy.NewContext(caddy.Context{Context: ctx})
-	if openers, err = o.openers(caddyCtx); err != nil {
-		cancel()
-	}
-	return openers, cancel, err
-}
-
-func (o *origin) openers(ctx caddy.Context) (openers []store.Opener, err error) {
+// openers returns the databases, each of them once.
+func (o *origin) openers(ctx context.Context) (openers []store.Opener, err error) {
+	caddyCtx, _ := caddy.NewContext(caddy.Context{Context: ctx}) // a command ends before it is of use to cancel
 	var configs []json.RawMessage
 	if o.config == "" {
 		configs = append(configs, json.RawMessage(`{}`))
@@ -48,7 +41,7 @@ func (o *origin) openers(ctx caddy.Context) (openers []store.Opener, err error) 
 		if o.db != "" {
 			h.StoreRaw, _ = json.Marshal(map[string]string{"module": "sqlite", "path": o.db})
 		}
-		opener, err := h.loadStore(ctx)
+		opener, err := h.loadStore(caddyCtx)
 		if err != nil {
 			return nil, err
 		}
@@ -84,11 +77,10 @@ func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
 
 // each calls f for each database.
 func (o *origin) each(ctx context.Context, f func(store.Store) error) error {
-	openers, done, err := o.load(ctx)
+	openers, err := o.openers(ctx)
 	if err != nil {
 		return err
 	}
-	defer done()
 	for _, opener := range openers {
 		s, err := opener.Open(ctx, store.Opening{Logger: caddy.Log(), Command: true, Existing: !o.make})
 		if err != nil {
@@ -110,21 +102,13 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *
 	}
 	var failed []error
 	err := o.each(ctx, func(s store.Store) error {
-		for some := range slices.Chunk(ids, 500) { // as many as a statement takes
-			var records []*store.Record
-			err := s.Select(ctx, store.Filter{IDs: some}, true, func(r *store.Record) bool {
-				records = append(records, r)
-				return true
-			})
-			if err != nil {
-				return err
-			}
-			for _, r := range records {
+		return store.Each(ctx, s, store.Filter{IDs: ids}, true, func(page []*store.Record) error {
+			for _, r := range page {
 				delete(unknown, r.ID)
 				failed = append(failed, f(s, r))
 			}
-		}
-		return nil
+			return nil
+		})
 	})
 	for _, id := range ids {
 		if unknown[id] && err == nil {

@@ -28,12 +28,10 @@ type queue struct {
 	attempting context.Context // of all attempts
 	cutOff     context.CancelFunc
 	stop       context.CancelFunc // ends the schedule
-	scheduled  sync.WaitGroup     // the schedule
-	running    sync.WaitGroup     // attempts, from their claim or arrival until their end is being written
+	running    sync.WaitGroup     // the schedule, and attempts from their claim or arrival until their end is being written
 
 	mu         sync.Mutex
-	handlers   []*Handler // attached, the first delivers
-	grace      time.Duration
+	handlers   []*Handler      // attached, the first delivers
 	inFlight   map[string]bool // events with an attempt under way
 	overdue    map[string]bool // events whose last attempt goes on though its time is over
 	refusedLog time.Time       // when the log said that too many events wait
@@ -47,37 +45,24 @@ func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
 	}
 	q.attempting, q.cutOff = context.WithCancel(context.Background())
 	q.schedule = &delivery.Schedule{
-		Source: q, Queue: name, Breaker: q.breaker, Limits: q.limits,
+		Source: q, Queue: name, Woken: make(chan struct{}, 1), Breaker: q.breaker, Limits: q.limits,
 		Timeout: q.timeout, Attempt: q.attemptStored, Forgotten: q.forgetDown,
 	}
 	q.db.join(q)
 	ctx, stop := context.WithCancel(context.Background())
 	q.stop = stop
-	q.scheduled.Go(func() { q.schedule.Run(ctx) })
+	q.running.Go(func() { q.schedule.Run(ctx) })
 	return q
 }
 
 // Destruct closes the queue: nobody uses it. Attempts under way go on until they end.
 func (q *queue) Destruct() error {
 	q.stop()
-	q.scheduled.Wait()
 	q.running.Wait()
 	q.cutOff()
 	q.db.leave(q)
 	_, err := databases.Delete(q.db.opener.Key())
 	return err
-}
-
-// cutOffAfterGrace cuts off the attempts under way when the grace period of Caddy is over.
-// Their events are due at once. Without a grace period, they have their time.
-func (q *queue) cutOffAfterGrace() (cancel func()) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if q.grace == 0 {
-		return func() {}
-	}
-	timer := time.AfterFunc(q.grace, q.cutOff)
-	return func() { timer.Stop() }
 }
 
 // attach has a handler deliver until detach, as soon as those before it are detached.
@@ -89,10 +74,9 @@ func (q *queue) attach(h *Handler) {
 	}
 }
 
-func (q *queue) detach(h *Handler, grace time.Duration) {
+func (q *queue) detach(h *Handler) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.grace = grace
 	q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h })
 	if len(q.handlers) > 0 {
 		q.followLocked(q.handlers[0])
@@ -133,11 +117,11 @@ func (q *queue) inFlightNow() int {
 	return len(q.inFlight)
 }
 
-func (q *queue) timeout() (time.Duration, bool) {
+func (q *queue) timeout() time.Duration {
 	if h := q.current(); h != nil {
-		return time.Duration(h.AttemptTimeout), true
+		return time.Duration(h.AttemptTimeout)
 	}
-	return 0, false
+	return 0
 }
 
 // Peek is of delivery.Source.

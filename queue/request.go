@@ -4,17 +4,14 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
-	"encoding/binary"
-	"encoding/json"
+	"encoding/gob"
 	"errors"
 	"io"
-	"maps"
 	"math"
 	"net"
 	"net/http"
 	"net/url"
 	"time"
-	"unicode/utf8"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
@@ -28,21 +25,23 @@ import (
 //
 // What does not come back is what only lived in the request: regular expressions that
 // matched, certificates of clients, and what a map directive in front of the queue has
-// set. Directives in the deliver block are not concerned.
+// set. Directives in the deliver block are not concerned. It is stored by encoding/gob,
+// in which texts that are not UTF-8 and the types of variables come back; caddy
+// inkit-queue show shows it as JSON.
 type request struct {
 	Method     string      `json:"method"`
 	Target     target      `json:"target"`   // as it is, rewrites included
 	Original   target      `json:"original"` // as it arrived
 	Proto      string      `json:"proto"`
 	Host       string      `json:"host"`
-	Header     fields      `json:"header"`
+	Header     http.Header `json:"header"`
 	RemoteAddr string      `json:"remote_addr"`
 	Local      *address    `json:"local,omitempty"`
 	TLS        *connection `json:"tls,omitempty"`
 
 	// Vars are the variables of the request that are plain values. The address of the
 	// client is one of them, as Caddy saw it then.
-	Vars vars `json:"vars,omitempty"`
+	Vars map[string]any `json:"vars,omitempty"`
 
 	SecretName     string `json:"secret_name,omitempty"`
 	IdempotencyKey string `json:"idempotency_key,omitempty"`
@@ -53,103 +52,21 @@ type request struct {
 // target is what a URL holds in a request to a server. Its text alone would not do: a
 // path may start with two slashes.
 type target struct {
-	URI      text `json:"uri"`
-	Path     text `json:"path"`
-	RawPath  text `json:"raw_path,omitempty"`
-	RawQuery text `json:"raw_query,omitempty"`
+	URI      string `json:"uri"`
+	Path     string `json:"path"`
+	RawPath  string `json:"raw_path,omitempty"`
+	RawQuery string `json:"raw_query,omitempty"`
 
 	// ForceQuery says that there is a question mark and nothing behind it.
 	ForceQuery bool `json:"force_query,omitempty"`
 }
 
 func newTarget(uri string, u *url.URL) target {
-	return target{text(uri), text(u.Path), text(u.RawPath), text(u.RawQuery), u.ForceQuery}
+	return target{uri, u.Path, u.RawPath, u.RawQuery, u.ForceQuery}
 }
 
 func (t target) url() *url.URL {
-	return &url.URL{Path: string(t.Path), RawPath: string(t.RawPath), RawQuery: string(t.RawQuery), ForceQuery: t.ForceQuery}
-}
-
-// text is a string that comes back as it was, though it may not be UTF-8, as a path
-// with %FF in it and header fields of old programs are not. JSON would change it.
-type text string
-
-func (t text) MarshalJSON() ([]byte, error) {
-	if utf8.ValidString(string(t)) {
-		return json.Marshal(string(t))
-	}
-	return json.Marshal(map[string][]byte{"base64": []byte(t)})
-}
-
-func (t *text) UnmarshalJSON(b []byte) error {
-	if len(b) > 0 && b[0] == '{' {
-		var encoded struct {
-			Bytes []byte `json:"base64"`
-		}
-		err := json.Unmarshal(b, &encoded)
-		*t = text(encoded.Bytes)
-		return err
-	}
-	return json.Unmarshal(b, (*string)(t))
-}
-
-// fields is a header of which each line is a text.
-type fields http.Header
-
-func (f fields) MarshalJSON() ([]byte, error) {
-	lines := make(map[string][]text, len(f))
-	for field, values := range f {
-		for _, value := range values {
-			lines[field] = append(lines[field], text(value))
-		}
-	}
-	return json.Marshal(lines)
-}
-
-func (f *fields) UnmarshalJSON(b []byte) error {
-	var lines map[string][]text
-	err := json.Unmarshal(b, &lines)
-	*f = make(fields, len(lines))
-	for field, values := range lines {
-		for _, value := range values {
-			(*f)[field] = append((*f)[field], string(value))
-		}
-	}
-	return err
-}
-
-// vars are plain values of which each comes back with its type: a placeholder shows
-// 1000000 and not 1e+06.
-type vars map[string]any
-
-func (v vars) MarshalJSON() ([]byte, error) {
-	values := maps.Clone(v)
-	for name, value := range values {
-		if value, ok := value.(string); ok {
-			values[name] = text(value)
-		}
-	}
-	return json.Marshal(map[string]any(values))
-}
-
-func (v *vars) UnmarshalJSON(b []byte) error {
-	var values map[string]json.RawMessage
-	err := json.Unmarshal(b, &values)
-	*v = make(vars, len(values))
-	for name, encoded := range values {
-		var number int
-		var str text
-		var other any
-		switch {
-		case json.Unmarshal(encoded, &number) == nil:
-			(*v)[name] = number
-		case json.Unmarshal(encoded, &str) == nil:
-			(*v)[name] = string(str)
-		case json.Unmarshal(encoded, &other) == nil:
-			(*v)[name] = other
-		}
-	}
-	return err
+	return &url.URL{Path: t.Path, RawPath: t.RawPath, RawQuery: t.RawQuery, ForceQuery: t.ForceQuery}
 }
 
 // address is a net.Addr that can be stored.
@@ -179,9 +96,9 @@ func newRequest(r *http.Request, e *event.Event) *request {
 		Original:       newTarget(original.RequestURI, original.URL),
 		Proto:          r.Proto,
 		Host:           r.Host,
-		Header:         fields(r.Header.Clone()),
+		Header:         r.Header.Clone(),
 		RemoteAddr:     r.RemoteAddr,
-		Vars:           make(vars),
+		Vars:           make(map[string]any),
 		SecretName:     e.SecretName,
 		IdempotencyKey: e.IdempotencyKey,
 		body:           e.Body,
@@ -198,7 +115,7 @@ func newRequest(r *http.Request, e *event.Event) *request {
 		case string, bool, int, int64:
 			stored.Vars[name] = value
 		case float64:
-			if !math.IsNaN(value) && !math.IsInf(value, 0) { // JSON has none of these
+			if !math.IsNaN(value) && !math.IsInf(value, 0) { // which JSON cannot show
 				stored.Vars[name] = value
 			}
 		}
@@ -207,15 +124,13 @@ func newRequest(r *http.Request, e *event.Event) *request {
 	return stored
 }
 
-// encode returns the stored form: the length of the head, the head as JSON, the body.
+// encode returns the stored form: the request, then its body.
 func (r *request) encode() ([]byte, error) {
-	head, err := json.Marshal(r)
-	if err != nil {
+	var encoded bytes.Buffer
+	if err := gob.NewEncoder(&encoded).Encode(r); err != nil {
 		return nil, err
 	}
-	encoded := binary.AppendUvarint(make([]byte, 0, binary.MaxVarintLen64+len(head)+len(r.body)), uint64(len(head)))
-	encoded = append(encoded, head...)
-	return append(encoded, r.body...), nil
+	return append(encoded.Bytes(), r.body...), nil
 }
 
 // decodeRequest returns the request of a record, if it is the one that was stored.
@@ -223,17 +138,12 @@ func decodeRequest(rec *store.Record) (*request, error) {
 	if !bytes.Equal(rec.Checksum, rec.Sum()) {
 		return nil, errors.New("the checksum does not match")
 	}
-	length, n := binary.Uvarint(rec.Request)
-	if n <= 0 || length > uint64(len(rec.Request)-n) {
-		return nil, errors.New("the stored request is cut short")
+	rest := bytes.NewReader(rec.Request) // of which gob reads no more than it needs
+	r := &request{Header: make(http.Header)}
+	if err := gob.NewDecoder(rest).Decode(r); err != nil {
+		return nil, errors.New("the stored request cannot be read") // whose error may show a part of it
 	}
-	r := &request{body: rec.Request[n+int(length):]}
-	if err := json.Unmarshal(rec.Request[n:n+int(length)], r); err != nil {
-		return nil, errors.New("the stored request is not the JSON that it was") // whose error shows a part of it
-	}
-	if r.Header == nil {
-		r.Header = make(fields)
-	}
+	r.body = rec.Request[len(rec.Request)-rest.Len():]
 	return r, nil
 }
 
@@ -245,8 +155,8 @@ func (r *request) prepare(ctx context.Context, server *caddyhttp.Server, w http.
 		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(&address{"tcp", ""})) // Caddy's placeholders panic without
 	}
 	req := (&http.Request{
-		Method: r.Method, URL: r.Original.url(), RequestURI: string(r.Original.URI), Host: r.Host,
-		Proto: r.Proto, Header: http.Header(r.Header).Clone(), RemoteAddr: r.RemoteAddr,
+		Method: r.Method, URL: r.Original.url(), RequestURI: r.Original.URI, Host: r.Host,
+		Proto: r.Proto, Header: r.Header.Clone(), RemoteAddr: r.RemoteAddr,
 		ContentLength: int64(len(r.body)),
 		Body:          io.NopCloser(bytes.NewReader(r.body)),
 		GetBody:       func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(r.body)), nil },
@@ -260,7 +170,7 @@ func (r *request) prepare(ctx context.Context, server *caddyhttp.Server, w http.
 	}
 	repl := caddy.NewReplacer()
 	req = caddyhttp.PrepareRequest(req, repl, w, server)
-	req.URL, req.RequestURI = r.Target.url(), string(r.Target.URI)
+	req.URL, req.RequestURI = r.Target.url(), r.Target.URI
 	for name, value := range r.Vars {
 		caddyhttp.SetVar(req.Context(), name, value)
 	}

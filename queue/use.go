@@ -1,7 +1,6 @@
 package queue
 
 import (
-	"context"
 	"sync"
 	"time"
 
@@ -15,126 +14,88 @@ var (
 	databases = caddy.NewUsagePool()
 )
 
-// use is the use that one handler makes of its queue. After a reload, a handler still gets
-// requests on connections that were open, even after its Cleanup. So a request that comes
-// later opens the queue again, and the last one gives it up.
+// use is the use that one handler makes of its queue, from the start of the app until its
+// Cleanup. Even after that, a handler gets requests on connections that were open before a
+// reload. So each request uses the queue too, and the last user closes it.
 type use struct {
-	h *Handler
-
-	mu       sync.Mutex
-	queue    *queue
-	started  chan struct{} // closed by open
-	requests int
-	idle     *sync.Cond // requests is 0
-	cleaned  bool
-
-	releasing sync.WaitGroup // what releaseLocked has begun
+	h         *Handler
+	queue     *queue         // nil before the start and after Cleanup
+	grace     time.Duration  // that attempts under way have when Caddy ends, 0 for all of their time
+	started   chan struct{}  // closed by open
+	requests  sync.RWMutex   // each request has it for reading
+	releasing sync.WaitGroup // what release has begun
 }
 
-func newUse(h *Handler) *use {
-	u := &use{h: h, started: make(chan struct{})}
-	u.idle = sync.NewCond(&u.mu)
-	return u
-}
+func newUse(h *Handler) *use { return &use{h: h, started: make(chan struct{})} }
 
 func (u *use) key() string { return u.h.opener.Key() + "\x00" + u.h.Name }
 
 // acquire opens the queue, or finds it open. It does not wait for the database.
-func (u *use) acquireLocked() {
+func (u *use) acquire() *queue {
 	value, _, _ := queues.LoadOrNew(u.key(), func() (caddy.Destructor, error) {
 		return newQueue(u.h.Name, u.h.opener, u.h.app.logger), nil
 	})
-	u.queue = value.(*queue)
+	return value.(*queue)
+}
+
+// release ends what acquire began. The last user closes the queue, when the attempts under
+// way have ended.
+func (u *use) release(then func()) {
+	u.releasing.Go(func() {
+		_, _ = queues.Delete(u.key())
+		then()
+	})
 }
 
 // open is for the start of the app.
 func (u *use) open() {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.acquireLocked()
+	u.queue = u.acquire()
 	u.queue.attach(u.h)
 	close(u.started)
 }
 
 // detach ends the delivery by this handler.
 func (u *use) detach(grace time.Duration) {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.queue != nil {
-		u.queue.detach(u.h, grace)
+	if u.grace = grace; u.queue != nil {
+		u.queue.detach(u.h)
 	}
 }
 
 // enter returns the queue for one request, until leave. It waits for the app to start, and
 // returns nil if that takes too long.
-func (u *use) enter(ctx context.Context) *queue {
+func (u *use) enter() *queue {
 	select {
 	case <-u.started:
-	default:
-		wait, cancel := context.WithTimeout(context.WithoutCancel(ctx), storeWait)
-		defer cancel()
-		select {
-		case <-u.started:
-		case <-wait.Done():
-			return nil
-		}
+	case <-time.After(storeWait):
+		return nil
 	}
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	u.requests++
-	if u.queue == nil {
-		u.acquireLocked()
-		u.queue.lend(u.h)
-	}
-	return u.queue
+	u.requests.RLock()
+	q := u.acquire()
+	q.lend(u.h)
+	return q
 }
 
-func (u *use) leave() {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.requests--; u.requests > 0 {
-		return
-	}
-	u.idle.Broadcast()
-	if u.cleaned && !caddy.Exiting() {
-		u.releaseLocked()
-	}
-}
+func (u *use) leave() { u.release(u.requests.RUnlock) }
 
-// cleanup gives up the queue when the last request is through.
+// cleanup gives up the queue.
 func (u *use) cleanup() {
-	if caddy.Exiting() {
+	switch {
+	case u.queue == nil:
+	case caddy.Exiting():
 		u.end()
-		return
-	}
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.cleaned = true; u.requests == 0 {
-		u.releaseLocked()
+	default:
+		u.queue = nil
+		u.release(func() {})
 	}
 }
 
 // end gives up the queue because Caddy ends: it waits for the last request and for the
-// attempts under way.
+// attempts under way. Events whose attempts are cut off are due at once.
 func (u *use) end() {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if u.queue == nil {
-		return
+	if u.grace > 0 {
+		defer time.AfterFunc(u.grace, u.queue.cutOff).Stop()
 	}
-	defer u.queue.cutOffAfterGrace()()
-	for u.requests > 0 {
-		u.idle.Wait()
-	}
-	_, _ = queues.Delete(u.key())
 	u.queue = nil
-}
-
-// releaseLocked gives up the queue. The last handler that does so closes it, when the
-// attempts under way have ended.
-func (u *use) releaseLocked() {
-	if u.queue != nil {
-		u.queue = nil
-		u.releasing.Go(func() { _, _ = queues.Delete(u.key()) })
-	}
+	u.requests.Lock() // for good: a request that comes now would not end
+	_, _ = queues.Delete(u.key())
 }

@@ -207,8 +207,8 @@ func TestSchedule(t *testing.T) {
 		var mu sync.Mutex
 		running, most, done := 0, 0, 0
 		s := &Schedule{
-			Source: src, Breaker: new(Breaker), Limits: NewLimits(), Queue: "default",
-			Timeout: func() (time.Duration, bool) { return 30 * time.Second, true },
+			Source: src, Breaker: new(Breaker), Limits: NewLimits(), Queue: "default", Woken: make(chan struct{}, 1),
+			Timeout: func() time.Duration { return 30 * time.Second },
 			Attempt: func(_ *store.Record, _ time.Time, ended func()) {
 				mu.Lock()
 				running++

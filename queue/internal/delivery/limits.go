@@ -29,12 +29,7 @@ func NewLimits() *Limits {
 }
 
 // oldLimit returns how many of the attempts may be at old events.
-func oldLimit(limit int) int {
-	if limit <= 1 {
-		return limit
-	}
-	return limit - max(1, limit/4)
-}
+func oldLimit(limit int) int { return min(limit, max(1, limit*3/4)) }
 
 // Resize changes the number of attempts at a time. A smaller one holds when the attempts
 // under way have ended.

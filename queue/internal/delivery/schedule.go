@@ -2,7 +2,6 @@ package delivery
 
 import (
 	"context"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -33,8 +32,8 @@ type Schedule struct {
 	// Queue is the name of the queue.
 	Queue string
 
-	// Timeout returns how long an attempt may take, or false while nobody can make one.
-	Timeout func() (time.Duration, bool)
+	// Timeout returns how long an attempt may take, or 0 while nobody can make one.
+	Timeout func() time.Duration
 
 	// Attempt makes one attempt, and calls ended when it is over.
 	Attempt func(r *store.Record, claimed time.Time, ended func())
@@ -43,21 +42,17 @@ type Schedule struct {
 	// nothing left to find out with.
 	Forgotten func()
 
-	wake    chan struct{}
-	init    sync.Once
-	running atomic.Int64
-}
+	// Woken holds the last Wake. It needs room for one.
+	Woken chan struct{}
 
-func (s *Schedule) waker() chan struct{} {
-	s.init.Do(func() { s.wake = make(chan struct{}, 1) })
-	return s.wake
+	running atomic.Int64
 }
 
 // Wake says that an event may be due sooner than the schedule knows, or that an attempt
 // may begin.
 func (s *Schedule) Wake() {
 	select {
-	case s.waker() <- struct{}{}:
+	case s.Woken <- struct{}{}:
 	default:
 	}
 }
@@ -66,20 +61,18 @@ func (s *Schedule) Wake() {
 func (s *Schedule) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		wait := s.next(ctx)
-		timer := time.NewTimer(wait)
 		select {
-		case <-s.waker():
-		case <-timer.C:
+		case <-s.Woken:
+		case <-time.After(wait):
 		case <-ctx.Done():
 		}
-		timer.Stop()
 	}
 }
 
 // next begins the attempts that can begin, and returns how long to wait.
 func (s *Schedule) next(ctx context.Context) time.Duration {
-	timeout, able := s.Timeout()
-	if !able {
+	timeout := s.Timeout()
+	if timeout == 0 {
 		return pollInterval
 	}
 	look := Look{Limit: oldLimit(s.Limits.Limit()), Running: int(s.running.Load())}

@@ -5,7 +5,6 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -29,32 +28,25 @@ type database struct {
 
 // Open is of store.Opener.
 func (p *Postgres) Open(ctx context.Context, o store.Opening) (store.Store, error) {
-	config, err := p.config(ctx)
+	s := new(database)
+	config, err := p.config(s.notice)
 	if err != nil {
 		return nil, err
 	}
-	s := new(database)
-	config.ConnConfig.OnNotice = s.notice
-	// A pooler may pass on notifications that somebody else has asked for. They must not
-	// pile up.
-	config.ConnConfig.OnNotification = func(*pgconn.PgConn, *pgconn.Notification) {}
 	config.PingTimeout = connectTimeout
-	config.BeforeConnect = func(ctx context.Context, c *pgx.ConnConfig) error {
-		fresh, err := p.config(ctx)
-		if err != nil {
-			return err
+	config.BeforeConnect = func(_ context.Context, c *pgx.ConnConfig) error {
+		fresh, err := p.config(s.notice)
+		if err == nil {
+			*c = *fresh.ConnConfig
 		}
-		notice, notification := c.OnNotice, c.OnNotification
-		*c = *fresh.ConnConfig
-		c.OnNotice, c.OnNotification = notice, notification
-		return nil
+		return err
 	}
 	if s.pool, err = pgxpool.NewWithConfig(ctx, config); err != nil {
-		return nil, s.wrap(err)
+		return nil, err
 	}
 	db := stdlib.OpenDBFromPool(s.pool)
 	s.DB = sqlstore.DB{Write: db, Read: db, Dialect: dialect("")}
-	s.DB.Wrap = s.wrap
+	s.Wrap = s.wrap
 	if err := s.prepare(ctx, p.Schema, o); err != nil {
 		_ = s.Close()
 		return nil, err
@@ -118,78 +110,47 @@ func (s *database) prepare(ctx context.Context, schema string, o store.Opening) 
 	if err := s.makeTables(ctx, schema); err != nil {
 		return err
 	}
-	return s.check(ctx)
+	var unlogged bool
+	var lacks sql.NullString
+	err = s.Read.QueryRowContext(ctx, `
+		SELECT relpersistence <> 'p', (SELECT string_agg(r, ', ') FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS r WHERE NOT has_table_privilege(oid, r))
+		FROM pg_class WHERE oid = to_regclass($1)`, s.Schema+"inkit_queue_events").Scan(&unlogged, &lacks)
+	switch {
+	case errors.Is(err, sql.ErrNoRows):
+		return errors.New("the table inkit_queue_events is missing")
+	case lacks.Valid:
+		return fmt.Errorf("the role lacks the right to %s on inkit_queue_events", lacks.String)
+	case unlogged:
+		return errors.New("the table inkit_queue_events is unlogged: a crash of the server would empty it")
+	}
+	return s.wrap(err)
 }
 
+// makeTables makes the schema and its tables, if they are not there.
 func (s *database) makeTables(ctx context.Context, schema string) error {
 	tx, err := s.BeginTx(ctx)
 	if err != nil {
 		return s.wrap(err)
 	}
 	defer func() { _ = tx.Rollback() }()
-	exists, err := tablesExist(ctx, tx, schema)
-	if err == nil && !exists {
-		if _, err = tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock($1)`, schemaLock); err == nil {
-			exists, err = tablesExist(ctx, tx, schema) // another Caddy may have made them meanwhile
-		}
+	var schemaExists, exists bool
+	if _, err = tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock($1)`, schemaLock); err == nil { // other Caddys start too
+		err = tx.QueryRowContext(ctx, `
+			SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1), EXISTS (
+				SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+				WHERE n.nspname = $1 AND c.relname = 'inkit_queue_schema')`, schema).Scan(&schemaExists, &exists)
 	}
-	if err == nil && !exists {
-		err = makeSchema(ctx, tx, schema)
+	if err == nil && !schemaExists {
+		_, err = tx.ExecContext(ctx, `CREATE SCHEMA `+pgx.Identifier{schema}.Sanitize())
 	}
 	if err == nil {
 		err = s.Migrate(ctx, tx, exists)
 	}
-	if !exists && isSQLState(err, "42501") {
+	if !exists && sqlState(err) == "42501" {
 		return fmt.Errorf("%w: the role may not make the tables: run the SQL that caddy inkit-queue migrate --print shows", s.wrap(err))
 	}
 	if err == nil {
 		err = tx.Commit()
-	}
-	return s.wrap(err)
-}
-
-// tablesExist does not ask to_regclass, which remembers until the end of the transaction
-// that a table was not there.
-func tablesExist(ctx context.Context, tx *sql.Tx, schema string) (exist bool, err error) {
-	err = tx.QueryRowContext(ctx, `SELECT EXISTS (
-		SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-		WHERE n.nspname = $1 AND c.relname = 'inkit_queue_schema')`, schema).Scan(&exist)
-	return exist, err
-}
-
-func makeSchema(ctx context.Context, tx *sql.Tx, schema string) error {
-	var exists bool
-	err := tx.QueryRowContext(ctx, `SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1)`, schema).Scan(&exists)
-	if err == nil && !exists {
-		_, err = tx.ExecContext(ctx, `CREATE SCHEMA `+pgx.Identifier{schema}.Sanitize())
-	}
-	return err
-}
-
-// check says which rights the role lacks now, and not when it needs them, and refuses a
-// table that would be empty after a crash of the server.
-func (s *database) check(ctx context.Context) error {
-	table := s.Schema + "inkit_queue_events"
-	var lacks []string
-	for _, right := range []string{"SELECT", "INSERT", "UPDATE", "DELETE"} {
-		var has sql.NullBool
-		if err := s.Read.QueryRowContext(ctx, `SELECT has_table_privilege(to_regclass($1)::oid, $2)`, table, right).Scan(&has); err != nil {
-			return s.wrap(err)
-		}
-		if !has.Valid {
-			return errors.New("the table inkit_queue_events is missing")
-		}
-		if !has.Bool {
-			lacks = append(lacks, right+" on inkit_queue_events")
-		}
-	}
-	if lacks != nil {
-		return fmt.Errorf("the role lacks the right to %s", strings.Join(lacks, ", "))
-	}
-	var persistence string
-	err := s.Read.QueryRowContext(ctx, `SELECT relpersistence::text FROM pg_class WHERE oid = to_regclass($1)`, table).Scan(&persistence)
-	if err == nil && persistence != "p" {
-		return errors.New("the table inkit_queue_events is unlogged: a crash of the server would empty it")
 	}
 	return s.wrap(err)
 }
@@ -202,17 +163,8 @@ func (s *database) notice(_ *pgconn.PgConn, n *pgconn.Notice) {
 	}
 }
 
-// Apply is of store.Store. It tries again if other transactions were in conflict with it.
-func (s *database) Apply(ctx context.Context, b *store.Batch) (err error) {
-	for range 3 {
-		if err = s.applyOnce(ctx, b); !errors.Is(err, errConflict) {
-			return err
-		}
-	}
-	return err
-}
-
-func (s *database) applyOnce(ctx context.Context, b *store.Batch) error {
+// Apply is of store.Store.
+func (s *database) Apply(ctx context.Context, b *store.Batch) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	before := s.unconfirmed.Load()
@@ -221,15 +173,6 @@ func (s *database) applyOnce(ctx context.Context, b *store.Batch) error {
 		err = errors.New("no standby has confirmed the commit: somebody has ended the wait for it")
 	}
 	return err
-}
-
-// Due is of store.Store. While the server can be written to, other Caddys attempt the same
-// events; when its disk is full, nobody can lease any.
-func (s *database) Due(ctx context.Context, c *store.Claim, why error) error {
-	if !errors.Is(why, store.ErrFull) {
-		return why
-	}
-	return s.DB.Due(ctx, c, why)
 }
 
 // Peek is of store.Store.

@@ -14,51 +14,39 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// errConflict means that the server has undone a transaction because of another one.
-var errConflict = errors.New("the transaction was in conflict with another one")
-
 // lost are the states (SQLSTATE) of a server that cannot be written to any more: it stops,
 // it starts, or it has become a standby.
 var lost = []string{"25006", "57P01", "57P02", "57P03"}
 
-// shownError is an error whose text may be shown: it holds nothing of the connection
-// string and of events.
-type shownError struct{ text string }
-
-func (e shownError) Error() string { return e.text }
-
 // wrap translates an error of the driver. If one connection is of no use any more, neither
 // are the others, which are to the same server.
 func (s *database) wrap(err error) error {
-	if err == nil {
-		return nil
-	}
-	if slices.ContainsFunc(lost, func(code string) bool { return isSQLState(err, code) }) ||
-		errors.Is(err, context.DeadlineExceeded) || pgconn.Timeout(err) {
-		s.pool.Reset()
-	}
-	return wrap(err)
-}
-
-func isSQLState(err error, code string) bool {
-	pgErr, ok := errors.AsType[*pgconn.PgError](err)
-	return ok && pgErr.Code == code
-}
-
-func wrap(err error) error {
-	if _, ok := errors.AsType[shownError](err); ok || errors.Is(err, store.ErrNewer) || errors.Is(err, store.ErrOlder) {
+	if err == nil || errors.Is(err, store.ErrNewer) || errors.Is(err, store.ErrOlder) {
 		return err
 	}
-	text := shownError{describe(err)}
+	state := sqlState(err)
+	if slices.Contains(lost, state) || timedOut(err) {
+		s.pool.Reset()
+	}
 	switch {
-	case isSQLState(err, "53100"):
-		return fmt.Errorf("%w: %w", store.ErrFull, text)
-	case isSQLState(err, "40001"), isSQLState(err, "40P01"):
-		return fmt.Errorf("%w: %w", errConflict, text)
+	case state == "53100":
+		return fmt.Errorf("%w: %s", store.ErrFull, describe(err))
 	case errors.Is(err, context.Canceled):
 		return context.Canceled
 	}
-	return text
+	return errors.New(describe(err))
+}
+
+func timedOut(err error) bool {
+	return errors.Is(err, context.DeadlineExceeded) || pgconn.Timeout(err)
+}
+
+// sqlState returns the code of an error of the server, and nothing for others.
+func sqlState(err error) string {
+	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
+		return pgErr.Code
+	}
+	return ""
 }
 
 // hints are for the states of a server that operators meet.
@@ -75,17 +63,16 @@ var hints = map[string]string{
 // The text of a connection that cannot be made shows host, role and database, and never the
 // password. The text of a refused value could show a part of an event, and is left out.
 func describe(err error) string {
-	text := strings.Join(strings.Fields(err.Error()), " ")
-	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
-		if strings.HasPrefix(pgErr.Code, "22") || strings.HasPrefix(pgErr.Code, "23") {
-			return "the server refuses a value (SQLSTATE " + pgErr.Code + ")"
-		}
-		if hint := hints[pgErr.Code]; hint != "" {
-			return hint + ": " + text
-		}
-		return text
+	state := sqlState(err)
+	if strings.HasPrefix(state, "22") || strings.HasPrefix(state, "23") {
+		return "the server refuses a value (SQLSTATE " + state + ")"
 	}
-	if hint := connectionHint(err); hint != "" {
+	text := strings.Join(strings.Fields(err.Error()), " ")
+	hint := hints[state]
+	if state == "" {
+		hint = connectionHint(err)
+	}
+	if hint != "" {
 		return hint + ": " + text
 	}
 	return text
@@ -109,7 +96,7 @@ func connectionHint(err error) string {
 		return hints["25006"]
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
 		return "the server does not run, or does not listen there"
-	case errors.Is(err, context.DeadlineExceeded), pgconn.Timeout(err):
+	case timedOut(err):
 		return "the server does not answer in time"
 	}
 	return ""

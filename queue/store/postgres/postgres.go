@@ -2,7 +2,6 @@
 package postgres
 
 import (
-	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlstore"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -64,9 +62,7 @@ func (p *Postgres) Validate() error {
 	if len(p.Schema) > 63 || strings.ContainsRune(p.Schema, 0) {
 		return errors.New("schema: must be the name of one, of 63 bytes at most")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 2*answerTimeout)
-	defer cancel()
-	_, err := p.config(ctx)
+	_, err := p.config(nil)
 	return err
 }
 
@@ -91,27 +87,18 @@ func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		return d.Err("store: postgres takes one placeholder at most")
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
-		var value *string
 		word := d.Val()
-		switch word {
-		case "dsn":
-			value = &p.DSN
-		case "schema":
-			value = &p.Schema
-		default:
+		value := map[string]*string{"dsn": &p.DSN, "schema": &p.Schema}[word]
+		args := d.RemainingArgs()
+		switch {
+		case value == nil:
 			return d.Err("store: postgres must hold dsn and schema only")
-		}
-		switch args := d.RemainingArgs(); {
 		case *value != "":
 			return d.Err(word + ": must not be repeated")
 		case len(args) != 1 || args[0] == "":
 			return d.Err(word + ": takes one value, in quotes if there are spaces in it")
-		default:
-			*value = args[0]
 		}
-	}
-	if p.DSN == "" {
-		return d.Err("dsn: is required")
+		*value = args[0]
 	}
 	return nil
 }
@@ -157,31 +144,13 @@ var (
 )
 
 // config resolves and parses the connection string, and reads the files that it names.
-func (p *Postgres) config(ctx context.Context) (*pgxpool.Config, error) {
-	type result struct {
-		config *pgxpool.Config
-		err    error
-	}
-	results := make(chan result, 1)
-	go func() { // a file system can hang
-		config, err := p.parse()
-		results <- result{config, err}
-	}()
-	select {
-	case r := <-results:
-		return r.config, r.err
-	case <-ctx.Done():
-		return nil, shownError{"dsn: could not be read in time"}
-	}
-}
-
-func (p *Postgres) parse() (*pgxpool.Config, error) {
+func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) {
 	dsn := p.DSN
 	switch name, ok := placeholder.Name(dsn); {
 	case ok:
 		var err error
 		if dsn, err = placeholder.Value(name); err != nil {
-			return nil, shownError{"dsn: " + err.Error()}
+			return nil, errors.New("dsn: " + err.Error())
 		}
 	case foreign.MatchString(dsn):
 		return nil, errors.New("dsn: stands for a text in a way that Caddy does not know: write {env.NAME} or {file./path}")
@@ -190,12 +159,13 @@ func (p *Postgres) parse() (*pgxpool.Config, error) {
 	}
 	config, err := pgxpool.ParseConfig(dsn)
 	if err != nil {
-		return nil, shownError{"dsn: " + parseFailure(err)}
+		return nil, errors.New("dsn: " + parseFailure(err))
 	}
 	if !strings.Contains(dsn, "pool_max_conns") {
 		config.MaxConns = maxConnections
 	}
 	c := config.ConnConfig
+	c.OnNotice = notice
 	// No statement outlives its transaction, which pgbouncer may give to any server.
 	c.DefaultQueryExecMode = pgx.QueryExecModeExec
 	c.StatementCacheCapacity, c.DescriptionCacheCapacity = 0, 0
@@ -212,30 +182,18 @@ func (p *Postgres) parse() (*pgxpool.Config, error) {
 	return config, nil
 }
 
+// knownFailures are the words of the driver that hold no part of the connection string.
+var knownFailures = regexp.MustCompile("`: (failed to configure TLS|failed to read service|invalid port|invalid connect_timeout|" +
+	`could not match \d+ port numbers to \d+ hosts|unknown target_session_attrs|unknown channel_binding|invalid require_auth)`)
+
 // parseFailure says why a connection string cannot be parsed, and shows nothing of it,
 // as the error does.
 func parseFailure(err error) string {
 	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
 		return "names a file that cannot be read: " + pathErr.Err.Error()
 	}
-	_, why, _ := strings.Cut(err.Error(), "`: ")
-	for _, known := range []string{
-		"failed to configure TLS", "failed to read service", "invalid port", "invalid connect_timeout",
-		"could not match", "unknown target_session_attrs value", "unknown channel_binding value", "invalid require_auth",
-	} {
-		if strings.HasPrefix(why, known) {
-			if known == "could not match" {
-				known = "there are not as many ports as hosts"
-			}
-			return "cannot be used: " + known
-		}
+	if known := knownFailures.FindStringSubmatch(err.Error()); known != nil {
+		return "cannot be used: " + known[1]
 	}
 	return "cannot be parsed as a connection string of PostgreSQL, such as postgres://role@host/database"
 }
-
-// Interface guards
-var (
-	_ store.Opener          = (*Postgres)(nil)
-	_ caddy.Validator       = (*Postgres)(nil)
-	_ caddyfile.Unmarshaler = (*Postgres)(nil)
-)

@@ -48,15 +48,15 @@ func openFile(ctx context.Context, path string, o store.Opening) (*file, error) 
 		return nil, errors.New("there is no such database: name it with --db")
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, withoutPath(err)
+		return nil, err
 	}
 	made, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
-		return nil, withoutPath(err)
+		return nil, err
 	}
 	info, err := made.Stat()
 	if err := errors.Join(err, made.Close()); err != nil {
-		return nil, withoutPath(err)
+		return nil, err
 	}
 	if !info.Mode().IsRegular() {
 		return nil, errors.New("is not a regular file")
@@ -81,7 +81,7 @@ func openFile(ctx context.Context, path string, o store.Opening) (*file, error) 
 	}
 	if err != nil {
 		_ = f.Close()
-		return nil, withoutPath(err)
+		return nil, err
 	}
 	if o.Command {
 		return f, nil
@@ -261,12 +261,4 @@ func wrap(err error) error {
 func isCode(err error, code int) bool {
 	sqliteErr, ok := errors.AsType[*sqlite.Error](err)
 	return ok && (sqliteErr.Code() == code || sqliteErr.Code()&0xff == code)
-}
-
-// withoutPath leaves out the path of an error: the line of the log has it beside the error.
-func withoutPath(err error) error {
-	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
-		return pathErr.Err
-	}
-	return err
 }

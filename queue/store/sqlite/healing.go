@@ -49,16 +49,10 @@ func (h *healing) open(ctx context.Context) error {
 // moveAside renames a damaged database, with its log, to a name that says when.
 func (h *healing) moveAside(why error) error {
 	path := real(h.path)
-	var name string
-	for now := time.Now(); ; now = now.Add(time.Second) { // do not overwrite an earlier one
-		name = path + ".damaged-" + now.UTC().Format("20060102T150405Z")
-		if _, err := os.Lstat(name); err != nil {
-			break
-		}
-	}
+	name := path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
 	for _, suffix := range []string{"-wal", "-shm", ""} {
 		if err := os.Rename(path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			h.opening.Logger.Error("cannot move the damaged database aside", zap.Error(withoutPath(err)))
+			h.opening.Logger.Error("cannot move the damaged database aside", zap.Error(err))
 			return why
 		}
 	}
@@ -71,8 +65,8 @@ func (h *healing) moveAside(why error) error {
 // takes its place.
 func (h *healing) use(ctx context.Context, f func(*file) error) error {
 	used, err := h.try(f)
-	if used == nil || errors.Is(err, errDamaged) && !h.opening.Command {
-		if healErr := h.replaceDamaged(ctx, used, err); healErr != nil {
+	if used == nil || errors.Is(err, errDamaged) {
+		if healErr := h.heal(ctx, used, err); healErr != nil {
 			return healErr
 		}
 		_, err = h.try(f)
@@ -90,54 +84,41 @@ func (h *healing) try(f func(*file) error) (*file, error) {
 	return h.file, f(h.file)
 }
 
-// replaceDamaged opens another file in the place of a damaged one, unless somebody else
-// has done so.
-func (h *healing) replaceDamaged(ctx context.Context, damaged *file, why error) error {
+// with is use for what has a result.
+func with[T any](ctx context.Context, h *healing, f func(*file) (T, error)) (result T, err error) {
+	err = h.use(ctx, func(file *file) (err error) {
+		result, err = f(file)
+		return err
+	})
+	return result, err
+}
+
+// heal opens another file in the place of one that is damaged, or else was deleted or
+// replaced, unless somebody else has done so.
+func (h *healing) heal(ctx context.Context, old *file, damage error) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.file != damaged {
+	switch {
+	case h.file != old:
 		return nil
-	}
-	if damaged != nil {
-		_ = damaged.Close()
+	case old != nil && damage == nil:
+		return h.rescue(ctx)
+	case old != nil:
+		_ = old.Close()
 		h.file = nil
-		if err := h.moveAside(why); err != nil {
+		if err := h.moveAside(damage); err != nil {
 			return err
 		}
 	}
 	return h.open(ctx)
 }
 
-// Apply is of store.Store. When the file is not at its path any more, the transaction is
-// in a file that nobody will find: its events are copied before Apply returns.
-func (h *healing) Apply(ctx context.Context, b *store.Batch) error {
-	var moved *file
-	err := h.use(ctx, func(f *file) error {
-		err := f.Apply(ctx, b)
-		if err == nil && !h.opening.Command && !f.isAtPath() {
-			moved = f
-		}
-		return err
-	})
-	if err != nil || moved == nil {
-		return err
-	}
-	if err := h.rescue(moved); err != nil {
-		return fmt.Errorf("the database was deleted or replaced while it was open, and its events cannot be copied yet: %w", err)
-	}
-	return nil
-}
-
 // rescue copies the events of a file that is not at its path any more into the one that is
 // there now, or into a new one.
-func (h *healing) rescue(old *file) error {
-	ctx, cancel := context.WithTimeout(context.Background(), rescueTimeout)
+func (h *healing) rescue(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rescueTimeout)
 	defer cancel()
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.file != old {
-		return nil
-	}
+	old := h.file
 	moved, err := old.leave(ctx)
 	if err != nil {
 		return err // the old file is still there for this process
@@ -184,76 +165,74 @@ func (f *file) leave(ctx context.Context) (moved bool, err error) {
 	case isFile(f.path+"-wal", f.log):
 		for _, suffix := range []string{"-wal", "-shm"} {
 			if err := os.Remove(f.path + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return false, withoutPath(err)
+				return false, err
 			}
 		}
 	}
 	return true, nil
 }
 
-// Due is of store.Store. Who cannot write because another process does must not deliver
-// the same events.
-func (h *healing) Due(ctx context.Context, c *store.Claim, why error) error {
-	if errors.Is(why, store.ErrLocked) {
-		return why
+// The methods of store.Store.
+
+// Apply copies the events when the file is not at its path any more: the transaction is in
+// a file that nobody will find.
+func (h *healing) Apply(ctx context.Context, b *store.Batch) error {
+	var moved *file
+	err := h.use(ctx, func(f *file) error {
+		err := f.Apply(ctx, b)
+		if err == nil && !f.isAtPath() {
+			moved = f
+		}
+		return err
+	})
+	if err != nil || moved == nil {
+		return err
 	}
+	if err := h.heal(ctx, moved, nil); err != nil {
+		return fmt.Errorf("the database was deleted or replaced while it was open, and its events cannot be copied yet: %w", err)
+	}
+	return nil
+}
+
+func (h *healing) Due(ctx context.Context, c *store.Claim, why error) error {
 	return h.use(ctx, func(f *file) error { return f.Due(ctx, c, why) })
 }
 
-// Peek is of store.Store.
-func (h *healing) Peek(ctx context.Context, queue string) (p store.Peek, err error) {
-	err = h.use(ctx, func(f *file) (err error) { p, err = f.Peek(ctx, queue); return err })
-	return p, err
+func (h *healing) Peek(ctx context.Context, queue string) (store.Peek, error) {
+	return with(ctx, h, func(f *file) (store.Peek, error) { return f.Peek(ctx, queue) })
 }
 
-// Counts is of store.Store.
-func (h *healing) Counts(ctx context.Context) (counts []store.Count, err error) {
-	err = h.use(ctx, func(f *file) (err error) { counts, err = f.Counts(ctx); return err })
-	return counts, err
+func (h *healing) Counts(ctx context.Context) ([]store.Count, error) {
+	return with(ctx, h, func(f *file) ([]store.Count, error) { return f.Counts(ctx) })
 }
 
-// Select is of store.Store.
 func (h *healing) Select(ctx context.Context, filter store.Filter, withRequest bool, each func(*store.Record) bool) error {
 	return h.use(ctx, func(f *file) error { return f.Select(ctx, filter, withRequest, each) })
 }
 
-// Retry is of store.Store.
-func (h *healing) Retry(ctx context.Context, filter store.Filter) (n int, err error) {
-	err = h.use(ctx, func(f *file) (err error) { n, err = f.Retry(ctx, filter); return err })
-	return n, err
+func (h *healing) Retry(ctx context.Context, filter store.Filter) (int, error) {
+	return with(ctx, h, func(f *file) (int, error) { return f.Retry(ctx, filter) })
 }
 
-// Drop is of store.Store.
-func (h *healing) Drop(ctx context.Context, filter store.Filter) (n int, err error) {
-	err = h.use(ctx, func(f *file) (err error) { n, err = f.Drop(ctx, filter); return err })
-	return n, err
+func (h *healing) Drop(ctx context.Context, filter store.Filter) (int, error) {
+	return with(ctx, h, func(f *file) (int, error) { return f.Drop(ctx, filter) })
 }
 
-// Tidy is of store.Store.
-func (h *healing) Tidy(ctx context.Context) (u store.Upkeep, err error) {
-	err = h.use(ctx, func(f *file) (err error) { u, err = f.Tidy(ctx); return err })
-	return u, err
+func (h *healing) Tidy(ctx context.Context) (store.Upkeep, error) {
+	return with(ctx, h, func(f *file) (store.Upkeep, error) { return f.Tidy(ctx) })
 }
 
-// Close is of store.Store. The file may have been deleted since the last transaction.
+// Close copies the events if the file was deleted since the last transaction.
 func (h *healing) Close() error {
-	if f, _ := h.try(func(*file) error { return nil }); f != nil && !h.opening.Command && !f.isAtPath() {
-		if err := h.rescue(f); err != nil {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.file != nil && !h.file.isAtPath() {
+		if err := h.rescue(context.Background()); err != nil {
 			h.opening.Logger.Error("cannot copy the events of a database that was deleted or replaced while it was open", zap.Error(err))
 		}
 	}
-	h.mu.Lock()
-	defer h.mu.Unlock()
 	if h.file == nil {
 		return nil
 	}
-	err := h.file.Close()
-	h.file = nil
-	return err
-}
-
-func (h *healing) isFileOf(other *healing) bool {
-	h.mu.RLock()
-	defer h.mu.RUnlock()
-	return h.file != nil && isFile(other.path, h.file.main)
+	return h.file.Close()
 }

@@ -6,6 +6,7 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -94,25 +95,19 @@ func (*SQLite) Migration() string { return "" }
 // Open is of store.Opener. A file that is not a database of this module is left alone. A
 // damaged one is moved aside.
 func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error) {
-	healing := &healing{path: s.Path, opening: o}
-	err := healing.open(ctx)
-	if err != nil {
+	h := &healing{path: s.Path, opening: o}
+	if err := h.open(ctx); err != nil {
 		return nil, err
 	}
-	return healing, nil
+	if o.Command { // which heals nothing: a Caddy may be running
+		return h.file, nil
+	}
+	return h, nil
 }
 
-// Same reports whether two stores are in one file.
+// Same reports whether two stores that commands have opened are in one file.
 func Same(a, b store.Store) bool {
-	one, isFile := a.(*healing)
-	other, isFileToo := b.(*healing)
-	return isFile && isFileToo && one.isFileOf(other)
+	one, isFile := a.(*file)
+	other, isFileToo := b.(*file)
+	return isFile && isFileToo && os.SameFile(one.main, other.main)
 }
-
-// Interface guards
-var (
-	_ store.Opener          = (*SQLite)(nil)
-	_ caddy.Provisioner     = (*SQLite)(nil)
-	_ caddy.Validator       = (*SQLite)(nil)
-	_ caddyfile.Unmarshaler = (*SQLite)(nil)
-)

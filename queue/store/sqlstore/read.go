@@ -11,8 +11,12 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// Due is of store.Store, for a database with one user.
+// Due is of store.Store. Who cannot write while others can must not deliver the same
+// events. On a full disk, nobody can.
 func (d *DB) Due(ctx context.Context, c *store.Claim, why error) error {
+	if errors.Is(why, store.ErrLocked) || d.Skip != "" && !errors.Is(why, store.ErrFull) {
+		return why
+	}
 	err := d.Select(ctx, store.Filter{Queue: c.Queue, Due: true, Limit: c.Max}, true, func(r *store.Record) bool {
 		r.Attempts++
 		r.Age = max(0, time.Since(r.Queued))
