@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/writer"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
@@ -29,7 +30,7 @@ var errNoPlace = errors.New("no attempt could begin")
 type arrival struct {
 	q       *queue
 	h       *Handler
-	request *request
+	request *request.Request
 	record  *store.Record
 	began   time.Time
 
@@ -169,6 +170,6 @@ func (a *arrival) store(deadline time.Time) <-chan struct{} {
 		}
 		a.record.Lease, a.record.Delay, a.record.LastError = 0, f.After, f.LastError
 	}
-	a.addition = a.q.db.writer.Add(a.record, a.request.encode, deadline, func(err error) { a.q.noteStored(err, time.Since(a.began)) })
+	a.addition = a.q.db.writer.Add(a.record, a.request.Encode, deadline, func(err error) { a.q.noteStored(err, time.Since(a.began)) })
 	return a.addition.Done()
 }

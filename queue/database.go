@@ -301,7 +301,7 @@ func (d *database) countOnce(s store.Store) error {
 	d.mu.Unlock()
 	for more := err == nil; more && err == nil; {
 		var u store.Upkeep
-		if u, err = s.Tidy(ctx); err == nil {
+		if u, err = s.Tidy(ctx, nil); err == nil {
 			more = u.More
 			d.mu.Lock()
 			d.damaged = u.DamagedFiles

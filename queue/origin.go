@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
@@ -112,9 +113,10 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *
 	err := o.each(ctx, func(s store.Store) error {
 		for some := range slices.Chunk(ids, 500) { // as many as a statement takes
 			var records []*store.Record
-			err := s.Select(ctx, store.Filter{IDs: some}, true, func(r *store.Record) bool {
-				records = append(records, r)
-				return true
+			all := []string{store.Pending, store.Dead, store.History}
+			err := store.Each(ctx, s, store.Filter{IDs: some, States: all}, true, func(page []*store.Record) error {
+				records = append(records, page...)
+				return nil
 			})
 			if err != nil {
 				return err
@@ -128,7 +130,7 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *
 	})
 	for _, id := range ids {
 		if unknown[id] && err == nil {
-			failed = append(failed, fmt.Errorf("there is no event %s", printable(id)))
+			failed = append(failed, fmt.Errorf("there is no event %s", request.Printable(id)))
 		}
 	}
 	return errors.Join(append(failed, err)...)

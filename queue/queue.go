@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/writer"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"go.uber.org/zap"
@@ -161,7 +162,7 @@ func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree fu
 		q.running.Done()
 	}
 	h := q.current()
-	request, err := decodeRequest(r)
+	decoded, err := request.Decode(r)
 	switch {
 	case h == nil:
 		q.db.writer.Finish(nil, store.Finish{ID: r.ID, Queue: q.name, Outcome: store.Unbegun})
@@ -169,7 +170,7 @@ func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree fu
 		h.logger.Error("a stored event is not what was stored: it was set aside", zap.String("id", r.ID), zap.Error(err))
 		q.db.writer.Finish(nil, store.Finish{ID: r.ID, Queue: q.name, Outcome: store.SetAside, LastError: lastError(err)})
 	default:
-		q.attempt(h, request, r, func(res result) {
+		q.attempt(h, decoded, r, func(res result) {
 			q.db.writer.Finish(nil, q.settle(h, r, res, r.Age+time.Since(claimed)))
 			ended()
 		})

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -46,9 +47,9 @@ func stored(tb testing.TB, r *http.Request, e *event.Event) *http.Request {
 	tb.Helper()
 	a := &addition{rec: &store.Record{ID: "id", Received: time.Unix(1_795_592_263, 0), Attempts: 3}, request: newRequest(r, e)}
 	require.NoError(tb, a.seal())
-	decoded, err := decodeRequest(a.rec)
+	decoded, err := request.Decode(a.rec)
 	require.NoError(tb, err)
-	return decoded.prepare(tb.Context(), new(caddyhttp.Server), newAnswer(), a.rec)
+	return prepare(tb.Context(), decoded, new(caddyhttp.Server), newAnswer(), a.rec)
 }
 
 func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
@@ -207,7 +208,7 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 		{"a field of another type", notJSON, head(`{"method":{"c0nf1d3nt1al":1}}`)},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := decodeRequest(tt.rec)
+			_, err := request.Decode(tt.rec)
 			require.EqualError(t, err, tt.message)
 		})
 	}
@@ -219,7 +220,7 @@ func TestStoredForm(t *testing.T) {
 		r.Header = http.Header{"X-A": {"1"}}
 		r.TLS = &tls.ConnectionState{Version: tls.VersionTLS13, HandshakeComplete: true}
 	})
-	encoded, err := newRequest(r, e).encode()
+	encoded, err := newRequest(r, e).Encode()
 	require.NoError(t, err)
 	length, n := binary.Uvarint(encoded)
 	assert.Equal(t, "the body", string(encoded[n+int(length):]))
@@ -245,27 +246,27 @@ func FuzzStoredRequest(f *testing.F) {
 	f.Add("id", []byte("\x02{}the body"), []byte{}, true)
 	f.Add("id", []byte("\x04null"), []byte{}, true)
 	f.Add("", []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}, []byte(nil), true)
-	f.Fuzz(func(t *testing.T, id string, request, checksum []byte, seal bool) {
-		rec := &store.Record{ID: id, Request: request, Checksum: checksum, Attempts: 1}
+	f.Fuzz(func(t *testing.T, id string, encoded, checksum []byte, seal bool) {
+		rec := &store.Record{ID: id, Request: encoded, Checksum: checksum, Attempts: 1}
 		if seal { // so that what comes after the checksum sees it
 			rec.Checksum = rec.Sum()
 		}
-		decoded, err := decodeRequest(rec)
+		decoded, err := request.Decode(rec)
 		if err != nil {
 			return
 		}
 		require.Equal(t, rec.Sum(), rec.Checksum, "never one whose checksum does not hold")
-		got := decoded.prepare(t.Context(), new(caddyhttp.Server), newAnswer(), rec)
+		got := prepare(t.Context(), decoded, new(caddyhttp.Server), newAnswer(), rec)
 		all, err := io.ReadAll(got.Body)
 		require.NoError(t, err)
-		require.True(t, strings.HasSuffix(string(request), string(all)))
+		require.True(t, strings.HasSuffix(string(encoded), string(all)))
 		require.NotNil(t, event.FromContext(got.Context()))
 		_ = got.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).ReplaceAll("{http.request.local}{http.request.uri}{http.request.remote.host}", "")
-		again, err := decoded.encode() // as a command that moves it
+		again, err := decoded.Encode() // as a command that moves it
 		require.NoError(t, err)
 		moved := &store.Record{ID: id, Request: again}
 		moved.Checksum = moved.Sum()
-		_, err = decodeRequest(moved)
+		_, err = request.Decode(moved)
 		require.NoError(t, err)
 	})
 }

@@ -79,6 +79,8 @@ func dialect(schema string) sqlstore.Dialect {
 		Begin: `SELECT set_config('idle_in_transaction_session_timeout', '2s', true),
 			CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write') THEN set_config('synchronous_commit', 'on', true) END`,
 		More: vacuum,
+		Size: `SELECT sum(pg_total_relation_size(c.oid))::bigint FROM pg_class c WHERE c.oid IN (
+			'{schema}inkit_queue_events'::regclass, '{schema}inkit_queue_history'::regclass, '{schema}inkit_queue_once'::regclass)`,
 	}
 }
 
@@ -166,28 +168,30 @@ func makeSchema(ctx context.Context, tx *sql.Tx, schema string) error {
 	return err
 }
 
-// check says which rights the role lacks now, and not when it needs them, and refuses a
-// table that would be empty after a crash of the server.
+// check says which rights the role lacks now, and not when it needs them, and refuses
+// tables that would be empty after a crash of the server.
 func (s *database) check(ctx context.Context) error {
-	table := s.Schema + "inkit_queue_events"
 	var lacks []string
-	for _, right := range []string{"SELECT", "INSERT", "UPDATE", "DELETE"} {
-		var has sql.NullBool
-		if err := s.Read.QueryRowContext(ctx, `SELECT has_table_privilege(to_regclass($1)::oid, $2)`, table, right).Scan(&has); err != nil {
-			return s.wrap(err)
-		}
-		if !has.Valid {
-			return errors.New("the table inkit_queue_events is missing")
-		}
-		if !has.Bool {
-			lacks = append(lacks, right+" on inkit_queue_events")
+	for _, name := range []string{"events", "history", "once", "paused"} {
+		table := "inkit_queue_" + name
+		for _, right := range []string{"SELECT", "INSERT", "UPDATE", "DELETE"} {
+			var has sql.NullBool
+			if err := s.Read.QueryRowContext(ctx, `SELECT has_table_privilege(to_regclass($1)::oid, $2)`, s.Schema+table, right).Scan(&has); err != nil {
+				return s.wrap(err)
+			}
+			if !has.Valid {
+				return fmt.Errorf("the table %s is missing", table)
+			}
+			if !has.Bool {
+				lacks = append(lacks, right+" on "+table)
+			}
 		}
 	}
 	if lacks != nil {
 		return fmt.Errorf("the role lacks the right to %s", strings.Join(lacks, ", "))
 	}
 	var persistence string
-	err := s.Read.QueryRowContext(ctx, `SELECT relpersistence::text FROM pg_class WHERE oid = to_regclass($1)`, table).Scan(&persistence)
+	err := s.Read.QueryRowContext(ctx, `SELECT relpersistence::text FROM pg_class WHERE oid = to_regclass($1)`, s.Schema+"inkit_queue_events").Scan(&persistence)
 	if err == nil && persistence != "p" {
 		return errors.New("the table inkit_queue_events is unlogged: a crash of the server would empty it")
 	}

@@ -158,6 +158,9 @@ func (h *healing) rescue(old *file) error {
 		copied += len(page)
 		return store.Copy(ctx, h.file, "rescue", page)
 	})
+	if err == nil {
+		err = store.CopyMemory(ctx, h.file, from)
+	}
 	if err != nil {
 		_ = h.file.Close()
 		h.file = old
@@ -212,9 +215,28 @@ func (h *healing) Counts(ctx context.Context) (counts []store.Count, err error) 
 	return counts, err
 }
 
-// Select is of store.Store.
-func (h *healing) Select(ctx context.Context, filter store.Filter, withRequest bool, each func(*store.Record) bool) error {
-	return h.use(ctx, func(f *file) error { return f.Select(ctx, filter, withRequest, each) })
+// Search is of store.Store.
+func (h *healing) Search(ctx context.Context, filter store.Filter, withRequest bool) (page store.Page, err error) {
+	err = h.use(ctx, func(f *file) (err error) { page, err = f.Search(ctx, filter, withRequest); return err })
+	return page, err
+}
+
+// Keys is of store.Store.
+func (h *healing) Keys(ctx context.Context, after store.Key) (keys []store.Key, err error) {
+	err = h.use(ctx, func(f *file) (err error) { keys, err = f.Keys(ctx, after); return err })
+	return keys, err
+}
+
+// Status is of store.Store.
+func (h *healing) Status(ctx context.Context, queues ...string) (status store.Status, err error) {
+	err = h.use(ctx, func(f *file) (err error) { status, err = f.Status(ctx, queues...); return err })
+	return status, err
+}
+
+// Pause is of store.Store.
+func (h *healing) Pause(ctx context.Context, queue string, paused bool) (changed bool, err error) {
+	err = h.use(ctx, func(f *file) (err error) { changed, err = f.Pause(ctx, queue, paused); return err })
+	return changed, err
 }
 
 // Retry is of store.Store.
@@ -230,8 +252,8 @@ func (h *healing) Drop(ctx context.Context, filter store.Filter) (n int, err err
 }
 
 // Tidy is of store.Store.
-func (h *healing) Tidy(ctx context.Context) (u store.Upkeep, err error) {
-	err = h.use(ctx, func(f *file) (err error) { u, err = f.Tidy(ctx); return err })
+func (h *healing) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err error) {
+	err = h.use(ctx, func(f *file) (err error) { u, err = f.Tidy(ctx, keep); return err })
 	return u, err
 }
 

@@ -1,0 +1,34 @@
+package queue
+
+import (
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
+)
+
+// Queues is of live.Queues.
+func (a *App) Queues() (all []live.Queue) {
+	seen := make(map[string]bool)
+	for _, h := range a.handlers {
+		q := h.use.current()
+		if q == nil || seen[h.Name] {
+			continue
+		}
+		seen[h.Name] = true
+		all = append(all, live.Queue{
+			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*h.History), MaxEvents: h.MaxEvents,
+			Store: q.db.writer.Store, Down: q.breaker.DownSince, Wake: q.schedule.Wake,
+		})
+	}
+	return all
+}
+
+// current returns the queue if it is open.
+func (u *use) current() *queue {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.queue
+}
+
+// Interface guard
+var _ live.Queues = (*App)(nil)
