@@ -4,6 +4,7 @@
 package queue
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -110,6 +111,7 @@ type Handler struct {
 	// The handlers that deliver an event, such as `reverse_proxy`. Required.
 	Routes caddyhttp.RouteList `json:"routes,omitempty"`
 
+	once   *regexp.Regexp // the types of Once, nil for none
 	opener store.Opener
 	server *caddyhttp.Server
 	logger *zap.Logger
@@ -157,6 +159,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.Remember == 0 {
 		h.Remember = caddy.Duration(defaultRemember)
 	}
+	h.once = onceForm(h.Once)
 	config, err := json.Marshal(h) // before modules are loaded, which takes their JSON away
 	if err != nil {
 		return err
@@ -211,6 +214,8 @@ func (h *Handler) Validate() error {
 		return errors.New("history: must not be negative")
 	case h.Remember < 0:
 		return errors.New("remember: must not be negative")
+	case validateOnce(h.Once) != nil:
+		return validateOnce(h.Once)
 	case len(h.Routes) == 0:
 		return errors.New("routes: at least one is required")
 	}
@@ -248,6 +253,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 			ID: id.String(), Queue: h.Name, State: store.Pending, Received: now,
 			EventType: e.Type(), ResourceID: e.ResourceID(),
 		},
+	}
+	if h.isOnce(a.record.EventType) {
+		digest := sha256.Sum256(e.Body)
+		a.record.Digest, a.record.Remember = digest[:], time.Duration(h.Remember)
 	}
 	return a.answer(w, r)
 }

@@ -25,6 +25,8 @@ type queue struct {
 	breaker  *delivery.Breaker
 	limits   *delivery.Limits
 	schedule *delivery.Schedule
+	pause    pause
+	warnings warnings
 
 	attempting context.Context // of all attempts
 	cutOff     context.CancelFunc
@@ -142,7 +144,13 @@ func (q *queue) timeout() (time.Duration, bool) {
 }
 
 // Peek is of delivery.Source.
-func (q *queue) Peek() (store.Peek, error) { return q.db.peek(q.name) }
+func (q *queue) Peek() (store.Peek, error) {
+	p, err := q.db.peek(q.name)
+	if err == nil {
+		q.heedPause(&p)
+	}
+	return p, err
+}
 
 // Claim is of delivery.Source. It leaves out events with an attempt under way in this
 // process, which a clock that was set may have made due.
@@ -196,6 +204,7 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 	switch {
 	case res.err == nil:
 		f.Outcome = store.Delivered
+		q.remember(h, r, res.status)
 	case age >= time.Duration(h.MaxAge):
 		h.logger.Error("an event is dead: the backend has not taken it for max_age", zap.String("id", r.ID),
 			zap.String("event_type", r.EventType), zap.String("resource_id", r.ResourceID),
@@ -251,6 +260,8 @@ func (q *queue) noteStored(err error, took time.Duration) {
 		q.metrics.storeSeconds.Observe(took.Seconds())
 	case errors.Is(err, writer.ErrCalledBack):
 		q.metrics.stored[resultDelivered].Inc()
+	case errors.Is(err, writer.ErrDuplicate):
+		q.metrics.stored[resultDuplicate].Inc()
 	default:
 		q.metrics.stored[resultFailed].Inc()
 	}

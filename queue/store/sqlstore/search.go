@@ -110,6 +110,8 @@ var likeEscape = strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`)
 const (
 	events  = "inkit_queue_events"
 	history = "inkit_queue_history"
+
+	isDead = "state = 'dead'" // for which there is an index
 )
 
 // tables returns the tables of a filter, with the condition that its states are.
@@ -123,7 +125,7 @@ func tables(f store.Filter) map[string]string {
 	case pending:
 		found[events] = "state || '' = 'pending'"
 	case dead:
-		found[events] = "state = 'dead'"
+		found[events] = isDead
 	}
 	if slices.Contains(f.States, store.History) && f.Error == "" && !f.Due {
 		found[history] = "TRUE"
@@ -137,8 +139,9 @@ func (d *DB) Search(ctx context.Context, f store.Filter, withRequest bool) (stor
 		f.Limit = store.MaxPage
 	}
 	var all store.Page
-	for table, state := range tables(f) {
-		part, err := d.searchTable(ctx, table, state, f, withRequest)
+	searched := tables(f)
+	for table, state := range searched {
+		part, err := d.searchTable(ctx, table, state, f, withRequest, searchTime/time.Duration(len(searched)))
 		if err != nil {
 			return store.Page{}, d.Wrap(err)
 		}
@@ -168,9 +171,10 @@ func compare(f store.Filter, a, b string) int {
 
 // searchTable searches one table. If no index answers the filter, it looks at some rows
 // after the other, until it has found enough or the time is over.
-func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filter, withRequest bool) (page store.Page, err error) {
+func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filter, withRequest bool, limit time.Duration) (page store.Page, err error) {
 	began := time.Now()
-	indexed := f.IDs != nil || f.Resource != "" || f.Due
+	indexed := f.IDs != nil || f.Resource != "" || f.Due || // or each row matches
+		f.Queue == "" && f.Type == "" && f.Error == "" && (state == "TRUE" || state == isDead)
 	for {
 		end := ""
 		if !indexed {
@@ -189,7 +193,7 @@ func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filte
 			return page, nil
 		case end == "":
 			return page, nil
-		case time.Since(began) > searchTime:
+		case time.Since(began) > limit:
 			page.Next = end
 			return page, nil
 		}
@@ -213,7 +217,7 @@ func (d *DB) stepEnd(ctx context.Context, table, state string, f store.Filter) (
 	if f.After != "" {
 		c.add(after, f.After)
 	}
-	if state == "state = 'dead'" {
+	if state == isDead {
 		c.add(state)
 	}
 	err = d.Read.QueryRowContext(ctx, d.text(`SELECT id FROM {schema}`+table+` WHERE `+c.String()+
