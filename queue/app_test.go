@@ -11,6 +11,7 @@ import (
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/storetest"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
@@ -246,7 +247,7 @@ func TestSharedDatabase(t *testing.T) {
 			&Handler{Name: "a", StoreRaw: sqliteAt(path), Routes: rawRoutes(string(deliver[0].HandlersRaw[0]))},
 			&Handler{Name: "b", StoreRaw: sqliteAt(path), Routes: routes(status(500))})
 		defer c.stop(t)
-		queueOf := func(i int) *queue { return c.handlers[i].use.queue }
+		queueOf := func(i int) *queue { return c.handlers[i].use.queue.Load() }
 		assert.Same(t, queueOf(0), queueOf(1))
 		assert.NotSame(t, queueOf(0), queueOf(2))
 		assert.Same(t, queueOf(0).db, queueOf(2).db)
@@ -275,10 +276,9 @@ func TestStopLeavesNoLease(t *testing.T) {
 		c.stop(t)
 		s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 		require.NoError(t, err)
-		require.NoError(t, s.Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
+		storetest.Select(t, s, store.Filter{}, func(r *store.Record) {
 			require.Zero(t, r.LeasedUntil, "stop %d: an event is leased, and nobody attempts it", i)
-			return true
-		}))
+		})
 		require.NoError(t, s.Close())
 	}
 }

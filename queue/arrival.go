@@ -8,8 +8,10 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/writer"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"go.uber.org/zap"
 )
 
 const (
@@ -20,6 +22,10 @@ const (
 
 	// storeWait is how long a sender waits at least for its event to be on the disk.
 	storeWait = 5 * time.Second
+
+	// onceWait is how long an event that is stored once waits for that before its first
+	// attempt. Then it is attempted all the same: a double is better than a loss.
+	onceWait = time.Second
 )
 
 // errNoPlace means that as many attempts as may be are under way.
@@ -29,9 +35,12 @@ var errNoPlace = errors.New("no attempt could begin")
 type arrival struct {
 	q       *queue
 	h       *Handler
-	request *request
+	request *request.Request
 	record  *store.Record
 	began   time.Time
+
+	refused   bool // too many events are pending
+	duplicate bool // the log says so
 
 	mu       sync.Mutex
 	addition *writer.Addition // once it is being stored
@@ -41,11 +50,24 @@ type arrival struct {
 // answer delivers or stores the event, and answers its sender as soon as one of both is
 // done.
 func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
-	attempted := a.attempt()
 	answerAfter := time.Duration(*a.h.AnswerAfter)
-	var first result
-	waiting := attempted != nil // for the attempt
+	deadline := a.began.Add(max(storeWait, answerAfter))
+	begins := a.begins()
+	stored := a.record.Digest != nil && a.storeOnce(deadline)
+	if a.isDuplicate() {
+		w.WriteHeader(http.StatusOK)
+		return nil
+	}
+	var attempted chan result
+	if begins {
+		if a.record.Digest != nil && !stored {
+			a.q.warnOnce(a.h)
+		}
+		attempted = a.attempt()
+	}
+	waiting := begins // for the attempt
 	if waiting {
+		var first result
 		timer := time.NewTimer(min(patience, answerAfter))
 		select {
 		case first = <-attempted:
@@ -54,37 +76,47 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 		}
 		timer.Stop()
 		if !waiting && first.err == nil {
-			a.q.metrics.stored[resultDelivered].Inc()
+			if a.addition == nil {
+				a.q.metrics.stored[resultDelivered].Inc()
+			}
 			return first.answer.copyTo(w)
 		}
 	}
-	deadline := a.began.Add(max(storeWait, answerAfter))
-	durable := a.store(deadline)
-	if durable == nil && !waiting {
-		return refuse(w, errors.New("the event could not be stored, and the backend has not taken it"))
+	if !waiting {
+		attempted = nil
 	}
+	return a.answerKept(w, r, attempted, stored, deadline)
+}
+
+// answerKept answers the sender of an event that the backend has not taken at once: when it
+// is taken or stored. attempted is nil if no attempt is under way.
+func (a *arrival) answerKept(w http.ResponseWriter, r *http.Request, attempted chan result, stored bool, deadline time.Time) error {
+	var durable <-chan struct{}
+	if !stored {
+		durable = a.store(deadline)
+	}
+	answerAfter := time.Duration(*a.h.AnswerAfter)
 	patient := time.NewTimer(time.Until(a.began.Add(answerAfter)))
 	defer patient.Stop()
 	giveUp := time.NewTimer(time.Until(deadline))
 	defer giveUp.Stop()
 	gone := r.Context().Done()
-	stored, impatient := false, answerAfter == 0
+	impatient := answerAfter == 0
 	for {
 		switch {
-		case stored && (impatient || !waiting):
+		case stored && (impatient || attempted == nil):
 			w.WriteHeader(http.StatusOK)
 			return nil
-		case !stored && durable == nil && !waiting:
+		case !stored && durable == nil && attempted == nil:
 			return refuse(w, errors.New("the event could not be stored, and the backend has not taken it"))
 		}
 		select {
 		case res := <-attempted:
-			if waiting = false; res.err == nil {
+			if attempted = nil; res.err == nil {
 				return res.answer.copyTo(w)
 			}
-			attempted = nil
 		case <-durable:
-			stored, durable = a.addition.Err() == nil, nil
+			stored, durable = a.addition.Err() == nil || a.isDuplicate(), nil
 		case <-patient.C:
 			impatient = true
 		case <-giveUp.C:
@@ -97,17 +129,63 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	}
 }
 
-// attempt begins the first attempt, and returns where its result comes. It returns nil if
-// there is none, since the backend is down, or was and has enough to do. While events
-// cannot be stored there always is one.
+// begins reports whether the first attempt begins now. It does not if the queue is paused,
+// or if the backend is down, or was and has enough to do. While events cannot be stored, it
+// does even then.
+func (a *arrival) begins() bool {
+	q := a.q
+	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Allows(q.inFlightNow()) {
+		return false
+	}
+	a.record.Attempts, a.record.Lease = 1, time.Duration(a.h.AttemptTimeout)+delivery.LeaseMargin
+	return true
+}
+
+// storeOnce stores an event that is stored once before its first attempt, and reports
+// whether that is done.
+func (a *arrival) storeOnce(deadline time.Time) bool {
+	if !a.q.db.writer.Failing() {
+		if durable := a.store(deadline); durable != nil {
+			timer := time.NewTimer(onceWait)
+			defer timer.Stop()
+			select {
+			case <-durable:
+				if a.addition.Err() == nil || a.isDuplicate() {
+					return true
+				}
+			case <-timer.C:
+			}
+		}
+	}
+	return false
+}
+
+// isDuplicate reports whether an event that is stored once was stored before, and logs it.
+func (a *arrival) isDuplicate() bool {
+	if a.addition == nil {
+		return false
+	}
+	select {
+	case <-a.addition.Done():
+	default:
+		return false
+	}
+	if !errors.Is(a.addition.Err(), writer.ErrDuplicate) {
+		return false
+	}
+	if !a.duplicate {
+		a.duplicate = true
+		a.h.logger.Info("an event came again, and is not delivered twice", zap.String("queue", a.q.name),
+			zap.String("event_type", a.record.EventType), zap.String("resource_id", a.record.ResourceID), zap.String("first", a.record.First))
+	}
+	return true
+}
+
+// attempt begins the first attempt, and returns where its result comes.
 func (a *arrival) attempt() chan result {
 	q := a.q
 	storing := !q.db.writer.Failing()
-	if storing && !q.breaker.Allows(q.inFlightNow()) {
-		return nil
-	}
 	attempted := make(chan result, 1)
-	a.record.Attempts, a.record.Lease = 1, time.Duration(a.h.AttemptTimeout)+delivery.LeaseMargin
 	placed := q.limits.TryNew()
 	q.running.Add(1)
 	go func() {
@@ -154,12 +232,18 @@ func (a *arrival) end(f store.Finish) {
 // ended. It returns nil if the event is not stored, because too many are or because the
 // backend has taken it at this moment.
 func (a *arrival) store(deadline time.Time) <-chan struct{} {
-	if a.q.db.pending(a.q.name) >= a.h.MaxEvents {
-		a.q.refused(a.h)
+	if a.addition == nil && a.q.db.pending(a.q.name) >= a.h.MaxEvents {
+		if !a.refused {
+			a.refused = true
+			a.q.refused(a.h)
+		}
 		return nil
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if a.addition != nil { // before the attempt
+		return a.addition.Done()
+	}
 	if f := a.finish; f != nil {
 		if f.Outcome == store.Delivered {
 			return nil
@@ -169,6 +253,6 @@ func (a *arrival) store(deadline time.Time) <-chan struct{} {
 		}
 		a.record.Lease, a.record.Delay, a.record.LastError = 0, f.After, f.LastError
 	}
-	a.addition = a.q.db.writer.Add(a.record, a.request.encode, deadline, func(err error) { a.q.noteStored(err, time.Since(a.began)) })
+	a.addition = a.q.db.writer.Add(a.record, a.request.Encode, deadline, func(err error) { a.q.noteStored(err, time.Since(a.began)) })
 	return a.addition.Done()
 }

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -55,7 +56,7 @@ func (r result) name() string {
 
 // attempt makes one attempt at an event, and calls done once: when the handlers have
 // returned, or some time after attempt_timeout though they have not.
-func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(result)) {
+func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done func(result)) {
 	if err := q.begin(rec.ID); err != nil {
 		done(result{err: err, unreachable: true})
 		return
@@ -89,7 +90,7 @@ func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(res
 		end(result{err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
 	})
 	answer := newAnswer()
-	err := q.run(h, r.prepare(ctx, h.server, answer, rec), answer, rec.ID)
+	err := q.run(h, prepare(ctx, r, h.server, answer, rec), answer, rec.ID)
 	timeUp := ctx.Err() == context.DeadlineExceeded
 	stop()
 	close(returned)
@@ -191,7 +192,7 @@ func retryAfter(value string, now time.Time) time.Duration {
 
 // lastError returns the text that is stored of an error: one line that a terminal can show.
 func lastError(err error) string {
-	text := printable(err.Error())
+	text := request.Printable(err.Error())
 	if len(text) > maxError {
 		text = strings.ToValidUTF8(text[:maxError], "") + "..."
 	}

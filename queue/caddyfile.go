@@ -26,6 +26,9 @@ func init() {
 //		max_age         <duration>
 //		max_events      <number>
 //		concurrency     <number>
+//		history         <duration>
+//		once            <type>...
+//		remember        <duration>
 //		deliver {
 //			<directives...>
 //		}
@@ -64,6 +67,17 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 			h.MaxEvents, err = parseNumber(d, word)
 		case "concurrency":
 			h.Concurrency, err = parseNumber(d, word)
+		case "history":
+			h.History = new(caddy.Duration)
+			*h.History, err = parseDuration(d, word, 0)
+		case "once":
+			if h.Once = d.RemainingArgs(); len(h.Once) == 0 {
+				err = d.Err("once: takes one or more event types")
+			} else if wrong := validateOnce(h.Once); wrong != nil {
+				err = d.Err(wrong.Error())
+			}
+		case "remember":
+			h.Remember, err = parseDuration(d, word, 1)
 		case "deliver":
 			err = h.parseDeliver(helper, d)
 		default:

@@ -10,8 +10,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
-	"unicode"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/spf13/cobra"
@@ -67,12 +67,16 @@ an object for each. An event that was delivered is not there any more.
 		table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 		encoder := json.NewEncoder(os.Stdout)
 		headed := *asJSON
+		var filter store.Filter
+		if *dead {
+			filter.States = []string{store.Dead}
+		}
 		err := o.each(cmd.Context(), func(s store.Store) error {
 			if !headed {
 				headed = true
 				fmt.Fprintln(table, "ID\tSTATE\tRECEIVED\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
 			}
-			return store.Each(cmd.Context(), s, store.Filter{Dead: *dead}, false, func(page []*store.Record) error {
+			return store.Each(cmd.Context(), s, filter, false, func(page []*store.Record) error {
 				for _, r := range page {
 					l := newListed(r)
 					row := []string{l.ID, l.State, l.Received, l.EventType, l.ResourceID, fmt.Sprint(l.Attempts), l.NextAttempt, l.LastError}
@@ -80,7 +84,7 @@ an object for each. An event that was delivered is not there any more.
 					if *asJSON {
 						err = encoder.Encode(l)
 					} else {
-						_, err = fmt.Fprintln(table, printable(strings.Join(row, "\t"), '\t'))
+						_, err = fmt.Fprintln(table, request.Printable(strings.Join(row, "\t"), '\t'))
 					}
 					if err != nil {
 						return err
@@ -131,23 +135,19 @@ and control characters are replaced.
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, ids []string) error {
 			return o.eachID(cmd.Context(), ids, func(_ store.Store, r *store.Record) error {
-				stored, err := decodeRequest(r)
+				stored, err := request.Decode(r)
 				if err != nil {
 					return fmt.Errorf("%s: %w", r.ID, err)
 				}
-				for _, field := range []string{"Inkit-Signature", "Authorization", "Proxy-Authorization", "Cookie"} {
-					if _, ok := stored.Header[field]; ok {
-						stored.Header[field] = []string{"REDACTED"}
-					}
-				}
+				stored.Redact()
 				shown, err := json.MarshalIndent(struct {
 					listed
-					Request *request `json:"request"`
+					Request *request.Request `json:"request"`
 				}{newListed(r), stored}, "", "  ")
 				if err != nil {
 					return err
 				}
-				fmt.Printf("%s\n\n%s\n", printable(string(shown), '\n'), strings.TrimSuffix(printable(string(stored.body), '\n', '\t'), "\n"))
+				fmt.Printf("%s\n\n%s\n", request.Printable(string(shown), '\n'), strings.TrimSuffix(request.Printable(string(stored.Body), '\n', '\t'), "\n"))
 				return nil
 			})
 		},
@@ -175,7 +175,7 @@ is being delivered is left alone.
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		if *dead {
 			return o.each(cmd.Context(), func(s store.Store) error {
-				n, err := s.Retry(cmd.Context(), store.Filter{Dead: true})
+				n, err := s.Retry(cmd.Context(), store.Filter{States: []string{store.Dead}})
 				if err == nil {
 					fmt.Printf("%d dead events are pending\n", n)
 				}
@@ -211,7 +211,7 @@ them back. A delivery that is under way goes on.
 			return o.eachID(cmd.Context(), ids, func(s store.Store, r *store.Record) error {
 				n, err := s.Drop(cmd.Context(), store.Filter{IDs: []string{r.ID}})
 				if n > 0 {
-					fmt.Println("dropped", printable(strings.TrimSpace(strings.Join([]string{r.ID, r.EventType, r.ResourceID}, " "))))
+					fmt.Println("dropped", request.Printable(strings.TrimSpace(strings.Join([]string{r.ID, r.EventType, r.ResourceID}, " "))))
 				}
 				return err
 			})
@@ -252,7 +252,7 @@ tables, where that of Caddy may not.
 			if err := s.Close(); err != nil {
 				return err
 			}
-			fmt.Println("the tables are there:", printable(opener.Key()))
+			fmt.Println("the tables are there:", request.Printable(opener.Key()))
 		}
 		if *show && !shown {
 			return errors.New("no store of the configuration is in PostgreSQL")
@@ -324,15 +324,4 @@ func move(ctx context.Context, from, to store.Store) (moved, left int, err error
 		return err
 	})
 	return moved, left, err
-}
-
-// printable replaces what would have a terminal do something, except for the
-// characters in keep.
-func printable(s string, keep ...rune) string {
-	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) || slices.Contains(keep, r) {
-			return r
-		}
-		return unicode.ReplacementChar
-	}, s)
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/storetest"
 	"github.com/spf13/cobra"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -83,10 +84,9 @@ func states(t *testing.T, path string) map[string]string {
 	require.NoError(t, err)
 	defer s.Close()
 	all := make(map[string]string)
-	require.NoError(t, s.Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
+	storetest.Select(t, s, store.Filter{}, func(r *store.Record) {
 		all[r.ID] = r.State
-		return true
-	}))
+	})
 	return all
 }
 
@@ -97,10 +97,9 @@ func due(t *testing.T, path string) map[string]string {
 	require.NoError(t, err)
 	defer s.Close()
 	all := make(map[string]string)
-	require.NoError(t, s.Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
+	storetest.Select(t, s, store.Filter{}, func(r *store.Record) {
 		all[r.ID] = r.Due.UTC().Format(time.RFC3339)
-		return true
-	}))
+	})
 	return all
 }
 

@@ -27,6 +27,9 @@ const (
 	countTimeout = time.Minute
 	peekTimeout  = 20 * time.Second
 
+	// keepInterval is the pause between two counts of the history, for max_events.
+	keepInterval = time.Minute
+
 	// errorInterval is the pause between two lines of the log about the same trouble.
 	errorInterval = time.Minute
 )
@@ -40,6 +43,7 @@ type database struct {
 	ctx      context.Context // of the counting
 	cancel   context.CancelFunc
 	counting sync.WaitGroup
+	measured time.Time     // when the upkeep last counted the history
 	recount  chan struct{} // asks for a count at once
 
 	mu      sync.Mutex
@@ -181,6 +185,9 @@ func (d *database) Written(b *store.Batch) {
 	}
 	woken := make(map[string]bool)
 	for _, r := range b.Add {
+		if r.First != "" {
+			continue
+		}
 		d.changeLocked(r.Queue, store.Pending, 1)
 		woken[r.Queue] = woken[r.Queue] || r.Lease == 0
 	}
@@ -301,7 +308,7 @@ func (d *database) countOnce(s store.Store) error {
 	d.mu.Unlock()
 	for more := err == nil; more && err == nil; {
 		var u store.Upkeep
-		if u, err = s.Tidy(ctx); err == nil {
+		if u, err = s.Tidy(ctx, d.keep()); err == nil {
 			more = u.More
 			d.mu.Lock()
 			d.damaged = u.DamagedFiles
@@ -309,6 +316,27 @@ func (d *database) countOnce(s store.Store) error {
 		}
 	}
 	return err
+}
+
+// keep returns how much of the history of each queue stays. Now and then, its rows are
+// counted.
+func (d *database) keep() (keep []store.Keep) {
+	count := time.Since(d.measured) >= keepInterval
+	if count {
+		d.measured = time.Now()
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for name, q := range d.queues {
+		if h := q.current(); h != nil {
+			k := store.Keep{Queue: name, For: time.Duration(*h.History)}
+			if count {
+				k.Rows = h.MaxEvents
+			}
+			keep = append(keep, k)
+		}
+	}
+	return keep
 }
 
 // show has the metrics show the counts, and the log the events that no queue delivers.

@@ -20,6 +20,7 @@ import (
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/storetest"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
@@ -125,13 +126,12 @@ func TestLastErrorOfABackend(t *testing.T) {
 		for attempt := 1; attempt <= 2; attempt++ {
 			synctest.Wait()
 			seen := 0
-			require.NoError(t, c.queue().db.opened(t).Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
+			storetest.Select(t, c.queue().db.opened(t), store.Filter{}, func(r *store.Record) {
 				seen++
 				assert.Equal(t, attempt, r.Attempts)
 				assert.True(t, strings.HasPrefix(r.LastError, "status 500: \uFFFD[2Jno\uFFFD\uFFFD\uFFFDlong long "), r.LastError)
 				assert.LessOrEqual(t, len(r.LastError), 303)
-				return true
-			}))
+			})
 			assert.Equal(t, 1, seen)
 			time.Sleep(1300 * time.Millisecond)
 		}
@@ -356,7 +356,7 @@ func TestNewEventsPassABacklog(t *testing.T) {
 		q := c.queue()
 		for i := range 500 { // a backlog that is due
 			r, e := arrived(t, "http://example.com/", body, nil)
-			q.db.writer.Add(&store.Record{ID: fmt.Sprintf("backlog-%03d", i), Queue: "default", Received: time.Now()}, newRequest(r, e).encode, time.Now().Add(time.Minute), func(error) {})
+			q.db.writer.Add(&store.Record{ID: fmt.Sprintf("backlog-%03d", i), Queue: "default", Received: time.Now()}, newRequest(r, e).Encode, time.Now().Add(time.Minute), func(error) {})
 		}
 		synctest.Wait()
 		for range 20 {
@@ -401,7 +401,7 @@ func TestMaxAge(t *testing.T) {
 		time.Sleep(2 * time.Hour)
 		synctest.Wait()
 		assert.Equal(t, before, attempts.Load(), "a dead one is left alone")
-		n, err := c.queue().db.opened(t).Retry(t.Context(), store.Filter{Dead: true})
+		n, err := c.queue().db.opened(t).Retry(t.Context(), store.Filter{States: []string{store.Dead}})
 		require.NoError(t, err)
 		assert.Equal(t, 1, n)
 		time.Sleep(50 * time.Minute)

@@ -4,6 +4,7 @@
 package queue
 
 import (
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,6 +36,8 @@ const (
 	defaultMaxAge         = 5 * 24 * time.Hour
 	defaultMaxEvents      = 1_000_000
 	defaultConcurrency    = 16
+	defaultHistory        = 7 * 24 * time.Hour
+	defaultRemember       = 30 * 24 * time.Hour
 )
 
 // refusedFor is how many seconds a sender is told to wait whose event could not be stored.
@@ -92,9 +95,23 @@ type Handler struct {
 	// alone. Default: `16`.
 	Concurrency int `json:"concurrency,omitempty"`
 
+	// How long the database remembers an event that was delivered: its id, type, resource,
+	// times and status, and nothing of the request. There are never many more of these
+	// rows than `max_events`. With 0, there are none. Default: `7d`.
+	History *caddy.Duration `json:"history,omitempty"`
+
+	// The event types that the sender sends once for a resource, with `*` as a wildcard.
+	// Of events of these types whose bodies are the same bytes, the first alone is
+	// delivered; the sender of another one gets status 200. Default: none.
+	Once []string `json:"once,omitempty"`
+
+	// How long the bodies of such events are remembered. Default: `30d`.
+	Remember caddy.Duration `json:"remember,omitempty"`
+
 	// The handlers that deliver an event, such as `reverse_proxy`. Required.
 	Routes caddyhttp.RouteList `json:"routes,omitempty"`
 
+	once   *regexp.Regexp // the types of Once, nil for none
 	opener store.Opener
 	server *caddyhttp.Server
 	logger *zap.Logger
@@ -135,6 +152,14 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.Concurrency == 0 {
 		h.Concurrency = defaultConcurrency
 	}
+	if h.History == nil {
+		h.History = new(caddy.Duration)
+		*h.History = caddy.Duration(defaultHistory)
+	}
+	if h.Remember == 0 {
+		h.Remember = caddy.Duration(defaultRemember)
+	}
+	h.once = onceForm(h.Once)
 	config, err := json.Marshal(h) // before modules are loaded, which takes their JSON away
 	if err != nil {
 		return err
@@ -185,6 +210,12 @@ func (h *Handler) Validate() error {
 		return errors.New("max_events: must not be negative")
 	case h.Concurrency < 0:
 		return errors.New("concurrency: must not be negative")
+	case *h.History < 0:
+		return errors.New("history: must not be negative")
+	case h.Remember < 0:
+		return errors.New("remember: must not be negative")
+	case validateOnce(h.Once) != nil:
+		return validateOnce(h.Once)
 	case len(h.Routes) == 0:
 		return errors.New("routes: at least one is required")
 	}
@@ -222,6 +253,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 			ID: id.String(), Queue: h.Name, State: store.Pending, Received: now,
 			EventType: e.Type(), ResourceID: e.ResourceID(),
 		},
+	}
+	if h.isOnce(a.record.EventType) {
+		digest := sha256.Sum256(e.Body)
+		a.record.Digest, a.record.Remember = digest[:], time.Duration(h.Remember)
 	}
 	return a.answer(w, r)
 }

@@ -17,8 +17,10 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/storetest"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
@@ -210,16 +212,16 @@ func (c *configuration) stop(tb testing.TB) {
 }
 
 // queue returns the queue of the first handler.
-func (c *configuration) queue() *queue { return c.handlers[0].use.queue }
+func (c *configuration) queue() *queue { return c.handlers[0].use.queue.Load() }
 
 // addition is an event that is to be stored.
 type addition struct {
 	rec     *store.Record
-	request *request
+	request *request.Request
 }
 
 func (a *addition) seal() (err error) {
-	a.rec.Request, err = a.request.encode()
+	a.rec.Request, err = a.request.Encode()
 	a.rec.Checksum = a.rec.Sum()
 	return err
 }
@@ -427,11 +429,10 @@ func TestAnswers(t *testing.T) {
 				assert.Equal(t, taken, got.header.Get("X-Backend") == "yes", "a field of the backend")
 				assert.Equal(t, tt.pending, c.counts(t)[store.Pending])
 				if tt.last != "" {
-					require.NoError(t, c.queue().db.opened(t).Select(t.Context(), store.Filter{}, false, func(r *store.Record) bool {
+					storetest.Select(t, c.queue().db.opened(t), store.Filter{}, func(r *store.Record) {
 						assert.Equal(t, tt.last, r.LastError)
 						assert.Equal(t, []any{"DOCUMENT_CREATE_FINISHED", "doc_2N0X2g4f3b1JJU75fqzDZs", 1}, []any{r.EventType, r.ResourceID, r.Attempts})
-						return true
-					}))
+					})
 				}
 				for _, line := range c.logs.All() {
 					text := fmt.Sprint(line.Message, line.ContextMap())

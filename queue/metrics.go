@@ -22,7 +22,7 @@ var (
 
 	storedTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_inkit_queue_stored_total",
-		Help: "Counter of verified events by whether they were kept: stored, delivered before that, refused above max_events, or failed.",
+		Help: "Counter of verified events by whether they were kept: stored, delivered before that, duplicate of an event that was stored, refused above max_events, or failed.",
 	}, []string{"queue", "result"})
 
 	attemptsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -41,6 +41,11 @@ var (
 		Help: "Whether the backend is taken to be down: 1 or 0.",
 	}, []string{"queue"})
 
+	pausedGauge = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "caddy_inkit_queue_paused",
+		Help: "Whether an operator has paused the queue: 1 or 0.",
+	}, []string{"queue"})
+
 	damagedFiles = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "caddy_inkit_queue_damaged_files",
 		Help: "Damaged databases that were moved aside and are still there.",
@@ -51,6 +56,7 @@ var (
 const (
 	resultStored    = "stored"
 	resultDelivered = "delivered"
+	resultDuplicate = "duplicate"
 	resultRefused   = "refused"
 	resultFailed    = "failed"
 
@@ -59,7 +65,7 @@ const (
 
 func registerMetrics(registry prometheus.Registerer) error {
 	for _, collector := range []prometheus.Collector{
-		eventsGauge, oldestGauge, storedTotal, attemptsTotal, storeSeconds, backendDown, damagedFiles,
+		eventsGauge, oldestGauge, storedTotal, attemptsTotal, storeSeconds, backendDown, pausedGauge, damagedFiles,
 	} {
 		if err := registry.Register(collector); err != nil && !errors.As(err, new(prometheus.AlreadyRegisteredError)) {
 			return err
@@ -73,7 +79,7 @@ type queueMetrics struct {
 	queue                 string
 	stored, attempts      map[string]prometheus.Counter // by result
 	storeSeconds          prometheus.Observer
-	down, damaged         prometheus.Gauge
+	down, damaged, paused prometheus.Gauge
 	pending, dead, oldest prometheus.Gauge
 }
 
@@ -83,12 +89,13 @@ func newQueueMetrics(queue string) *queueMetrics {
 		stored: make(map[string]prometheus.Counter), attempts: make(map[string]prometheus.Counter),
 		storeSeconds: storeSeconds.WithLabelValues(queue),
 		down:         backendDown.WithLabelValues(queue),
+		paused:       pausedGauge.WithLabelValues(queue),
 		damaged:      damagedFiles.WithLabelValues(queue),
 		pending:      eventsGauge.WithLabelValues(queue, store.Pending),
 		dead:         eventsGauge.WithLabelValues(queue, store.Dead),
 		oldest:       oldestGauge.WithLabelValues(queue),
 	}
-	for _, result := range []string{resultStored, resultDelivered, resultRefused, resultFailed} {
+	for _, result := range []string{resultStored, resultDelivered, resultDuplicate, resultRefused, resultFailed} {
 		m.stored[result] = storedTotal.WithLabelValues(queue, result)
 	}
 	for _, result := range []string{resultDelivered, resultFailed, resultUnreachable} {
@@ -112,5 +119,6 @@ func (m *queueMetrics) remove() {
 	}
 	oldestGauge.DeleteLabelValues(m.queue)
 	backendDown.DeleteLabelValues(m.queue)
+	pausedGauge.DeleteLabelValues(m.queue)
 	damagedFiles.DeleteLabelValues(m.queue)
 }

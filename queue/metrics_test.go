@@ -51,8 +51,8 @@ func TestAllSeriesExistFromTheStart(t *testing.T) {
 		c := start(t, &Handler{Name: "from-the-start", StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(200))})
 		defer c.stop(t)
 		assert.Equal(t, map[string]float64{
-			"events pending": 0, "events dead": 0, "oldest_age_seconds": 0, "store_seconds": 0, "backend_down": 0, "damaged_files": 0,
-			"stored_total stored": 0, "stored_total delivered": 0, "stored_total refused": 0, "stored_total failed": 0,
+			"events pending": 0, "events dead": 0, "oldest_age_seconds": 0, "store_seconds": 0, "backend_down": 0, "damaged_files": 0, "paused": 0,
+			"stored_total stored": 0, "stored_total delivered": 0, "stored_total duplicate": 0, "stored_total refused": 0, "stored_total failed": 0,
 			"attempts_total delivered": 0, "attempts_total failed": 0, "attempts_total unreachable": 0,
 		}, seriesOf(t, "from-the-start"))
 	})

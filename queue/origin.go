@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
@@ -102,17 +103,24 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *
 	}
 	var failed []error
 	err := o.each(ctx, func(s store.Store) error {
-		return store.Each(ctx, s, store.Filter{IDs: ids}, true, func(page []*store.Record) error {
-			for _, r := range page {
-				delete(unknown, r.ID)
-				failed = append(failed, f(s, r))
+		for some := range slices.Chunk(ids, 500) { // as many as a statement takes
+			all := []string{store.Pending, store.Dead, store.History}
+			err := store.Each(ctx, s, store.Filter{IDs: some, States: all}, true, func(page []*store.Record) error {
+				for _, r := range page {
+					delete(unknown, r.ID)
+					failed = append(failed, f(s, r))
+				}
+				return nil
+			})
+			if err != nil {
+				return err
 			}
-			return nil
-		})
+		}
+		return nil
 	})
 	for _, id := range ids {
 		if unknown[id] && err == nil {
-			failed = append(failed, fmt.Errorf("there is no event %s", printable(id)))
+			failed = append(failed, fmt.Errorf("there is no event %s", request.Printable(id)))
 		}
 	}
 	return errors.Join(append(failed, err)...)

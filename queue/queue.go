@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/writer"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"go.uber.org/zap"
@@ -24,6 +25,8 @@ type queue struct {
 	breaker  *delivery.Breaker
 	limits   *delivery.Limits
 	schedule *delivery.Schedule
+	pause    pause
+	warnings warnings
 
 	attempting context.Context // of all attempts
 	cutOff     context.CancelFunc
@@ -125,7 +128,13 @@ func (q *queue) timeout() time.Duration {
 }
 
 // Peek is of delivery.Source.
-func (q *queue) Peek() (store.Peek, error) { return q.db.peek(q.name) }
+func (q *queue) Peek() (store.Peek, error) {
+	p, err := q.db.peek(q.name)
+	if err == nil {
+		q.heedPause(&p)
+	}
+	return p, err
+}
 
 // Claim is of delivery.Source.
 func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
@@ -141,7 +150,7 @@ func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree fu
 		q.running.Done()
 	}
 	h := q.current()
-	request, err := decodeRequest(r)
+	decoded, err := request.Decode(r)
 	switch {
 	case h == nil:
 		q.db.writer.Finish(nil, store.Finish{ID: r.ID, Queue: q.name, Outcome: store.Unbegun})
@@ -149,7 +158,7 @@ func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree fu
 		h.logger.Error("a stored event is not what was stored: it was set aside", zap.String("id", r.ID), zap.Error(err))
 		q.db.writer.Finish(nil, store.Finish{ID: r.ID, Queue: q.name, Outcome: store.SetAside, LastError: lastError(err)})
 	default:
-		q.attempt(h, request, r, func(res result) {
+		q.attempt(h, decoded, r, func(res result) {
 			q.db.writer.Finish(nil, q.settle(h, r, res, r.Age+time.Since(claimed)))
 			ended()
 		})
@@ -175,6 +184,7 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 	switch {
 	case res.err == nil:
 		f.Outcome = store.Delivered
+		q.remember(h, r, res.status)
 	case age >= time.Duration(h.MaxAge):
 		h.logger.Error("an event is dead: the backend has not taken it for max_age", zap.String("id", r.ID),
 			zap.String("event_type", r.EventType), zap.String("resource_id", r.ResourceID),
@@ -230,6 +240,8 @@ func (q *queue) noteStored(err error, took time.Duration) {
 		q.metrics.storeSeconds.Observe(took.Seconds())
 	case errors.Is(err, writer.ErrCalledBack):
 		q.metrics.stored[resultDelivered].Inc()
+	case errors.Is(err, writer.ErrDuplicate):
+		q.metrics.stored[resultDuplicate].Inc()
 	default:
 		q.metrics.stored[resultFailed].Inc()
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
@@ -46,9 +47,9 @@ func stored(tb testing.TB, r *http.Request, e *event.Event) *http.Request {
 	tb.Helper()
 	a := &addition{rec: &store.Record{ID: "id", Received: time.Unix(1_795_592_263, 0), Attempts: 3}, request: newRequest(r, e)}
 	require.NoError(tb, a.seal())
-	decoded, err := decodeRequest(a.rec)
+	decoded, err := request.Decode(a.rec)
 	require.NoError(tb, err)
-	return decoded.prepare(tb.Context(), new(caddyhttp.Server), newAnswer(), a.rec)
+	return prepare(tb.Context(), decoded, new(caddyhttp.Server), newAnswer(), a.rec)
 }
 
 func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
@@ -202,7 +203,7 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 		{"something else", unreadable, resealed([]byte("c0nf1d3nt1al"))},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			_, err := decodeRequest(tt.rec)
+			_, err := request.Decode(tt.rec)
 			require.EqualError(t, err, tt.message)
 		})
 	}
@@ -218,7 +219,7 @@ func TestStoredForm(t *testing.T) {
 	want.Vars = map[string]any{"text": "a", "number": 1, "long": int64(2), "fraction": 0.5, "truth": true}
 	const golden = "testdata/request.gob"
 	if os.Getenv("UPDATE") != "" {
-		encoded, err := want.encode()
+		encoded, err := want.Encode()
 		require.NoError(t, err)
 		require.NoError(t, os.WriteFile(golden, encoded, 0o600))
 	}
@@ -226,7 +227,7 @@ func TestStoredForm(t *testing.T) {
 	require.NoError(t, err)
 	rec := &store.Record{ID: "id", Request: stored}
 	rec.Checksum = rec.Sum()
-	got, err := decodeRequest(rec)
+	got, err := request.Decode(rec)
 	require.NoError(t, err)
 	assert.Equal(t, want, got)
 }
@@ -240,27 +241,27 @@ func FuzzStoredRequest(f *testing.F) {
 	f.Add("other", whole.rec.Request, whole.rec.Checksum, false)
 	f.Add("id", []byte("the body"), []byte{}, true)
 	f.Add("", []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}, []byte(nil), true)
-	f.Fuzz(func(t *testing.T, id string, request, checksum []byte, seal bool) {
-		rec := &store.Record{ID: id, Request: request, Checksum: checksum, Attempts: 1}
+	f.Fuzz(func(t *testing.T, id string, encoded, checksum []byte, seal bool) {
+		rec := &store.Record{ID: id, Request: encoded, Checksum: checksum, Attempts: 1}
 		if seal { // so that what comes after the checksum sees it
 			rec.Checksum = rec.Sum()
 		}
-		decoded, err := decodeRequest(rec)
+		decoded, err := request.Decode(rec)
 		if err != nil {
 			return
 		}
 		require.Equal(t, rec.Sum(), rec.Checksum, "never one whose checksum does not hold")
-		got := decoded.prepare(t.Context(), new(caddyhttp.Server), newAnswer(), rec)
+		got := prepare(t.Context(), decoded, new(caddyhttp.Server), newAnswer(), rec)
 		all, err := io.ReadAll(got.Body)
 		require.NoError(t, err)
-		require.True(t, strings.HasSuffix(string(request), string(all)))
+		require.True(t, strings.HasSuffix(string(encoded), string(all)))
 		require.NotNil(t, event.FromContext(got.Context()))
 		_ = got.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).ReplaceAll("{http.request.local}{http.request.uri}{http.request.remote.host}", "")
-		again, err := decoded.encode() // as a command that moves it
+		again, err := decoded.Encode() // as a command that moves it
 		require.NoError(t, err)
 		moved := &store.Record{ID: id, Request: again}
 		moved.Checksum = moved.Sum()
-		_, err = decodeRequest(moved)
+		_, err = request.Decode(moved)
 		require.NoError(t, err)
 	})
 }

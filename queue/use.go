@@ -2,6 +2,7 @@ package queue
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -19,11 +20,11 @@ var (
 // reload. So each request uses the queue too, and the last user closes it.
 type use struct {
 	h         *Handler
-	queue     *queue         // nil before the start and after Cleanup
-	grace     time.Duration  // that attempts under way have when Caddy ends, 0 for all of their time
-	started   chan struct{}  // closed by open
-	requests  sync.RWMutex   // each request has it for reading
-	releasing sync.WaitGroup // what release has begun
+	queue     atomic.Pointer[queue] // nil before the start and after Cleanup
+	grace     time.Duration         // that attempts under way have when Caddy ends, 0 for all of their time
+	started   chan struct{}         // closed by open
+	requests  sync.RWMutex          // each request has it for reading
+	releasing sync.WaitGroup        // what release has begun
 }
 
 func newUse(h *Handler) *use { return &use{h: h, started: make(chan struct{})} }
@@ -49,15 +50,17 @@ func (u *use) release(then func()) {
 
 // open is for the start of the app.
 func (u *use) open() {
-	u.queue = u.acquire()
-	u.queue.attach(u.h)
+	q := u.acquire()
+	q.attach(u.h)
+	u.queue.Store(q)
 	close(u.started)
 }
 
 // detach ends the delivery by this handler.
 func (u *use) detach(grace time.Duration) {
-	if u.grace = grace; u.queue != nil {
-		u.queue.detach(u.h)
+	u.grace = grace
+	if q := u.queue.Load(); q != nil {
+		q.detach(u.h)
 	}
 }
 
@@ -80,11 +83,11 @@ func (u *use) leave() { u.release(u.requests.RUnlock) }
 // cleanup gives up the queue.
 func (u *use) cleanup() {
 	switch {
-	case u.queue == nil:
+	case u.queue.Load() == nil:
 	case caddy.Exiting():
 		u.end()
 	default:
-		u.queue = nil
+		u.queue.Store(nil)
 		u.release(func() {})
 	}
 }
@@ -93,9 +96,9 @@ func (u *use) cleanup() {
 // attempts under way. Events whose attempts are cut off are due at once.
 func (u *use) end() {
 	if u.grace > 0 {
-		defer time.AfterFunc(u.grace, u.queue.cutOff).Stop()
+		defer time.AfterFunc(u.grace, u.queue.Load().cutOff).Stop()
 	}
-	u.queue = nil
+	u.queue.Store(nil)
 	u.requests.Lock() // for good: a request that comes now would not end
 	_, _ = queues.Delete(u.key())
 }

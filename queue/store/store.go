@@ -9,13 +9,15 @@ import (
 	"errors"
 	"time"
 
+	"github.com/google/uuid"
 	"go.uber.org/zap"
 )
 
-// The states of an event in a store. A delivered event is deleted.
+// The states of an event in a store.
 const (
-	Pending = "pending" // waits for its next attempt, or an attempt is under way
-	Dead    = "dead"    // set aside until an operator retries or drops it
+	Pending = "pending"   // waits for its next attempt, or an attempt is under way
+	Dead    = "dead"      // set aside until an operator retries or drops it
+	History = "delivered" // deleted, but for a small row of the history
 )
 
 // Latest is the longest time from now at which an event may be due: the longest
@@ -48,6 +50,17 @@ type Record struct {
 
 	// Age is how long the event had been queued when it was claimed.
 	Age time.Duration
+
+	// Of the history: when the backend took the event, and the status of its answer.
+	Finished time.Time
+	Status   int
+
+	// For Batch.Add: the digest of an event that is stored once, and for how long that is
+	// remembered. Apply sets First to the id of an earlier event with this digest. The
+	// record is not added then.
+	Digest   []byte
+	Remember time.Duration
+	First    string
 }
 
 // Sum returns the checksum of the fields that must not change in the store.
@@ -90,10 +103,12 @@ type Claim struct {
 
 // Batch is the work of one transaction.
 type Batch struct {
-	Owner  string // holds the leases of Add and Claims
-	Add    []*Record
-	Finish []Finish
-	Claims []*Claim
+	Owner   string // holds the leases of Add and Claims
+	Add     []*Record
+	Finish  []Finish
+	Claims  []*Claim
+	History []*Record // rows of the history
+	Keys    []Key     // for Copy: those that are there already stay as they are
 
 	// Left are the finishes that Apply could not write, because another transaction has
 	// locked their rows. The caller tries them again.
@@ -104,6 +119,8 @@ type Batch struct {
 type Peek struct {
 	Empty bool          // no event is pending
 	Wait  time.Duration // until the next event is due, 0 if one is
+
+	Paused time.Time // since when the queue is paused, zero if it is not
 }
 
 // Count is the number of events of a queue in a state.
@@ -113,14 +130,90 @@ type Count struct {
 	Oldest       time.Duration // the age of the oldest
 }
 
-// Filter selects events for the commands.
+// Filter selects events for operators. Empty fields select all.
 type Filter struct {
-	Queue string // empty for all
-	Dead  bool   // only dead events
-	Due   bool   // only pending events whose attempt is due
-	After string // only events with a greater id; empty for all
-	IDs   []string
-	Limit int // how many at most, 0 for all
+	Queue    string
+	States   []string // nil for pending and dead
+	Type     string
+	Resource string
+	Error    string    // a part of the last error
+	Since    time.Time // received at this time or later
+	Until    time.Time // received before this time
+	IDs      []string  // not nil: only these
+	Due      bool      // only pending events whose attempt is due
+
+	After  string // a position: Page.Next, or an id
+	Newest bool   // the newest first, instead of the oldest
+	Limit  int    // how many at most, 0 for MaxPage
+}
+
+// MaxPage is how many events Search returns at most.
+const MaxPage = 500
+
+// Page is a part of what a filter selects.
+type Page struct {
+	Records []*Record // in the order of their ids
+
+	// Next is the position to go on from, empty at the end. A search that takes long stops
+	// early, perhaps without a record: it has looked at all events up to Next, whose time
+	// TimeOf tells.
+	Next string
+}
+
+// TimeOf returns the time in an id or a position, zero if there is none.
+func TimeOf(id string) time.Time {
+	parsed, err := uuid.Parse(id)
+	if err != nil || parsed.Version() != 7 {
+		return time.Time{}
+	}
+	return time.Unix(parsed.Time().UnixTime())
+}
+
+// Key says that an event was stored, so that no second one is.
+type Key struct {
+	Queue      string
+	Digest     []byte
+	ID         string    // of the first
+	Expires    time.Time // when the key is forgotten
+	Duplicates int       // how many more came
+}
+
+// Status is a look at a database for an operator.
+type Status struct {
+	Size   int64 // in bytes
+	Queues []QueueStatus
+}
+
+// QueueStatus is a look at one queue. What it says of deliveries is as complete as the
+// history: with a history of 0, it is nothing.
+type QueueStatus struct {
+	Queue         string
+	Pending, Dead int
+	Oldest        time.Duration // the age of the oldest pending event
+	Next          time.Duration // until the next attempt is due; 0 if it is, or if none is pending
+	Paused        time.Time     // since when; zero if it is not
+
+	LastHour, LastDay int     // delivered
+	Hours             [24]int // delivered an hour: the last one is the hour that ends now
+	Retries           int     // attempts that failed at the events that were delivered in the last day
+	Duplicates        int     // that came to keys which are remembered
+
+	// Errors are the most frequent last errors of pending and dead events, five at most.
+	// Of many events, the oldest and the newest are looked at.
+	Errors []ErrorCount
+}
+
+// ErrorCount is how often an error is the last one of an event.
+type ErrorCount struct {
+	Error  string `json:"error"`
+	Events int    `json:"events"`
+}
+
+// Keep says how much of the history of a queue stays.
+type Keep struct {
+	Queue string
+	For   time.Duration
+	Rows  int // 0 for not counted now
 }
 
 // Upkeep is the result of Store.Tidy.
@@ -152,19 +245,31 @@ type Store interface {
 	// grows with their number.
 	Counts(ctx context.Context) ([]Count, error)
 
-	// Select calls f for events, the oldest first, until f returns false. Their requests
-	// are left out unless withRequest is true. f must be quick: the database is being read.
-	Select(ctx context.Context, filter Filter, withRequest bool, f func(*Record) bool) error
+	// Search returns a page of events of all states that the filter names. Their requests
+	// are left out unless withRequest is true; those of the history have none. It takes
+	// about half a second at most.
+	Search(ctx context.Context, filter Filter, withRequest bool) (Page, error)
+
+	// Keys returns keys of Batch.Add in the order of queue and digest, a page of them.
+	Keys(ctx context.Context, after Key) ([]Key, error)
+
+	// Status looks at the queues that are in the database, and at those that are named.
+	Status(ctx context.Context, queues ...string) (Status, error)
+
+	// Pause makes a queue paused, or ends that, and reports whether that is a change.
+	Pause(ctx context.Context, queue string, paused bool) (changed bool, err error)
 
 	// Retry makes events pending and due with a fresh age, except those with an attempt
 	// under way, and returns how many.
 	Retry(ctx context.Context, filter Filter) (int, error)
 
-	// Drop deletes events and returns how many.
+	// Drop deletes events and returns how many. Their keys are forgotten: if one of them
+	// is sent again, it is stored.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
-	// Tidy does a small part of the upkeep, such as giving free space back to the disk.
-	Tidy(ctx context.Context) (Upkeep, error)
+	// Tidy does a small part of the upkeep: it deletes history and keys that are over, and
+	// gives free space back to the disk.
+	Tidy(ctx context.Context, keep []Keep) (Upkeep, error)
 
 	Close() error
 }
@@ -209,29 +314,23 @@ type Opener interface {
 	Migration() string
 }
 
-// Page is how many events Each reads at a time.
-const Page = 500
-
-// Each calls f for all events that match, the oldest first, a page at a time. While f
-// works, the database is not being read: f may wait for a terminal or write elsewhere,
-// and the log of SQLite does not grow meanwhile.
+// Each calls f for all events that match, a page at a time. While f works, the database
+// is not being read: f may wait for a terminal or write elsewhere, and the log of SQLite
+// does not grow meanwhile.
 func Each(ctx context.Context, s Store, filter Filter, withRequest bool, f func(page []*Record) error) error {
-	filter.Limit = Page
 	for {
-		var page []*Record
-		if err := s.Select(ctx, filter, withRequest, func(r *Record) bool { page = append(page, r); return true }); err != nil {
+		page, err := s.Search(ctx, filter, withRequest)
+		if err != nil {
 			return err
 		}
-		if len(page) == 0 {
+		if len(page.Records) > 0 {
+			if err := f(page.Records); err != nil {
+				return err
+			}
+		}
+		if filter.After = page.Next; page.Next == "" {
 			return nil
 		}
-		if err := f(page); err != nil {
-			return err
-		}
-		if len(page) < Page {
-			return nil
-		}
-		filter.After = page[len(page)-1].ID
 	}
 }
 
@@ -247,4 +346,30 @@ func Copy(ctx context.Context, to Store, owner string, page []*Record) error {
 		}
 	}
 	return to.Apply(ctx, b)
+}
+
+// CopyMemory adds what a database remembers beside its events: the history, the keys, and
+// which queues are paused. What is there already stays as it is.
+func CopyMemory(ctx context.Context, to, from Store) error {
+	err := Each(ctx, from, Filter{States: []string{History}}, false, func(page []*Record) error {
+		return to.Apply(ctx, &Batch{History: page})
+	})
+	for after := (Key{}); err == nil; {
+		var keys []Key
+		if keys, err = from.Keys(ctx, after); err != nil || len(keys) == 0 {
+			break
+		}
+		after = keys[len(keys)-1]
+		err = to.Apply(ctx, &Batch{Keys: keys})
+	}
+	if err != nil {
+		return err
+	}
+	status, err := from.Status(ctx)
+	for _, q := range status.Queues {
+		if err == nil && !q.Paused.IsZero() {
+			_, err = to.Pause(ctx, q.Queue, true)
+		}
+	}
+	return err
 }

@@ -71,6 +71,16 @@ func (b *Breaker) Down() bool {
 	return b.down
 }
 
+// DownSince returns since when the backend is down, zero if it is not.
+func (b *Breaker) DownSince() time.Time {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if !b.down {
+		return time.Time{}
+	}
+	return b.since
+}
+
 // Allows reports whether one more attempt may begin beside those that are running.
 func (b *Breaker) Allows(running int) bool {
 	b.mu.Lock()

@@ -16,6 +16,13 @@ const (
 	// maxBatch is how many events one transaction adds.
 	maxBatch = 500
 
+	// History is written with the next transaction, or after historyPause, so many rows at a
+	// time that no event waits for long. While it cannot be written, at most historyRoom rows
+	// wait, and further ones are lost.
+	maxHistory   = 500
+	historyPause = time.Second
+	historyRoom  = 100_000
+
 	// applyTimeout is how long a transaction may take.
 	applyTimeout = 20 * time.Second
 
@@ -32,6 +39,10 @@ var (
 
 	// ErrCalledBack is the error of an event that was delivered before it was written.
 	ErrCalledBack = errors.New("delivered before it was written")
+
+	// ErrDuplicate is the error of an event that is stored once, and was stored before:
+	// Record.First is the first one, which is on the disk.
+	ErrDuplicate = errors.New("stored before")
 )
 
 // Observer hears what becomes of transactions. It is called without a lock of the writer,
@@ -58,6 +69,7 @@ type Writer struct {
 	adds     []*Addition
 	finishes []store.Finish
 	claims   []*claim
+	history  []*store.Record
 
 	// attempting are the events that this process attempts, until the end of the attempt is
 	// written. No claim returns them, whatever a clock that was set says.
@@ -189,6 +201,25 @@ func (w *Writer) Finish(a *Addition, f store.Finish) {
 	}
 }
 
+// Remember writes a row of the history, soon. Nobody waits for it.
+func (w *Writer) Remember(r *store.Record) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.history) == 0 {
+		time.AfterFunc(historyPause, w.poke)
+	}
+	if len(w.history) < historyRoom {
+		w.history = append(w.history, r)
+	}
+}
+
+// remembered reports whether all history is written.
+func (w *Writer) remembered() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return len(w.history) == 0
+}
+
 // Claim leases events that are due, except those that this process attempts at this moment
 // or has attempted without being able to write how that ended. Each claimed event must be
 // finished.
@@ -245,7 +276,8 @@ func (w *Writer) run() {
 		}
 	}
 	w.write()
-	w.write() // what the first transaction left
+	for w.write() && !w.remembered() { // what the first transaction left
+	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for _, a := range w.adds {
@@ -315,7 +347,9 @@ func (w *Writer) take() (adds []*Addition, b *store.Batch, claims []*claim, s st
 		a.state = writing
 	}
 	adds, w.adds = w.adds[:n:n], w.adds[n:]
-	if len(w.adds) > 0 {
+	n = min(len(w.history), maxHistory)
+	b.History, w.history = w.history[:n:n], w.history[n:]
+	if len(w.adds)+len(w.history) > 0 {
 		w.poke()
 	}
 	return adds, b, claims, w.store
@@ -324,7 +358,7 @@ func (w *Writer) take() (adds []*Addition, b *store.Batch, claims []*claim, s st
 // write does the work that waits in one transaction, and reports whether it succeeded.
 func (w *Writer) write() bool {
 	adds, b, claims, s := w.take()
-	if s == nil || len(adds)+len(b.Finish)+len(claims) == 0 {
+	if s == nil || len(adds)+len(b.Finish)+len(b.History)+len(claims) == 0 {
 		return true
 	}
 	for _, a := range adds {
@@ -339,15 +373,15 @@ func (w *Writer) write() bool {
 	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
 	defer cancel()
 	err := s.Apply(ctx, b)
-	if errors.Is(err, store.ErrFull) && len(b.Add) > 0 {
+	if errors.Is(err, store.ErrFull) && len(b.Add)+len(b.History) > 0 {
 		w.observer.Failed(err)
-		w.failed(adds, nil, err)
-		adds, b.Add = nil, nil
+		w.failed(adds, &store.Batch{}, err)
+		adds, b.Add, b.History = nil, nil, nil
 		err = s.Apply(ctx, b) // finishing still works on a full disk
 	}
 	if err != nil {
 		w.observer.Failed(err)
-		w.failed(adds, b.Finish, err)
+		w.failed(adds, b, err)
 	} else {
 		w.written(adds, b)
 		w.observer.Written(b)
@@ -371,11 +405,12 @@ func (w *Writer) endAdd(a *Addition, err error) {
 
 // failed takes a batch back after its transaction has failed. On a full disk, its
 // additions are not tried again: their senders can try later.
-func (w *Writer) failed(adds []*Addition, finishes []store.Finish, err error) {
+func (w *Writer) failed(adds []*Addition, b *store.Batch, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.failing = w.failing || len(adds) > 0
-	w.finishes = append(finishes, w.finishes...)
+	w.finishes = append(b.Finish, w.finishes...)
+	w.history = append(b.History, w.history...)
 	var again []*Addition
 	for _, a := range adds {
 		switch {
@@ -411,6 +446,10 @@ func (w *Writer) written(adds []*Addition, b *store.Batch) {
 	w.finishes = append(w.finishes, b.Left...)
 	for _, a := range adds {
 		if a.state == ended {
+			continue
+		}
+		if a.record.First != "" {
+			a.end(ErrDuplicate)
 			continue
 		}
 		a.end(nil)

@@ -71,6 +71,8 @@ func dialect(schema string) sqlstore.Dialect {
 		Begin: `SELECT set_config('idle_in_transaction_session_timeout', '2s', true),
 			CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write') THEN set_config('synchronous_commit', 'on', true) END`,
 		More: vacuum,
+		Size: `SELECT sum(pg_total_relation_size(c.oid))::bigint FROM pg_class c WHERE c.oid IN (
+			'{schema}inkit_queue_events'::regclass, '{schema}inkit_queue_history'::regclass, '{schema}inkit_queue_once'::regclass)`,
 	}
 }
 
@@ -110,20 +112,31 @@ func (s *database) prepare(ctx context.Context, schema string, o store.Opening) 
 	if err := s.makeTables(ctx, schema); err != nil {
 		return err
 	}
-	var unlogged bool
-	var lacks sql.NullString
-	err = s.Read.QueryRowContext(ctx, `
-		SELECT relpersistence <> 'p', (SELECT string_agg(r, ', ') FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS r WHERE NOT has_table_privilege(oid, r))
-		FROM pg_class WHERE oid = to_regclass($1)`, s.Schema+"inkit_queue_events").Scan(&unlogged, &lacks)
-	switch {
-	case errors.Is(err, sql.ErrNoRows):
-		return errors.New("the table inkit_queue_events is missing")
-	case lacks.Valid:
-		return fmt.Errorf("the role lacks the right to %s on inkit_queue_events", lacks.String)
-	case unlogged:
-		return errors.New("the table inkit_queue_events is unlogged: a crash of the server would empty it")
+	return s.check(ctx)
+}
+
+// check says which rights the role lacks now, and not when it needs them, and refuses
+// tables that a crash of the server would empty.
+func (s *database) check(ctx context.Context) error {
+	for _, name := range []string{"events", "history", "once", "paused"} {
+		table := "inkit_queue_" + name
+		var unlogged bool
+		var lacks sql.NullString
+		err := s.Read.QueryRowContext(ctx, `
+			SELECT relpersistence <> 'p', (SELECT string_agg(r, ', ') FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS r WHERE NOT has_table_privilege(oid, r))
+			FROM pg_class WHERE oid = to_regclass($1)`, s.Schema+table).Scan(&unlogged, &lacks)
+		switch {
+		case errors.Is(err, sql.ErrNoRows):
+			return fmt.Errorf("the table %s is missing", table)
+		case err != nil:
+			return s.wrap(err)
+		case lacks.Valid:
+			return fmt.Errorf("the role lacks the right to %s on %s", lacks.String, table)
+		case unlogged:
+			return fmt.Errorf("the table %s is unlogged: a crash of the server would empty it", table)
+		}
 	}
-	return s.wrap(err)
+	return nil
 }
 
 // makeTables makes the schema and its tables, if they are not there.

@@ -128,7 +128,7 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 		"a role without rights": {func(t *testing.T) string {
 			name := made(t)
 			dsn := limited(t, server, name, "reader")
-			server.Exec(t, name, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader", "GRANT INSERT, UPDATE ON inkit_queue_events TO reader")
+			server.Exec(t, name, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader", "GRANT INSERT, UPDATE, DELETE ON inkit_queue_history, inkit_queue_once, inkit_queue_paused TO reader", "GRANT INSERT, UPDATE ON inkit_queue_events TO reader")
 			return dsn
 		}, "the role lacks the right to DELETE on inkit_queue_events", nil},
 		"a table that is missing": {func(t *testing.T) string {
@@ -326,7 +326,7 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 				p := opener(strings.Replace(server.DSN(name), server.Port, port, 1))
 				s := openPostgres(t, p)
 				require.EqualError(t, add(s, newRecord("a")), "ERROR: it is "+want+" (SQLSTATE P0001)")
-				_, err := s.Retry(t.Context(), store.Filter{Dead: true})
+				_, err := s.Retry(t.Context(), store.Filter{States: []string{store.Dead}})
 				require.EqualError(t, err, "ERROR: it is "+want+" (SQLSTATE P0001)")
 			})
 		}

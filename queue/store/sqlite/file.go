@@ -67,7 +67,8 @@ func openFile(ctx context.Context, path string, o store.Opening) (*file, error) 
 		busy = commandBusyTimeout
 	}
 	f := &file{path: path, main: info, room: room{reserve: path + "-reserve"}}
-	f.Dialect = sqlstore.Dialect{Bytes: "BLOB", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap}
+	f.Dialect = sqlstore.Dialect{Bytes: "BLOB", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
+		Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`}
 	if f.Write, err = openSQLite(path, 1, busy,
 		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
 		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize)); err != nil {
@@ -156,7 +157,7 @@ func (f *file) exists(ctx context.Context, db sqlstore.Querier) (bool, error) {
 // Apply is of store.Store. Nothing is added while the disk is full, so that there is room
 // to finish the events in the database.
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {
-	if len(b.Add) > 0 && !f.room.isThere() {
+	if len(b.Add)+len(b.History)+len(b.Keys) > 0 && !f.room.isThere() {
 		return store.ErrFull
 	}
 	err := f.DB.Apply(ctx, b)
@@ -168,8 +169,11 @@ func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 }
 
 // Tidy is of store.Store: it gives free space back to the disk, a part at a time.
-func (f *file) Tidy(ctx context.Context) (u store.Upkeep, err error) {
+func (f *file) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err error) {
 	const pages = 256
+	if _, err = f.DB.Tidy(ctx, keep); err != nil {
+		return u, err
+	}
 	names, _ := filepath.Glob(globEscape.Replace(f.path) + ".damaged-*Z")
 	u.DamagedFiles = len(names)
 	var free int

@@ -139,6 +139,9 @@ func (h *healing) rescue(ctx context.Context) error {
 		copied += len(page)
 		return store.Copy(ctx, h.file, "rescue", page)
 	})
+	if err == nil {
+		err = store.CopyMemory(ctx, h.file, from)
+	}
 	if err != nil {
 		_ = h.file.Close()
 		h.file = old
@@ -206,8 +209,20 @@ func (h *healing) Counts(ctx context.Context) ([]store.Count, error) {
 	return with(ctx, h, func(f *file) ([]store.Count, error) { return f.Counts(ctx) })
 }
 
-func (h *healing) Select(ctx context.Context, filter store.Filter, withRequest bool, each func(*store.Record) bool) error {
-	return h.use(ctx, func(f *file) error { return f.Select(ctx, filter, withRequest, each) })
+func (h *healing) Search(ctx context.Context, filter store.Filter, withRequest bool) (store.Page, error) {
+	return with(ctx, h, func(f *file) (store.Page, error) { return f.Search(ctx, filter, withRequest) })
+}
+
+func (h *healing) Keys(ctx context.Context, after store.Key) ([]store.Key, error) {
+	return with(ctx, h, func(f *file) ([]store.Key, error) { return f.Keys(ctx, after) })
+}
+
+func (h *healing) Status(ctx context.Context, queues ...string) (store.Status, error) {
+	return with(ctx, h, func(f *file) (store.Status, error) { return f.Status(ctx, queues...) })
+}
+
+func (h *healing) Pause(ctx context.Context, queue string, paused bool) (bool, error) {
+	return with(ctx, h, func(f *file) (bool, error) { return f.Pause(ctx, queue, paused) })
 }
 
 func (h *healing) Retry(ctx context.Context, filter store.Filter) (int, error) {
@@ -218,8 +233,8 @@ func (h *healing) Drop(ctx context.Context, filter store.Filter) (int, error) {
 	return with(ctx, h, func(f *file) (int, error) { return f.Drop(ctx, filter) })
 }
 
-func (h *healing) Tidy(ctx context.Context) (store.Upkeep, error) {
-	return with(ctx, h, func(f *file) (store.Upkeep, error) { return f.Tidy(ctx) })
+func (h *healing) Tidy(ctx context.Context, keep []store.Keep) (store.Upkeep, error) {
+	return with(ctx, h, func(f *file) (store.Upkeep, error) { return f.Tidy(ctx, keep) })
 }
 
 // Close copies the events if the file was deleted since the last transaction.

@@ -21,7 +21,49 @@ CREATE TABLE {schema}inkit_queue_events (
 -- are, and since when.
 CREATE INDEX inkit_queue_due ON {schema}inkit_queue_events (queue, due, queued) WHERE state = 'pending';
 
-CREATE INDEX inkit_queue_dead ON {schema}inkit_queue_events (queue, queued) WHERE state = 'dead';
+-- The dead events in the order of time, for searches. It also answers how many there are.
+CREATE INDEX inkit_queue_dead ON {schema}inkit_queue_events (id, queue, queued) WHERE state = 'dead';
+
+CREATE INDEX inkit_queue_resource ON {schema}inkit_queue_events (resource_id, id) WHERE resource_id <> '';
+
+-- What is left of an event that was delivered.
+CREATE TABLE {schema}inkit_queue_history (
+	id          TEXT    NOT NULL PRIMARY KEY,
+	queue       TEXT    NOT NULL,
+	event_type  TEXT    NOT NULL,
+	resource_id TEXT    NOT NULL,
+	received    BIGINT  NOT NULL,
+	finished    BIGINT  NOT NULL,
+	attempts    INTEGER NOT NULL,
+	status      INTEGER NOT NULL
+);
+
+CREATE INDEX inkit_queue_finished ON {schema}inkit_queue_history (queue, finished, attempts);
+
+CREATE INDEX inkit_queue_history_resource ON {schema}inkit_queue_history (resource_id, id) WHERE resource_id <> '';
+
+-- The keys of events that are stored once: the SHA-256 of the body, and the id of the
+-- first event.
+CREATE TABLE {schema}inkit_queue_once (
+	queue      TEXT    NOT NULL,
+	digest     {bytes} NOT NULL,
+	id         TEXT    NOT NULL,
+	expires    BIGINT  NOT NULL,
+	duplicates INTEGER NOT NULL,
+	PRIMARY KEY (queue, digest)
+);
+
+CREATE INDEX inkit_queue_once_id ON {schema}inkit_queue_once (id);
+
+CREATE INDEX inkit_queue_once_expires ON {schema}inkit_queue_once (expires);
+
+CREATE INDEX inkit_queue_duplicates ON {schema}inkit_queue_once (queue, duplicates) WHERE duplicates > 0;
+
+-- The queues that are paused, and since when.
+CREATE TABLE {schema}inkit_queue_paused (
+	queue TEXT   NOT NULL PRIMARY KEY,
+	since BIGINT NOT NULL
+);
 
 CREATE TABLE {schema}inkit_queue_schema (version INTEGER NOT NULL);
 

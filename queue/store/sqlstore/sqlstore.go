@@ -30,6 +30,7 @@ type Dialect struct {
 	Begin  string         // the first statement of a transaction that writes, if there is one
 	Tx     *sql.TxOptions // of such a transaction
 	More   string         // what the schema has beyond schema.sql
+	Size   string         // a SELECT of the size of the database in bytes
 
 	// Wrap translates an error of the driver into those of package store.
 	Wrap func(error) error
@@ -105,9 +106,6 @@ func (d *DB) CheckVersion(ctx context.Context, db Querier) error {
 	}
 	return nil
 }
-
-// Tidy is of store.Store, for a database that needs no upkeep.
-func (d *DB) Tidy(context.Context) (store.Upkeep, error) { return store.Upkeep{}, nil }
 
 // Close is of store.Store.
 func (d *DB) Close() error {

@@ -32,7 +32,14 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 }
 
 func (d *DB) apply(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
-	if err := d.add(ctx, tx, b); err != nil {
+	added, err := d.once(ctx, tx, b.Add)
+	if err != nil {
+		return err
+	}
+	if err := d.add(ctx, tx, b.Owner, added); err != nil {
+		return err
+	}
+	if err := d.remember(ctx, tx, b); err != nil {
 		return err
 	}
 	if err := d.finish(ctx, tx, b); err != nil {
@@ -73,14 +80,14 @@ func values(n int, pattern string) string {
 	return b.String()
 }
 
-func (d *DB) add(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
-	for records := range slices.Chunk(b.Add, d.Rows) {
+func (d *DB) add(ctx context.Context, tx *sql.Tx, batchOwner string, added []*store.Record) error {
+	for records := range slices.Chunk(added, d.Rows) {
 		args := make([]any, 0, 12*len(records))
 		for _, r := range records {
 			var lease, owner any
 			delay := r.Delay
 			if r.Lease > 0 {
-				lease, owner, delay = r.Lease.Milliseconds(), b.Owner, r.Lease
+				lease, owner, delay = r.Lease.Milliseconds(), batchOwner, r.Lease
 			}
 			args = append(args, r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
 				r.Attempts, plain(r.LastError), plain(r.EventType), plain(r.ResourceID), r.Request, r.Checksum)

@@ -1,0 +1,112 @@
+package queue
+
+import (
+	"errors"
+	"fmt"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"go.uber.org/zap"
+)
+
+// pausedPoll is the pause between two questions whether a queue is paused, while its
+// database is being opened.
+const pausedPoll = 10 * time.Millisecond
+
+// pause is whether an operator has paused a queue, as far as this Caddy knows.
+type pause struct {
+	mu    sync.Mutex
+	known bool
+	since time.Time // zero if it is not paused
+}
+
+// heedPause notes whether the queue is paused. If it is, no event is due before the next
+// look.
+func (q *queue) heedPause(p *store.Peek) {
+	q.pause.mu.Lock()
+	was := q.pause.since
+	q.pause.known, q.pause.since = true, p.Paused
+	q.pause.mu.Unlock()
+	logger := q.db.logger.Load()
+	switch {
+	case p.Paused.IsZero() && !was.IsZero():
+		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(was)))
+		q.metrics.paused.Set(0)
+	case !p.Paused.IsZero() && was.IsZero():
+		logger.Warn("the queue is paused: events are stored, and none is attempted", zap.String("queue", q.name), zap.Time("since", p.Paused))
+		q.metrics.paused.Set(1)
+	}
+	if !p.Paused.IsZero() {
+		p.Empty, p.Wait = false, store.Latest
+	}
+}
+
+// isPaused reports whether the queue is paused. After the start it waits until that is
+// known, for as long as the database is being opened.
+func (q *queue) isPaused() bool {
+	for began := time.Now(); ; time.Sleep(pausedPoll) {
+		q.pause.mu.Lock()
+		known, since := q.pause.known, q.pause.since
+		q.pause.mu.Unlock()
+		if known || q.db.writer.Failing() || time.Since(began) > storeWait {
+			return !since.IsZero()
+		}
+		_, _ = q.Peek()
+	}
+}
+
+// remember has the history say that an event is delivered.
+func (q *queue) remember(h *Handler, r *store.Record, status int) {
+	if *h.History > 0 {
+		q.db.writer.Remember(&store.Record{
+			ID: r.ID, Queue: q.name, EventType: r.EventType, ResourceID: r.ResourceID,
+			Received: r.Received, Finished: time.Now(), Attempts: r.Attempts, Status: status,
+		})
+	}
+}
+
+// warnings are the times of lines of the log that come at most once a minute.
+type warnings struct {
+	mu   sync.Mutex
+	once time.Time
+}
+
+// warnOnce says that events are delivered without their keys.
+func (q *queue) warnOnce(h *Handler) {
+	q.warnings.mu.Lock()
+	defer q.warnings.mu.Unlock()
+	if time.Since(q.warnings.once) >= errorInterval {
+		q.warnings.once = time.Now()
+		h.logger.Warn("cannot store events before their first attempt: those of the types of once are attempted all the same, and may be delivered twice", zap.String("queue", q.name))
+	}
+}
+
+var onceType = regexp.MustCompile(`^[A-Za-z0-9_*]+$`)
+
+func validateOnce(types []string) error {
+	for i, name := range types {
+		switch {
+		case !onceType.MatchString(name):
+			return errors.New("once: an event type must be letters, digits, '_' and '*'")
+		case slices.Contains(types[:i], name):
+			return fmt.Errorf("once: %s is listed twice", name)
+		}
+	}
+	return nil
+}
+
+// onceForm returns the form of event types, in which * stands for any text, or nil for none.
+func onceForm(types []string) *regexp.Regexp {
+	if validateOnce(types) != nil || len(types) == 0 {
+		return nil
+	}
+	return regexp.MustCompile("^(?s:" + strings.ReplaceAll(strings.Join(types, "|"), "*", ".*") + ")$")
+}
+
+func (h *Handler) isOnce(eventType string) bool {
+	return h.once != nil && h.once.MatchString(eventType)
+}

@@ -1,0 +1,341 @@
+package sqlstore
+
+import (
+	"cmp"
+	"context"
+	"database/sql"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+)
+
+const (
+	// searchStep is how many rows one statement looks at, and searchTime how long a search
+	// goes on. Then it says how far it has come.
+	searchStep = 5000
+	searchTime = 400 * time.Millisecond
+
+	// idMargin is how much the time in an id may differ from the time of the event.
+	idMargin = time.Second
+)
+
+// condition is the condition of a statement, and its arguments.
+type condition struct {
+	parts []string
+	args  []any
+}
+
+// add adds a part, in which %d stands for the number of each of its arguments.
+func (c *condition) add(part string, args ...any) {
+	numbers := make([]any, len(args))
+	for i, arg := range args {
+		c.args = append(c.args, arg)
+		numbers[i] = len(c.args)
+	}
+	c.parts = append(c.parts, fmt.Sprintf(part, numbers...))
+}
+
+func (c *condition) String() string { return strings.Join(append(c.parts, "TRUE"), " AND ") }
+
+// in adds that a column has one of these values.
+func (c *condition) in(column string, values []string) {
+	marks := []string{"NULL"} // for no values at all
+	for _, value := range values {
+		c.args = append(c.args, value)
+		marks = append(marks, fmt.Sprintf("$%d", len(c.args)))
+	}
+	c.parts = append(c.parts, column+" IN ("+strings.Join(marks, ", ")+")")
+}
+
+// idAt returns the first id of a time.
+func idAt(t time.Time) string {
+	var id uuid.UUID
+	ms := max(0, t.UnixMilli())
+	for i := range 6 {
+		id[i] = byte(ms >> (40 - 8*i))
+	}
+	return id.String()
+}
+
+// bounds adds the bounds that the times of a filter set to ids, for which there is an index.
+func (c *condition) bounds(f store.Filter) {
+	if !f.Since.IsZero() {
+		c.add("id >= $%d", idAt(f.Since.Add(-idMargin)))
+	}
+	if !f.Until.IsZero() {
+		c.add("id < $%d", idAt(f.Until.Add(idMargin)))
+	}
+}
+
+// where returns the condition of a filter, but for its states.
+func where(f store.Filter) *condition {
+	c := new(condition)
+	if f.Queue != "" && f.Due {
+		c.add("queue = $%d", f.Queue)
+	} else if f.Queue != "" {
+		c.add("queue || '' = $%d", f.Queue) // which no index answers: the rows come in the order of their ids
+	}
+	if f.Due {
+		c.add("state = 'pending' AND due <= {now}")
+	}
+	if f.Type != "" {
+		c.add("event_type = $%d", f.Type)
+	}
+	if f.Resource != "" {
+		c.add("resource_id = $%d AND resource_id <> ''", f.Resource)
+	}
+	if f.Error != "" {
+		c.add(`lower(last_error) LIKE lower($%d) ESCAPE '\'`, "%"+likeEscape.Replace(f.Error)+"%")
+	}
+	if !f.Since.IsZero() {
+		c.add("received >= $%d", f.Since.UnixMilli())
+	}
+	if !f.Until.IsZero() {
+		c.add("received < $%d", f.Until.UnixMilli())
+	}
+	c.bounds(f)
+	if f.IDs != nil {
+		c.in("id", f.IDs)
+	}
+	return c
+}
+
+var likeEscape = strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`)
+
+const (
+	events  = "inkit_queue_events"
+	history = "inkit_queue_history"
+
+	isDead = "state = 'dead'" // for which there is an index
+)
+
+// tables returns the tables of a filter, with the condition that its states are.
+func tables(f store.Filter) map[string]string {
+	found := make(map[string]string)
+	pending := f.States == nil || slices.Contains(f.States, store.Pending)
+	dead := f.States == nil || slices.Contains(f.States, store.Dead)
+	switch {
+	case pending && dead:
+		found[events] = "TRUE"
+	case pending:
+		found[events] = "state || '' = 'pending'"
+	case dead:
+		found[events] = isDead
+	}
+	if slices.Contains(f.States, store.History) && f.Error == "" && !f.Due {
+		found[history] = "TRUE"
+	}
+	return found
+}
+
+// Search is of store.Store.
+func (d *DB) Search(ctx context.Context, f store.Filter, withRequest bool) (store.Page, error) {
+	if f.Limit <= 0 || f.Limit > store.MaxPage {
+		f.Limit = store.MaxPage
+	}
+	var all store.Page
+	searched := tables(f)
+	for table, state := range searched {
+		part, err := d.searchTable(ctx, table, state, f, withRequest, searchTime/time.Duration(len(searched)))
+		if err != nil {
+			return store.Page{}, d.Wrap(err)
+		}
+		all.Records = append(all.Records, part.Records...)
+		if part.Next != "" && (all.Next == "" || compare(f, part.Next, all.Next) < 0) {
+			all.Next = part.Next // both tables are searched up to this one
+		}
+	}
+	slices.SortFunc(all.Records, func(a, b *store.Record) int { return compare(f, a.ID, b.ID) })
+	if all.Next != "" {
+		all.Records = slices.DeleteFunc(all.Records, func(r *store.Record) bool { return compare(f, r.ID, all.Next) > 0 })
+	}
+	if len(all.Records) > f.Limit {
+		all.Records = all.Records[:f.Limit]
+		all.Next = all.Records[f.Limit-1].ID
+	}
+	return all, nil
+}
+
+// compare compares ids in the order of a filter.
+func compare(f store.Filter, a, b string) int {
+	if f.Newest {
+		a, b = b, a
+	}
+	return cmp.Compare(a, b)
+}
+
+// searchTable searches one table. If no index answers the filter, it looks at some rows
+// after the other, until it has found enough or the time is over.
+func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filter, withRequest bool, limit time.Duration) (page store.Page, err error) {
+	began := time.Now()
+	indexed := f.IDs != nil || f.Resource != "" || f.Due || // or each row matches
+		f.Queue == "" && f.Type == "" && f.Error == "" && (state == "TRUE" || state == isDead)
+	for {
+		end := ""
+		if !indexed {
+			if end, err = d.stepEnd(ctx, table, state, f); err != nil {
+				return page, err
+			}
+		}
+		found, err := d.searchRows(ctx, table, state, f, end, withRequest)
+		if err != nil {
+			return page, err
+		}
+		page.Records = append(page.Records, found...)
+		switch {
+		case len(found) == f.Limit:
+			page.Next = found[len(found)-1].ID
+			return page, nil
+		case end == "":
+			return page, nil
+		case time.Since(began) > limit:
+			page.Next = end
+			return page, nil
+		}
+		f.After, f.Limit = end, f.Limit-len(found)
+	}
+}
+
+func order(f store.Filter) (after, until, direction string) {
+	if f.Newest {
+		return "id < $%d", "id >= $%d", "DESC"
+	}
+	return "id > $%d", "id <= $%d", "ASC"
+}
+
+// stepEnd returns the last id of the rows that the next statement looks at, or nothing if
+// it looks at all that are left.
+func (d *DB) stepEnd(ctx context.Context, table, state string, f store.Filter) (id string, err error) {
+	after, _, direction := order(f)
+	c := new(condition)
+	c.bounds(f)
+	if f.After != "" {
+		c.add(after, f.After)
+	}
+	if state == isDead {
+		c.add(state)
+	}
+	err = d.Read.QueryRowContext(ctx, d.text(`SELECT id FROM {schema}`+table+` WHERE `+c.String()+
+		` ORDER BY id `+direction+fmt.Sprintf(` LIMIT 1 OFFSET %d`, searchStep-1)), c.args...).Scan(&id)
+	if errors.Is(err, sql.ErrNoRows) {
+		return "", nil
+	}
+	return id, err
+}
+
+const (
+	eventColumns   = `id, queue, state, received, queued, due, lease, attempts, last_error, event_type, resource_id, 0, 0, `
+	historyColumns = `id, queue, 'delivered', received, 0, 0, NULL, attempts, '', event_type, resource_id, finished, status, `
+)
+
+// searchRows returns what a filter selects of the rows up to end.
+func (d *DB) searchRows(ctx context.Context, table, state string, f store.Filter, end string, withRequest bool) (found []*store.Record, err error) {
+	after, until, direction := order(f)
+	c := where(f)
+	c.add(state)
+	if f.After != "" {
+		c.add(after, f.After)
+	}
+	if end != "" {
+		c.add(until, end)
+	}
+	columns := eventColumns
+	if table == history {
+		columns = historyColumns
+	}
+	if withRequest && table == events {
+		columns += "request, checksum"
+	} else {
+		columns += "NULL, NULL"
+	}
+	rows, err := d.Read.QueryContext(ctx, d.text(`SELECT `+columns+` FROM {schema}`+table+` WHERE `+c.String()+
+		` ORDER BY id `+direction+fmt.Sprint(` LIMIT `, f.Limit)), c.args...)
+	if err != nil {
+		return nil, err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		r := new(store.Record)
+		var received, queued, due, finished int64
+		var lease sql.NullInt64
+		if err := rows.Scan(&r.ID, &r.Queue, &r.State, &received, &queued, &due, &lease, &r.Attempts, &r.LastError,
+			&r.EventType, &r.ResourceID, &finished, &r.Status, &r.Request, &r.Checksum); err != nil {
+			return nil, err
+		}
+		r.Received, r.Queued, r.Due = time.UnixMilli(received), time.UnixMilli(queued), time.UnixMilli(due)
+		if lease.Valid {
+			r.LeasedUntil = time.UnixMilli(lease.Int64)
+		}
+		if r.State == store.History {
+			r.Queued, r.Due, r.Finished = time.Time{}, time.Time{}, time.UnixMilli(finished)
+		}
+		found = append(found, r)
+	}
+	return found, rows.Err()
+}
+
+// Retry is of store.Store.
+func (d *DB) Retry(ctx context.Context, f store.Filter) (n int, err error) {
+	state, ok := tables(f)[events]
+	if !ok {
+		return 0, nil
+	}
+	c := where(f)
+	c.add(state)
+	err = d.inTx(ctx, func(tx *sql.Tx) (err error) {
+		n, err = d.exec(ctx, tx, `
+			UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
+			WHERE `+c.String()+` AND (lease IS NULL OR lease <= {now})`, c.args...)
+		return err
+	})
+	return n, err
+}
+
+// Drop is of store.Store.
+func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
+	err = d.inTx(ctx, func(tx *sql.Tx) error {
+		for table, state := range tables(f) {
+			c := where(f)
+			c.add(state)
+			if _, err := d.exec(ctx, tx, `
+				DELETE FROM {schema}inkit_queue_once WHERE id IN (SELECT id FROM {schema}`+table+` WHERE `+c.String()+`)`, c.args...); err != nil {
+				return err
+			}
+			dropped, err := d.exec(ctx, tx, `DELETE FROM {schema}`+table+` WHERE `+c.String(), c.args...)
+			if err != nil {
+				return err
+			}
+			n += dropped
+		}
+		return nil
+	})
+	return n, err
+}
+
+// inTx calls f in a transaction that writes.
+func (d *DB) inTx(ctx context.Context, f func(tx *sql.Tx) error) error {
+	tx, err := d.BeginTx(ctx)
+	if err != nil {
+		return d.Wrap(err)
+	}
+	defer func() { _ = tx.Rollback() }()
+	if err = f(tx); err == nil {
+		err = tx.Commit()
+	}
+	return d.Wrap(err)
+}
+
+// exec runs a statement, and returns how many rows it has changed.
+func (d *DB) exec(ctx context.Context, tx *sql.Tx, query string, args ...any) (int, error) {
+	result, err := tx.ExecContext(ctx, d.text(query), args...)
+	if err != nil {
+		return 0, err
+	}
+	n, err := result.RowsAffected()
+	return int(n), err
+}

@@ -1,0 +1,129 @@
+package sqlstore
+
+import (
+	"context"
+	"database/sql"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+)
+
+const (
+	// errorRows is how many events Status looks at for their last errors, at each end, and
+	// maxErrors how many errors it returns.
+	errorRows = 10_000
+	maxErrors = 5
+
+	hour = int64(time.Hour / time.Millisecond)
+)
+
+// Status is of store.Store.
+func (d *DB) Status(ctx context.Context, queues ...string) (status store.Status, err error) {
+	if err := d.Read.QueryRowContext(ctx, d.text(d.Size)).Scan(&status.Size); err != nil {
+		return status, d.Wrap(err)
+	}
+	all := make(map[string]*store.QueueStatus)
+	of := func(queue string) *store.QueueStatus {
+		if all[queue] == nil {
+			all[queue] = &store.QueueStatus{Queue: queue}
+		}
+		return all[queue]
+	}
+	for _, queue := range queues {
+		of(queue)
+	}
+	counts, err := d.Counts(ctx)
+	if err != nil {
+		return status, err
+	}
+	for _, c := range counts {
+		if q := of(c.Queue); c.State == store.Dead {
+			q.Dead = c.Events
+		} else {
+			q.Pending, q.Oldest = c.Events, c.Oldest
+		}
+	}
+	for _, table := range []string{"history", "once", "paused"} {
+		for queue := ""; ; of(queue) { // from one queue to the next: there are few, of many rows
+			var next sql.NullString
+			if err := d.Read.QueryRowContext(ctx, d.text(`SELECT min(queue) FROM {schema}inkit_queue_`+table+` WHERE queue > $1`), queue).Scan(&next); err != nil {
+				return status, d.Wrap(err)
+			}
+			if !next.Valid {
+				break
+			}
+			queue = next.String
+		}
+	}
+	if err := d.statusOfErrors(ctx, of); err != nil {
+		return status, d.Wrap(err)
+	}
+	for _, queue := range slices.Sorted(maps.Keys(all)) {
+		q := all[queue]
+		peek, err := d.Peek(ctx, queue)
+		if err != nil {
+			return status, err
+		}
+		q.Next, q.Paused = peek.Wait, peek.Paused
+		if err := d.statusOfMemory(ctx, q); err != nil {
+			return status, d.Wrap(err)
+		}
+		status.Queues = append(status.Queues, *q)
+	}
+	return status, nil
+}
+
+// statusOfMemory fills in what the history and the keys say.
+func (d *DB) statusOfMemory(ctx context.Context, q *store.QueueStatus) error {
+	rows, err := d.Read.QueryContext(ctx, d.text(fmt.Sprintf(`
+		SELECT ({now} - finished) / %[1]d, count(*), sum(attempts - 1) FROM {schema}inkit_queue_history
+		WHERE queue = $1 AND finished > {now} - 24 * %[1]d GROUP BY 1`, hour)), q.Queue)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var ago, delivered, retries int
+		if err := rows.Scan(&ago, &delivered, &retries); err != nil {
+			return err
+		}
+		ago = min(max(ago, 0), len(q.Hours)-1) // whatever the clock of a Caddy said
+		q.Hours[len(q.Hours)-1-ago] += delivered
+		q.LastDay += delivered
+		q.Retries += retries
+	}
+	if err := rows.Err(); err != nil {
+		return err
+	}
+	q.LastHour = q.Hours[len(q.Hours)-1]
+	return d.Read.QueryRowContext(ctx, d.text(`
+		SELECT coalesce(sum(duplicates), 0) FROM {schema}inkit_queue_once WHERE queue = $1 AND duplicates > 0`), q.Queue).Scan(&q.Duplicates)
+}
+
+// statusOfErrors fills in the most frequent last errors. It looks at the oldest events and
+// at the newest.
+func (d *DB) statusOfErrors(ctx context.Context, of func(string) *store.QueueStatus) error {
+	rows, err := d.Read.QueryContext(ctx, d.text(fmt.Sprintf(`
+		SELECT queue, last_error, count(*) FROM {schema}inkit_queue_events WHERE last_error <> '' AND id IN (
+			SELECT id FROM (SELECT id FROM {schema}inkit_queue_events ORDER BY id LIMIT %[1]d) AS oldest
+			UNION SELECT id FROM (SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT %[1]d) AS newest)
+		GROUP BY queue, last_error ORDER BY count(*) DESC, last_error`, errorRows)))
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		var queue string
+		var e store.ErrorCount
+		if err := rows.Scan(&queue, &e.Error, &e.Events); err != nil {
+			return err
+		}
+		if q := of(queue); len(q.Errors) < maxErrors {
+			q.Errors = append(q.Errors, e)
+		}
+	}
+	return rows.Err()
+}
