@@ -102,13 +102,19 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *
 	}
 	var failed []error
 	err := o.each(ctx, func(s store.Store) error {
-		return store.Each(ctx, s, store.Filter{IDs: ids}, true, func(page []*store.Record) error {
-			for _, r := range page {
-				delete(unknown, r.ID)
-				failed = append(failed, f(s, r))
+		for some := range slices.Chunk(ids, store.Page) { // a statement does not take any number
+			err := store.Each(ctx, s, store.Filter{IDs: some}, true, func(page []*store.Record) error {
+				for _, r := range page {
+					delete(unknown, r.ID)
+					failed = append(failed, f(s, r))
+				}
+				return nil
+			})
+			if err != nil {
+				return err
 			}
-			return nil
-		})
+		}
+		return nil
 	})
 	for _, id := range ids {
 		if unknown[id] && err == nil {
