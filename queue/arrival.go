@@ -60,9 +60,6 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	}
 	deadline := a.began.Add(max(storeWait, answerAfter))
 	durable := a.store(deadline)
-	if durable == nil && !waiting {
-		return refuse(w, errors.New("the event could not be stored, and the backend has not taken it"))
-	}
 	patient := time.NewTimer(time.Until(a.began.Add(answerAfter)))
 	defer patient.Stop()
 	giveUp := time.NewTimer(time.Until(deadline))

@@ -111,10 +111,9 @@ func (q *queue) current() *Handler {
 }
 
 // inFlightNow returns how many attempts are under way.
-func (q *queue) inFlightNow() int {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return len(q.inFlight)
+func (q *queue) inFlightNow() (n int) {
+	q.locked(func() { n = len(q.inFlight) })
+	return n
 }
 
 func (q *queue) timeout() time.Duration {

@@ -36,7 +36,7 @@ type request struct {
 	Host       string      `json:"host"`
 	Header     http.Header `json:"header"`
 	RemoteAddr string      `json:"remote_addr"`
-	Local      *address    `json:"local,omitempty"`
+	Local      address     `json:"local,omitzero"` // empty if it is not known
 	TLS        *connection `json:"tls,omitempty"`
 
 	// Vars are the variables of the request that are plain values. The address of the
@@ -104,7 +104,7 @@ func newRequest(r *http.Request, e *event.Event) *request {
 		body:           e.Body,
 	}
 	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
-		stored.Local = &address{local.Network(), local.String()}
+		stored.Local = address{local.Network(), local.String()}
 	}
 	if r.TLS != nil {
 		stored.TLS = &connection{r.TLS.Version, r.TLS.CipherSuite, r.TLS.ServerName, r.TLS.NegotiatedProtocol, !r.TLS.HandshakeComplete}
@@ -149,11 +149,7 @@ func decodeRequest(rec *store.Record) (*request, error) {
 
 // prepare makes the request of one attempt. Nothing of it is shared with another.
 func (r *request) prepare(ctx context.Context, server *caddyhttp.Server, w http.ResponseWriter, rec *store.Record) *http.Request {
-	if r.Local != nil {
-		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(r.Local))
-	} else {
-		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(&address{"tcp", ""})) // Caddy's placeholders panic without
-	}
+	ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(&r.Local)) // Caddy's placeholders panic without
 	req := (&http.Request{
 		Method: r.Method, URL: r.Original.url(), RequestURI: r.Original.URI, Host: r.Host,
 		Proto: r.Proto, Header: r.Header.Clone(), RemoteAddr: r.RemoteAddr,

@@ -314,7 +314,9 @@ func (w *Writer) write() bool {
 	for _, a := range adds {
 		var err error
 		if a.record.Request, err = a.encode(); err != nil {
-			w.endAdd(a, err)
+			w.mu.Lock()
+			a.end(err)
+			w.mu.Unlock()
 			continue
 		}
 		a.record.Checksum = a.record.Sum()
@@ -344,12 +346,6 @@ func (w *Writer) write() bool {
 		}
 	}
 	return err == nil && len(b.Left) == 0
-}
-
-func (w *Writer) endAdd(a *Addition, err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	a.end(err)
 }
 
 // failed takes a batch back after its transaction has failed. On a full disk, its
