@@ -72,14 +72,8 @@ func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(res
 		q.locked(func() { delete(q.inFlight, rec.ID) }) // before its event can be due again
 		done(res)
 	}
-	returned := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() { // the time is over, or Caddy ends
-		select {
-		case <-returned:
-			return
-		case <-time.After(endMargin):
-		}
-		if !over.CompareAndSwap(false, true) {
+	takeOver := func() {
+		if !over.CompareAndSwap(false, true) { // the handlers have returned
 			return
 		}
 		if q.attempting.Err() == nil {
@@ -87,12 +81,12 @@ func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(res
 		}
 		q.locked(func() { q.overdue[rec.ID] = true })
 		end(result{err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
-	})
+	}
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(endMargin, takeOver) }) // the time is over, or Caddy ends
 	answer := newAnswer()
 	err := q.run(h, r.prepare(ctx, h.server, answer, rec), answer, rec.ID)
 	timeUp := ctx.Err() == context.DeadlineExceeded
 	stop()
-	close(returned)
 	if !over.CompareAndSwap(false, true) {
 		h.logger.Debug("an attempt has ended for which attempt_timeout was too short", zap.String("id", rec.ID), zap.Error(err))
 		q.locked(func() { delete(q.overdue, rec.ID) })
