@@ -123,7 +123,7 @@ func New(owner string, open func(context.Context) (store.Store, error), observer
 }
 
 // Close writes everything that waits and closes the database. Nobody may use the writer
-// any more.
+// any more, or wait for an addition.
 func (w *Writer) Close() {
 	close(w.closing)
 	<-w.closed
@@ -230,15 +230,8 @@ func (w *Writer) run() {
 	}
 	w.write()
 	w.write() // what the first transaction left
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, a := range w.adds {
-		if a.state != ended {
-			a.end(errors.New("Caddy ends")) //nolint:staticcheck // the name of a program
-		}
-	}
-	if w.store != nil {
-		_ = w.store.Close()
+	if s, _ := w.Store(); s != nil {
+		_ = s.Close()
 	}
 }
 
