@@ -109,7 +109,6 @@ func (p *Postgres) Key() string {
 	return fmt.Sprintf("postgres %x", hash[:6])
 }
 
-// Migration is of store.Opener.
 func (p *Postgres) Migration() string {
 	var b strings.Builder
 	b.WriteString("BEGIN;\n")
@@ -168,7 +167,6 @@ func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) 
 	c.OnNotice = notice
 	// No statement outlives its transaction, which pgbouncer may give to any server.
 	c.DefaultQueryExecMode = pgx.QueryExecModeExec
-	c.StatementCacheCapacity, c.DescriptionCacheCapacity = 0, 0
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = connectTimeout
 	}
