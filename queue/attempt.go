@@ -13,7 +13,6 @@ import (
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
@@ -65,10 +64,8 @@ func (q *queue) attempt(h *Handler, r *request, rec *store.Record, done func(res
 	defer cancel()
 	var over atomic.Bool
 	end := func(res result) {
-		if c := h.logger.Check(zapcore.DebugLevel, "attempt"); c != nil {
-			c.Write(zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
-				zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
-		}
+		h.logger.Debug("attempt", zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
+			zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
 		q.locked(func() { delete(q.inFlight, rec.ID) }) // before its event can be due again
 		done(res)
 	}
