@@ -29,15 +29,15 @@ import (
 // in which texts that are not UTF-8 and the types of variables come back; caddy
 // inkit-queue show shows it as JSON.
 type request struct {
-	Method     string      `json:"method"`
-	Target     target      `json:"target"`   // as it is, rewrites included
-	Original   target      `json:"original"` // as it arrived
-	Proto      string      `json:"proto"`
-	Host       string      `json:"host"`
-	Header     http.Header `json:"header"`
-	RemoteAddr string      `json:"remote_addr"`
-	Local      address     `json:"local,omitzero"` // empty if it is not known
-	TLS        *connection `json:"tls,omitempty"`
+	Method     string       `json:"method"`
+	Target     target       `json:"target"`   // as it is, rewrites included
+	Original   target       `json:"original"` // as it arrived
+	Proto      string       `json:"proto"`
+	Host       string       `json:"host"`
+	Header     http.Header  `json:"header"`
+	RemoteAddr string       `json:"remote_addr"`
+	Local      net.UnixAddr `json:"local,omitzero"` // of any network, empty if it is not known
+	TLS        *connection  `json:"tls,omitempty"`
 
 	// Vars are the variables of the request that are plain values. The address of the
 	// client is one of them, as Caddy saw it then.
@@ -69,15 +69,6 @@ func (t target) url() *url.URL {
 	return &url.URL{Path: t.Path, RawPath: t.RawPath, RawQuery: t.RawQuery, ForceQuery: t.ForceQuery}
 }
 
-// address is a net.Addr that can be stored.
-type address struct {
-	Net  string `json:"network"`
-	Addr string `json:"address"`
-}
-
-func (a *address) Network() string { return a.Net }
-func (a *address) String() string  { return a.Addr }
-
 // connection is what placeholders and matchers ask of a TLS connection.
 type connection struct {
 	Version     uint16 `json:"version"`
@@ -104,7 +95,7 @@ func newRequest(r *http.Request, e *event.Event) *request {
 		body:           e.Body,
 	}
 	if local, ok := r.Context().Value(http.LocalAddrContextKey).(net.Addr); ok {
-		stored.Local = address{local.Network(), local.String()}
+		stored.Local = net.UnixAddr{Net: local.Network(), Name: local.String()}
 	}
 	if r.TLS != nil {
 		stored.TLS = &connection{r.TLS.Version, r.TLS.CipherSuite, r.TLS.ServerName, r.TLS.NegotiatedProtocol, !r.TLS.HandshakeComplete}

@@ -115,10 +115,7 @@ func (p *Postgres) Migration() string {
 	if p.Schema != "" {
 		fmt.Fprintf(&b, "CREATE SCHEMA IF NOT EXISTS %s;\n", pgx.Identifier{p.Schema}.Sanitize())
 	}
-	for _, statement := range (&sqlstore.DB{Dialect: dialect(p.Schema)}).SchemaSQL() {
-		b.WriteString(statement + ";\n")
-	}
-	b.WriteString("COMMIT;\n")
+	b.WriteString((&sqlstore.DB{Dialect: dialect(p.Schema)}).SchemaSQL() + "COMMIT;\n")
 	return b.String()
 }
 
