@@ -46,13 +46,11 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	var first result
 	waiting := attempted != nil // for the attempt
 	if waiting {
-		timer := time.NewTimer(min(patience, answerAfter))
 		select {
 		case first = <-attempted:
 			waiting = false
-		case <-timer.C:
+		case <-time.After(min(patience, answerAfter)):
 		}
-		timer.Stop()
 		if !waiting && first.err == nil {
 			a.q.metrics.stored[resultDelivered].Inc()
 			return first.answer.copyTo(w)
@@ -60,10 +58,8 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	}
 	deadline := a.began.Add(max(storeWait, answerAfter))
 	durable := a.store(deadline)
-	patient := time.NewTimer(time.Until(a.began.Add(answerAfter)))
-	defer patient.Stop()
-	giveUp := time.NewTimer(time.Until(deadline))
-	defer giveUp.Stop()
+	patient := time.After(time.Until(a.began.Add(answerAfter)))
+	giveUp := time.After(time.Until(deadline))
 	gone := r.Context().Done()
 	stored, impatient := false, answerAfter == 0
 	for {
@@ -82,9 +78,9 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 			attempted = nil
 		case <-durable:
 			stored, durable = a.addition.Err() == nil, nil
-		case <-patient.C:
+		case <-patient:
 			impatient = true
-		case <-giveUp.C:
+		case <-giveUp:
 			if !stored {
 				return refuse(w, errors.New("the event could not be stored in time"))
 			}
