@@ -23,10 +23,8 @@ type origin struct {
 // openers returns the databases, each of them once.
 func (o *origin) openers(ctx context.Context) (openers []store.Opener, err error) {
 	caddyCtx, _ := caddy.NewContext(caddy.Context{Context: ctx}) // a command ends before it is of use to cancel
-	var configs []json.RawMessage
-	if o.config == "" {
-		configs = append(configs, json.RawMessage(`{}`))
-	} else {
+	configs := []json.RawMessage{json.RawMessage(`{}`)}
+	if o.config != "" {
 		config, _, _, err := caddycmd.LoadConfig(o.config, o.adapter)
 		if err != nil {
 			return nil, err
