@@ -144,7 +144,7 @@ func TestReloadDuringAnAttempt(t *testing.T) {
 
 		late := serve(t, old.handlers[0], post(body)) // after its cleanup, on a connection that was open
 		assert.Equal(t, "the backend's body", late.body)
-		old.handlers[0].use.releasing.Wait()
+		old.handlers[0].use.leaving.Wait()
 		c.stop(t)
 	})
 }
@@ -160,7 +160,7 @@ func TestLateRequestOfAQueueThatIsGone(t *testing.T) {
 			late := serve(t, c.handlers[0], post(body))
 			assert.Equal(t, 201, late.status)
 			assert.Equal(t, "the backend's body", late.body)
-			c.handlers[0].use.releasing.Wait()
+			c.handlers[0].use.leaving.Wait()
 		}
 	})
 }

@@ -68,13 +68,11 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	waiting := begins // for the attempt
 	if waiting {
 		var first result
-		timer := time.NewTimer(min(patience, answerAfter))
 		select {
 		case first = <-attempted:
 			waiting = false
-		case <-timer.C:
+		case <-time.After(min(patience, answerAfter)):
 		}
-		timer.Stop()
 		if !waiting && first.err == nil {
 			if a.addition == nil {
 				a.q.metrics.stored[resultDelivered].Inc()
@@ -96,10 +94,8 @@ func (a *arrival) answerKept(w http.ResponseWriter, r *http.Request, attempted c
 		durable = a.store(deadline)
 	}
 	answerAfter := time.Duration(*a.h.AnswerAfter)
-	patient := time.NewTimer(time.Until(a.began.Add(answerAfter)))
-	defer patient.Stop()
-	giveUp := time.NewTimer(time.Until(deadline))
-	defer giveUp.Stop()
+	patient := time.After(time.Until(a.began.Add(answerAfter)))
+	giveUp := time.After(time.Until(deadline))
 	gone := r.Context().Done()
 	impatient := answerAfter == 0
 	for {
@@ -117,9 +113,9 @@ func (a *arrival) answerKept(w http.ResponseWriter, r *http.Request, attempted c
 			}
 		case <-durable:
 			stored, durable = a.addition.Err() == nil || a.isDuplicate(), nil
-		case <-patient.C:
+		case <-patient:
 			impatient = true
-		case <-giveUp.C:
+		case <-giveUp:
 			if !stored {
 				return refuse(w, errors.New("the event could not be stored in time"))
 			}

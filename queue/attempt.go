@@ -14,7 +14,6 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
@@ -66,21 +65,13 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done 
 	defer cancel()
 	var over atomic.Bool
 	end := func(res result) {
-		if c := h.logger.Check(zapcore.DebugLevel, "attempt"); c != nil {
-			c.Write(zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
-				zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
-		}
+		h.logger.Debug("attempt", zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
+			zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
 		q.locked(func() { delete(q.inFlight, rec.ID) }) // before its event can be due again
 		done(res)
 	}
-	returned := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() { // the time is over, or Caddy ends
-		select {
-		case <-returned:
-			return
-		case <-time.After(endMargin):
-		}
-		if !over.CompareAndSwap(false, true) {
+	takeOver := func() {
+		if !over.CompareAndSwap(false, true) { // the handlers have returned
 			return
 		}
 		if q.attempting.Err() == nil {
@@ -88,12 +79,12 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done 
 		}
 		q.locked(func() { q.overdue[rec.ID] = true })
 		end(result{err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
-	})
+	}
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(endMargin, takeOver) }) // the time is over, or Caddy ends
 	answer := newAnswer()
 	err := q.run(h, prepare(ctx, r, h.server, answer, rec), answer, rec.ID)
 	timeUp := ctx.Err() == context.DeadlineExceeded
 	stop()
-	close(returned)
 	if !over.CompareAndSwap(false, true) {
 		h.logger.Debug("an attempt has ended for which attempt_timeout was too short", zap.String("id", rec.ID), zap.Error(err))
 		q.locked(func() { delete(q.overdue, rec.ID) })

@@ -121,15 +121,6 @@ func (d *database) warnLocked(queue string) {
 	}
 }
 
-// wake has all queues look for events that are due.
-func (d *database) wake() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, q := range d.queues {
-		q.schedule.Wake()
-	}
-}
-
 // peek looks at a queue.
 func (d *database) peek(queue string) (store.Peek, error) {
 	s, err := d.writer.Store()
@@ -144,7 +135,11 @@ func (d *database) peek(queue string) (store.Peek, error) {
 // Opened is of writer.Observer.
 func (d *database) Opened() {
 	d.recovered()
-	d.wake()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, q := range d.queues {
+		q.schedule.Wake()
+	}
 }
 
 // Failed is of writer.Observer. It logs once a minute.
@@ -245,7 +240,7 @@ func (d *database) countSoon() {
 func (d *database) count() {
 	var next, logged time.Time
 	for d.ctx.Err() == nil {
-		if s, _ := d.writer.Store(); s != nil && (!time.Now().Before(next) || d.empty()) { // few are soon counted
+		if s, _ := d.writer.Store(); s != nil && !time.Now().Before(next) {
 			began := time.Now()
 			if err := d.countOnce(s); err == nil {
 				next = time.Now().Add(countPause(time.Since(began)))
@@ -266,19 +261,6 @@ func (d *database) count() {
 		case <-d.ctx.Done():
 		}
 	}
-}
-
-// empty reports whether there are no events, as far as is known. Then there is space to
-// give back.
-func (d *database) empty() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for _, c := range d.counts {
-		if c.Events > 0 {
-			return false
-		}
-	}
-	return true
 }
 
 // countPause returns how long to wait after a count that took so long.

@@ -4,6 +4,7 @@
 package queue
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
@@ -133,33 +134,21 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	h.use = newUse(h)
 	h.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
-	if h.Name == "" {
-		h.Name = defaultName
-	}
+	h.Name = cmp.Or(h.Name, defaultName)
 	if h.AnswerAfter == nil {
 		h.AnswerAfter = new(caddy.Duration)
 		*h.AnswerAfter = caddy.Duration(defaultAnswerAfter)
-	}
-	if h.AttemptTimeout == 0 {
-		h.AttemptTimeout = caddy.Duration(defaultAttemptTimeout)
-	}
-	if h.MaxAge == 0 {
-		h.MaxAge = caddy.Duration(defaultMaxAge)
-	}
-	if h.MaxEvents == 0 {
-		h.MaxEvents = defaultMaxEvents
-	}
-	if h.Concurrency == 0 {
-		h.Concurrency = defaultConcurrency
 	}
 	if h.History == nil {
 		h.History = new(caddy.Duration)
 		*h.History = caddy.Duration(defaultHistory)
 	}
-	if h.Remember == 0 {
-		h.Remember = caddy.Duration(defaultRemember)
-	}
+	h.Remember = cmp.Or(h.Remember, caddy.Duration(defaultRemember))
 	h.once = onceForm(h.Once)
+	h.AttemptTimeout = cmp.Or(h.AttemptTimeout, caddy.Duration(defaultAttemptTimeout))
+	h.MaxAge = cmp.Or(h.MaxAge, caddy.Duration(defaultMaxAge))
+	h.MaxEvents = cmp.Or(h.MaxEvents, defaultMaxEvents)
+	h.Concurrency = cmp.Or(h.Concurrency, defaultConcurrency)
 	config, err := json.Marshal(h) // before modules are loaded, which takes their JSON away
 	if err != nil {
 		return err

@@ -206,6 +206,7 @@ func (c *configuration) stop(tb testing.TB) {
 		require.NoError(tb, h.Cleanup())
 	}
 	for _, h := range c.handlers {
+		h.use.leaving.Wait()
 		h.use.releasing.Wait() // otherwise the folder is removed while the database is being closed
 	}
 	c.end()

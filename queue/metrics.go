@@ -114,11 +114,7 @@ func (m *queueMetrics) show(pending, dead store.Count, damaged int) {
 
 // remove takes back the gauges of a queue that is closed: nobody sets them any more.
 func (m *queueMetrics) remove() {
-	for _, state := range []string{store.Pending, store.Dead} {
-		eventsGauge.DeleteLabelValues(m.queue, state)
+	for _, gauge := range []*prometheus.GaugeVec{eventsGauge, oldestGauge, backendDown, pausedGauge, damagedFiles} {
+		gauge.DeletePartialMatch(prometheus.Labels{"queue": m.queue})
 	}
-	oldestGauge.DeleteLabelValues(m.queue)
-	backendDown.DeleteLabelValues(m.queue)
-	pausedGauge.DeleteLabelValues(m.queue)
-	damagedFiles.DeleteLabelValues(m.queue)
 }

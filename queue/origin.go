@@ -24,10 +24,8 @@ type origin struct {
 // openers returns the databases, each of them once.
 func (o *origin) openers(ctx context.Context) (openers []store.Opener, err error) {
 	caddyCtx, _ := caddy.NewContext(caddy.Context{Context: ctx}) // a command ends before it is of use to cancel
-	var configs []json.RawMessage
-	if o.config == "" {
-		configs = append(configs, json.RawMessage(`{}`))
-	} else {
+	configs := []json.RawMessage{json.RawMessage(`{}`)}
+	if o.config != "" {
 		config, _, _, err := caddycmd.LoadConfig(o.config, o.adapter)
 		if err != nil {
 			return nil, err
@@ -103,7 +101,7 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *
 	}
 	var failed []error
 	err := o.each(ctx, func(s store.Store) error {
-		for some := range slices.Chunk(ids, 500) { // as many as a statement takes
+		for some := range slices.Chunk(ids, store.MaxPage) { // a statement does not take any number
 			all := []string{store.Pending, store.Dead, store.History}
 			err := store.Each(ctx, s, store.Filter{IDs: some, States: all}, true, func(page []*store.Record) error {
 				for _, r := range page {

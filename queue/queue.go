@@ -114,10 +114,9 @@ func (q *queue) current() *Handler {
 }
 
 // inFlightNow returns how many attempts are under way.
-func (q *queue) inFlightNow() int {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return len(q.inFlight)
+func (q *queue) inFlightNow() (n int) {
+	q.locked(func() { n = len(q.inFlight) })
+	return n
 }
 
 func (q *queue) timeout() time.Duration {
@@ -145,7 +144,9 @@ func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
 
 // attemptStored makes one attempt at a stored event.
 func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree func()) {
-	ended := func() {
+	ended := func(f store.Finish) {
+		f.ID, f.Queue = r.ID, q.name
+		q.db.writer.Finish(nil, f)
 		placeIsFree()
 		q.running.Done()
 	}
@@ -153,18 +154,13 @@ func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree fu
 	decoded, err := request.Decode(r)
 	switch {
 	case h == nil:
-		q.db.writer.Finish(nil, store.Finish{ID: r.ID, Queue: q.name, Outcome: store.Unbegun})
+		ended(store.Finish{Outcome: store.Unbegun})
 	case err != nil:
 		h.logger.Error("a stored event is not what was stored: it was set aside", zap.String("id", r.ID), zap.Error(err))
-		q.db.writer.Finish(nil, store.Finish{ID: r.ID, Queue: q.name, Outcome: store.SetAside, LastError: lastError(err)})
+		ended(store.Finish{Outcome: store.SetAside, LastError: lastError(err)})
 	default:
-		q.attempt(h, decoded, r, func(res result) {
-			q.db.writer.Finish(nil, q.settle(h, r, res, r.Age+time.Since(claimed)))
-			ended()
-		})
-		return
+		q.attempt(h, decoded, r, func(res result) { ended(q.settle(h, r, res, r.Age+time.Since(claimed))) })
 	}
-	ended()
 }
 
 // settle draws the consequences of an attempt: for what is known of the backend, and for

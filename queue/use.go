@@ -24,7 +24,8 @@ type use struct {
 	grace     time.Duration         // that attempts under way have when Caddy ends, 0 for all of their time
 	started   chan struct{}         // closed by open
 	requests  sync.RWMutex          // each request has it for reading
-	releasing sync.WaitGroup        // what release has begun
+	releasing sync.WaitGroup        // what cleanup has begun
+	leaving   sync.WaitGroup        // what requests have begun
 }
 
 func newUse(h *Handler) *use { return &use{h: h, started: make(chan struct{})} }
@@ -41,8 +42,8 @@ func (u *use) acquire() *queue {
 
 // release ends what acquire began. The last user closes the queue, when the attempts under
 // way have ended.
-func (u *use) release(then func()) {
-	u.releasing.Go(func() {
+func (u *use) release(by *sync.WaitGroup, then func()) {
+	by.Go(func() {
 		_, _ = queues.Delete(u.key())
 		then()
 	})
@@ -78,7 +79,7 @@ func (u *use) enter() *queue {
 	return q
 }
 
-func (u *use) leave() { u.release(u.requests.RUnlock) }
+func (u *use) leave() { u.release(&u.leaving, u.requests.RUnlock) }
 
 // cleanup gives up the queue.
 func (u *use) cleanup() {
@@ -88,7 +89,7 @@ func (u *use) cleanup() {
 		u.end()
 	default:
 		u.queue.Store(nil)
-		u.release(func() {})
+		u.release(&u.releasing, func() {})
 	}
 }
 

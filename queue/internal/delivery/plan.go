@@ -39,14 +39,12 @@ func Plan(l Look) Step {
 		limit = min(limit, l.Ramp)
 	}
 	switch {
-	case l.Failed, l.Empty:
+	case l.Failed, l.Empty, l.Running >= limit:
 		return Step{Wait: pollInterval}
 	case l.Wait > 0:
 		return Step{Wait: min(l.Wait, pollInterval)}
 	case l.Down && l.Probe > 0:
 		return Step{Wait: min(l.Probe, pollInterval)}
-	case l.Running >= limit:
-		return Step{Wait: pollInterval}
 	}
 	return Step{Claim: limit - l.Running, Newest: l.Down || l.Ramp > 0}
 }

@@ -8,14 +8,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-const (
-	// LeaseMargin is how much longer than an attempt its lease is.
-	LeaseMargin = 2 * time.Second
-
-	// emptyClaimPause is the pause after a claim that found nothing: another process was
-	// faster.
-	emptyClaimPause = 250 * time.Millisecond
-)
+// LeaseMargin is how much longer than an attempt its lease is.
+const LeaseMargin = 2 * time.Second
 
 // Source is where the stored events of a queue are.
 type Source interface {
@@ -77,9 +71,6 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 	}
 	look := Look{Limit: oldLimit(s.Limits.Limit()), Running: int(s.running.Load())}
 	s.Breaker.look(&look)
-	if look.Down && look.Probe > 0 { // the database need not be asked
-		return min(look.Probe, pollInterval)
-	}
 	peek, err := s.Source.Peek()
 	look.Failed, look.Empty, look.Wait = err != nil, peek.Empty, peek.Wait
 	if err == nil && s.Breaker.Empty(peek.Empty) {
@@ -112,11 +103,8 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 			s.Wake()
 		})
 	}
-	switch {
-	case err != nil:
+	if len(records) == 0 { // there was an error, or another process was faster
 		return pollInterval
-	case len(records) == 0:
-		return emptyClaimPause
 	}
 	return 0
 }

@@ -143,7 +143,7 @@ func New(owner string, open func(context.Context) (store.Store, error), observer
 }
 
 // Close writes everything that waits and closes the database. Nobody may use the writer
-// any more.
+// any more, or wait for an addition.
 func (w *Writer) Close() {
 	close(w.closing)
 	<-w.closed
@@ -278,15 +278,8 @@ func (w *Writer) run() {
 	w.write()
 	for w.write() && !w.remembered() { // what the first transaction left
 	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	for _, a := range w.adds {
-		if a.state != ended {
-			a.end(errors.New("Caddy ends")) //nolint:staticcheck // the name of a program
-		}
-	}
-	if w.store != nil {
-		_ = w.store.Close()
+	if s, _ := w.Store(); s != nil {
+		_ = s.Close()
 	}
 }
 
@@ -364,7 +357,9 @@ func (w *Writer) write() bool {
 	for _, a := range adds {
 		var err error
 		if a.record.Request, err = a.encode(); err != nil {
-			w.endAdd(a, err)
+			w.mu.Lock()
+			a.end(err)
+			w.mu.Unlock()
 			continue
 		}
 		a.record.Checksum = a.record.Sum()
@@ -395,12 +390,6 @@ func (w *Writer) write() bool {
 		c.done <- why
 	}
 	return err == nil && len(b.Left) == 0
-}
-
-func (w *Writer) endAdd(a *Addition, err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	a.end(err)
 }
 
 // failed takes a batch back after its transaction has failed. On a full disk, its

@@ -26,7 +26,6 @@ type database struct {
 	unconfirmed atomic.Int64 // see notice
 }
 
-// Open is of store.Opener.
 func (p *Postgres) Open(ctx context.Context, o store.Opening) (store.Store, error) {
 	s := new(database)
 	config, err := p.config(s.notice)
@@ -176,7 +175,6 @@ func (s *database) notice(_ *pgconn.PgConn, n *pgconn.Notice) {
 	}
 }
 
-// Apply is of store.Store.
 func (s *database) Apply(ctx context.Context, b *store.Batch) error {
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
@@ -188,14 +186,12 @@ func (s *database) Apply(ctx context.Context, b *store.Batch) error {
 	return err
 }
 
-// Peek is of store.Store.
 func (s *database) Peek(ctx context.Context, queue string) (store.Peek, error) {
 	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	return s.DB.Peek(ctx, queue)
 }
 
-// Close is of store.Store.
 func (s *database) Close() error {
 	err := s.Write.Close()
 	closed := make(chan struct{})

@@ -109,17 +109,13 @@ func (p *Postgres) Key() string {
 	return fmt.Sprintf("postgres %x", hash[:6])
 }
 
-// Migration is of store.Opener.
 func (p *Postgres) Migration() string {
 	var b strings.Builder
 	b.WriteString("BEGIN;\n")
 	if p.Schema != "" {
 		fmt.Fprintf(&b, "CREATE SCHEMA IF NOT EXISTS %s;\n", pgx.Identifier{p.Schema}.Sanitize())
 	}
-	for _, statement := range (&sqlstore.DB{Dialect: dialect(p.Schema)}).SchemaSQL() {
-		b.WriteString(statement + ";\n")
-	}
-	b.WriteString("COMMIT;\n")
+	b.WriteString((&sqlstore.DB{Dialect: dialect(p.Schema)}).SchemaSQL() + "COMMIT;\n")
 	return b.String()
 }
 
@@ -168,7 +164,6 @@ func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) 
 	c.OnNotice = notice
 	// No statement outlives its transaction, which pgbouncer may give to any server.
 	c.DefaultQueryExecMode = pgx.QueryExecModeExec
-	c.StatementCacheCapacity, c.DescriptionCacheCapacity = 0, 0
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = connectTimeout
 	}

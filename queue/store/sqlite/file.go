@@ -69,14 +69,10 @@ func openFile(ctx context.Context, path string, o store.Opening) (*file, error) 
 	f := &file{path: path, main: info, room: room{reserve: path + "-reserve"}}
 	f.Dialect = sqlstore.Dialect{Bytes: "BLOB", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
 		Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`}
-	if f.Write, err = openSQLite(path, 1, busy,
+	f.Write = openSQLite(path, 1, busy,
 		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
-		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize)); err != nil {
-		return nil, err
-	}
-	if f.Read, err = openSQLite(path, 2, busy, "query_only(1)"); err != nil {
-		return nil, errors.Join(err, f.Write.Close())
-	}
+		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize))
+	f.Read = openSQLite(path, 2, busy, "query_only(1)")
 	if err = f.prepare(ctx); err == nil {
 		f.log, err = os.Stat(path + "-wal")
 	}
@@ -104,15 +100,13 @@ func real(path string) string {
 	return path
 }
 
-func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) (*sql.DB, error) {
+func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) *sql.DB {
 	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds())}, pragmas...)
-	db, err := sql.Open("sqlite", path+"?_txlock=immediate&_pragma="+strings.Join(pragmas, "&_pragma="))
-	if err != nil {
-		return nil, err
-	}
+	// the first statement connects, and fails if anything does
+	db, _ := sql.Open("sqlite", path+"?_txlock=immediate&_pragma="+strings.Join(pragmas, "&_pragma="))
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
-	return db, nil
+	return db
 }
 
 // prepare makes the schema, unless the file holds something else. If the schema is there
@@ -144,7 +138,7 @@ func (f *file) prepare(ctx context.Context) error {
 	return wrap(err)
 }
 
-// exists reports whether the schema is there.
+// exists reports whether the schema is there, and refuses a database of something else.
 func (f *file) exists(ctx context.Context, db sqlstore.Querier) (bool, error) {
 	var tables, ours int
 	err := db.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)

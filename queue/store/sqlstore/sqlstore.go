@@ -64,27 +64,15 @@ func (d *DB) BeginTx(ctx context.Context) (*sql.Tx, error) {
 }
 
 // SchemaSQL returns the statements that make the schema.
-func (d *DB) SchemaSQL() []string {
-	var statements []string
-	for statement := range strings.SplitSeq(d.text(schema+d.More), ";\n") {
-		if statement = strings.TrimSpace(statement); statement != "" {
-			statements = append(statements, statement)
-		}
-	}
-	return statements
-}
+func (d *DB) SchemaSQL() string { return d.text(schema + d.More) }
 
 // Migrate makes the schema if it is not there. The caller keeps others from doing the same.
 func (d *DB) Migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
 	if exists {
 		return d.CheckVersion(ctx, tx)
 	}
-	for _, statement := range d.SchemaSQL() {
-		if _, err := tx.ExecContext(ctx, statement); err != nil {
-			return err
-		}
-	}
-	return nil
+	_, err := tx.ExecContext(ctx, d.SchemaSQL())
+	return err
 }
 
 // Querier is a database, or a transaction in it.
