@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,6 +20,9 @@ import (
 type origin struct {
 	db, config, adapter string
 	make                bool // whether a database that is not there is made
+
+	names map[string][]string // of the queues that the configuration has in each database, by its key
+	key   string              // of the database that each is at
 }
 
 // load returns the databases, each of them once, until done is called.
@@ -32,6 +36,7 @@ func (o *origin) load(ctx context.Context) (openers []store.Opener, done func(),
 
 func (o *origin) openers(ctx caddy.Context) (openers []store.Opener, err error) {
 	var configs []json.RawMessage
+	o.names = make(map[string][]string)
 	if o.config == "" {
 		configs = append(configs, json.RawMessage(`{}`))
 	} else {
@@ -52,6 +57,9 @@ func (o *origin) openers(ctx caddy.Context) (openers []store.Opener, err error) 
 		opener, err := h.loadStore(ctx)
 		if err != nil {
 			return nil, err
+		}
+		if o.config != "" {
+			o.names[opener.Key()] = append(o.names[opener.Key()], cmp.Or(h.Name, defaultName))
 		}
 		if !slices.ContainsFunc(openers, func(other store.Opener) bool { return other.Key() == opener.Key() }) {
 			openers = append(openers, opener)
@@ -95,6 +103,7 @@ func (o *origin) each(ctx context.Context, f func(store.Store) error) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", opener.Key(), err)
 		}
+		o.key = opener.Key()
 		if err := errors.Join(f(s), s.Close()); err != nil {
 			return err
 		}
