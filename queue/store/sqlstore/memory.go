@@ -112,7 +112,7 @@ func (d *DB) remember(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 // long as running it.
 func (d *DB) addHistory(ctx context.Context, tx *sql.Tx, history []*store.Record) error {
 	var prepared *sql.Stmt
-	size := 4 * d.Rows
+	size := 2 * d.Rows
 	for some := range slices.Chunk(history, size) {
 		args := make([]any, 0, 8*len(some))
 		for _, r := range some {
