@@ -2,13 +2,9 @@ package queue
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"os"
 	"slices"
-	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
@@ -24,7 +20,7 @@ import (
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "inkit-queue",
-		Short: "Lists, shows, retries, drops and moves the events of a queue",
+		Short: "Lists, shows, retries, drops and moves the events of a queue, and pauses it",
 		Long: `
 Works on the database of inkit_queue, whether Caddy runs or not, and without its
 admin endpoint. Run it as the user that Caddy runs as: nobody else can read the
@@ -42,181 +38,13 @@ With --config, it is each of those that the configuration names.
 			flags.StringVar(&o.config, "config", "", "Configuration file that names the database")
 			flags.StringVar(&o.adapter, "adapter", "", "Config adapter of that file, if its name does not tell")
 			cmd.MarkFlagsMutuallyExclusive("db", "config")
-			cmd.AddCommand(listCommand(&o), showCommand(&o), retryCommand(&o), dropCommand(&o), migrateCommand(&o), moveCommand(&o))
+			cmd.AddCommand(listCommand(&o), showCommand(&o), retryCommand(&o), dropCommand(&o),
+				statusCommand(&o), pauseCommand(&o), resumeCommand(&o), migrateCommand(&o), moveCommand(&o))
 			for _, sub := range cmd.Commands() {
 				sub.SilenceUsage = true
 			}
 		},
 	})
-}
-
-func listCommand(o *origin) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "list [--dead] [--json] [--db <file> | --config <file>]",
-		Short: "Lists the events that are kept, the oldest first",
-		Long: `
-Lists the events that are kept, the oldest first: a line for each, or with --json
-an object for each. An event that was delivered is not there any more.
-`,
-		Example: `  caddy inkit-queue list --dead`,
-		Args:    cobra.NoArgs,
-	}
-	dead := cmd.Flags().Bool("dead", false, "Only the dead ones")
-	asJSON := cmd.Flags().Bool("json", false, "One JSON object a line")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-		encoder := json.NewEncoder(os.Stdout)
-		headed := *asJSON
-		var filter store.Filter
-		if *dead {
-			filter.States = []string{store.Dead}
-		}
-		err := o.each(cmd.Context(), func(s store.Store) error {
-			if !headed {
-				headed = true
-				fmt.Fprintln(table, "ID\tSTATE\tRECEIVED\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
-			}
-			return store.Each(cmd.Context(), s, filter, false, func(page []*store.Record) error {
-				for _, r := range page {
-					l := newListed(r)
-					row := []string{l.ID, l.State, l.Received, l.EventType, l.ResourceID, fmt.Sprint(l.Attempts), l.NextAttempt, l.LastError}
-					var err error
-					if *asJSON {
-						err = encoder.Encode(l)
-					} else {
-						_, err = fmt.Fprintln(table, request.Printable(strings.Join(row, "\t"), '\t'))
-					}
-					if err != nil {
-						return err
-					}
-				}
-				return nil
-			})
-		})
-		return errors.Join(err, table.Flush())
-	}
-	return cmd
-}
-
-// listed is an event as the commands show it.
-type listed struct {
-	ID          string `json:"id"`
-	Queue       string `json:"queue"`
-	State       string `json:"state"`
-	Received    string `json:"received"`
-	EventType   string `json:"event_type"`
-	ResourceID  string `json:"resource_id"`
-	Attempts    int    `json:"attempts"`
-	NextAttempt string `json:"next_attempt,omitempty"` // of a pending one; while it is delivered, should that fail to end
-	LastError   string `json:"last_error,omitempty"`
-}
-
-func newListed(r *store.Record) listed {
-	l := listed{
-		ID: r.ID, Queue: r.Queue, State: r.State, Received: r.Received.UTC().Format(time.RFC3339),
-		EventType: r.EventType, ResourceID: r.ResourceID, Attempts: r.Attempts, LastError: r.LastError,
-	}
-	if r.State == store.Pending {
-		l.NextAttempt = r.Due.UTC().Format(time.RFC3339)
-	}
-	return l
-}
-
-func showCommand(o *origin) *cobra.Command {
-	return &cobra.Command{
-		Use:   "show <id> [--db <file> | --config <file>]",
-		Short: "Shows an event with its request",
-		Long: `
-Shows an event: its state, its last error, and the request with its header fields
-and its body. What a replay would need, the signature and credentials, is left out,
-and control characters are replaced.
-`,
-		Example: `  caddy inkit-queue show 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
-		Args:    cobra.ExactArgs(1),
-		RunE: func(cmd *cobra.Command, ids []string) error {
-			return o.eachID(cmd.Context(), ids, func(_ store.Store, r *store.Record) error {
-				stored, err := request.Decode(r)
-				if err != nil {
-					return fmt.Errorf("%s: %w", r.ID, err)
-				}
-				stored.Redact()
-				shown, err := json.MarshalIndent(struct {
-					listed
-					Request *request.Request `json:"request"`
-				}{newListed(r), stored}, "", "  ")
-				if err != nil {
-					return err
-				}
-				fmt.Printf("%s\n\n%s\n", request.Printable(string(shown), '\n'), strings.TrimSuffix(request.Printable(string(stored.Body), '\n', '\t'), "\n"))
-				return nil
-			})
-		},
-	}
-}
-
-func retryCommand(o *origin) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "retry <id>... | --dead [--db <file> | --config <file>]",
-		Short: "Has events attempted again at once",
-		Long: `
-Makes events pending and due, as if they had arrived just now: dead ones are
-attempted for max_age again. A running Caddy sees it within a few seconds. One that
-is being delivered is left alone.
-`,
-		Example: `  caddy inkit-queue retry --dead`,
-	}
-	dead := cmd.Flags().Bool("dead", false, "All dead events")
-	cmd.Args = func(_ *cobra.Command, ids []string) error {
-		if *dead == (len(ids) > 0) {
-			return errors.New("takes either events by their ids, or --dead")
-		}
-		return nil
-	}
-	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
-		if *dead {
-			return o.each(cmd.Context(), func(s store.Store) error {
-				n, err := s.Retry(cmd.Context(), store.Filter{States: []string{store.Dead}})
-				if err == nil {
-					fmt.Printf("%d dead events are pending\n", n)
-				}
-				return err
-			})
-		}
-		return o.eachID(cmd.Context(), ids, func(s store.Store, r *store.Record) error {
-			n, err := s.Retry(cmd.Context(), store.Filter{IDs: []string{r.ID}})
-			switch {
-			case err != nil:
-				return err
-			case n == 0:
-				return fmt.Errorf("%s is being delivered", r.ID)
-			}
-			fmt.Println("pending", r.ID)
-			return nil
-		})
-	}
-	return cmd
-}
-
-func dropCommand(o *origin) *cobra.Command {
-	return &cobra.Command{
-		Use:   "drop <id>... [--db <file> | --config <file>]",
-		Short: "Deletes events for good",
-		Long: `
-Deletes events, and prints what it has deleted. It does not ask, and nothing brings
-them back. A delivery that is under way goes on.
-`,
-		Example: `  caddy inkit-queue drop 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
-		Args:    cobra.MinimumNArgs(1),
-		RunE: func(cmd *cobra.Command, ids []string) error {
-			return o.eachID(cmd.Context(), ids, func(s store.Store, r *store.Record) error {
-				n, err := s.Drop(cmd.Context(), store.Filter{IDs: []string{r.ID}})
-				if n > 0 {
-					fmt.Println("dropped", request.Printable(strings.TrimSpace(strings.Join([]string{r.ID, r.EventType, r.ResourceID}, " "))))
-				}
-				return err
-			})
-		},
-	}
 }
 
 func migrateCommand(o *origin) *cobra.Command {
@@ -270,7 +98,8 @@ func moveCommand(o *origin) *cobra.Command {
 Moves all events from a file of SQLite into the database that the configuration
 names. An event is in the one or in the other, or for a moment in both: if the
 command is cut short, run it again. One that is being delivered is left where it is.
-The age of an event counts anew.
+The age of an event counts anew. The history, the keys of once, and a pause are
+copied.
 `,
 		Example: `  caddy inkit-queue move --config Caddyfile`,
 		Args:    cobra.NoArgs,
@@ -293,7 +122,9 @@ The age of an event counts anew.
 				if sqlite.Same(from, to) { // to copy would do nothing, and to drop would delete all
 					return errors.New("the configuration names the database that is to be moved from: change it first")
 				}
-				moved, left, err := move(cmd.Context(), from, to)
+				ctx, stop := interruptible(cmd.Context())
+				defer stop()
+				moved, left, err := move(ctx, from, to)
 				fmt.Printf("%d events were moved\n", moved)
 				if left > 0 {
 					fmt.Printf("%d are being delivered, and were left: run this again when that has ended\n", left)
@@ -306,22 +137,25 @@ The age of an event counts anew.
 }
 
 // move copies events a page at a time, and drops the page. It leaves those with an attempt
-// under way.
+// under way. An interruption takes effect between two pages.
 func move(ctx context.Context, from, to store.Store) (moved, left int, err error) {
+	if err := store.CopyMemory(ctx, to, from); err != nil {
+		return 0, 0, err
+	}
+	var p progress
+	defer p.end()
 	err = store.Each(ctx, from, store.Filter{}, true, func(page []*store.Record) error {
 		all := len(page)
 		page = slices.DeleteFunc(page, func(r *store.Record) bool { return r.LeasedUntil.After(time.Now()) })
 		left += all - len(page)
-		if err := store.Copy(ctx, to, "move", page); err != nil || len(page) == 0 {
+		whole := context.WithoutCancel(ctx)
+		if err := store.Copy(whole, to, "move", page); err != nil || len(page) == 0 {
 			return err
 		}
-		ids := make([]string, len(page))
-		for i, r := range page {
-			ids[i] = r.ID
-		}
-		_, err := from.Drop(ctx, store.Filter{IDs: ids})
+		_, err := from.Drop(whole, store.Filter{IDs: idsOf(page)})
 		moved += len(page)
+		p.show("%d events are moved", moved)
 		return err
 	})
-	return moved, left, err
+	return moved, left, interrupted(ctx, err)
 }

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -72,6 +73,10 @@ func kept(t *testing.T) (path string) {
 		b.Add = append(b.Add, a.rec)
 	}
 	b.Finish = []store.Finish{{ID: "i3-dead", Queue: "default", Outcome: store.SetAside, LastError: "status 404"}}
+	b.History = []*store.Record{{
+		ID: "0-d1", Queue: "default", Received: time.Date(2026, 11, 25, 6, 31, 0, 0, time.UTC), Finished: time.Date(2026, 11, 25, 6, 32, 0, 0, time.UTC),
+		EventType: "DOCUMENT_CREATE_FINISHED", ResourceID: "doc_2N0X2g4f3b1JJU75fqzDZs", Attempts: 2, Status: 204,
+	}}
 	require.NoError(t, s.Apply(t.Context(), b))
 	require.NoError(t, s.Close())
 	return path
@@ -108,11 +113,11 @@ func TestList(t *testing.T) {
 	at := due(t, path)
 	const event = "DOCUMENT_CREATE_FINISHED  doc_2N0X2g4f3b1JJU75fqzDZs"
 	table := []string{
-		"ID         STATE    RECEIVED              EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT          LAST ERROR",
-		"i1-due     pending  2026-11-25T06:30:00Z  " + event + "  0         " + at["i1-due"] + "  ",
-		"i2-later   pending  2026-11-25T06:30:01Z  " + event + "  3         " + at["i2-later"] + "  status 500: \uFFFD[31mno",
-		"i3-dead    dead     2026-11-25T06:30:02Z  " + event + "  1                               status 404",
-		"i4-leased  pending  2026-11-25T06:30:03Z  " + event + "  1         " + at["i4-leased"] + "  ",
+		"ID         STATE    AGE  EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
+		"i1-due     pending  3d   " + event + "  0         now           ",
+		"i2-later   pending  3d   " + event + "  3         in 59m        status 500: \uFFFD[31mno",
+		"i3-dead    dead     3d   " + event + "  1                       status 404",
+		"i4-leased  pending  3d   " + event + "  1         in 59m        ",
 	}
 	object := func(id, state, received string, attempts int, more string) string {
 		return fmt.Sprintf(`{"id":"%s","queue":"default","state":"%s","received":"2026-11-25T06:30:%sZ","event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"doc_2N0X2g4f3b1JJU75fqzDZs","attempts":%d%s}`,
@@ -126,8 +131,8 @@ func TestList(t *testing.T) {
 	}{
 		{"all", nil, table},
 		{"the dead ones", []string{"--dead"}, []string{
-			"ID       STATE  RECEIVED              EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
-			"i3-dead  dead   2026-11-25T06:30:02Z  " + event + "  1                       status 404",
+			"ID       STATE  AGE  EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
+			"i3-dead  dead   3d   " + event + "  1                       status 404",
 		}},
 		{"as JSON", []string{"--json"}, []string{
 			object("i1-due", "pending", "00", 0, next("i1-due")),
@@ -140,6 +145,7 @@ func TestList(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := run(t, append([]string{"list", "--db", path}, tt.args...)...)
 			require.NoError(t, err)
+			got = regexp.MustCompile(`\b\d+d   DOC`).ReplaceAllString(got, "3d   DOC") // as old as the test is
 			assert.Equal(t, strings.Join(tt.want, "\n")+"\n", got)
 		})
 	}
@@ -152,7 +158,7 @@ func TestListOfNothing(t *testing.T) {
 	require.NoError(t, s.Close())
 	got, err := run(t, "list", "--db", path)
 	require.NoError(t, err)
-	assert.Equal(t, "ID  STATE  RECEIVED  EVENT TYPE  RESOURCE ID  ATTEMPTS  NEXT ATTEMPT  LAST ERROR\n", got)
+	assert.Equal(t, "ID  STATE  AGE  EVENT TYPE  RESOURCE ID  ATTEMPTS  NEXT ATTEMPT  LAST ERROR\n", got)
 	got, err = run(t, "list", "--json", "--db", path)
 	require.NoError(t, err)
 	assert.Empty(t, got)
@@ -200,17 +206,32 @@ func TestRetryAndDrop(t *testing.T) {
 		states                       map[string]string
 	}{
 		{"retry a dead one", "retry i3-dead", "pending i3-dead\n", "", with(map[string]string{"i3-dead": "pending"})},
-		{"retry all dead ones", "retry --dead", "1 dead events are pending\n", "", with(map[string]string{"i3-dead": "pending"})},
+		{"retry all dead ones", "retry --dead", "1 events are due\n", "", with(map[string]string{"i3-dead": "pending"})},
 		{"retry a pending one", "retry i2-later", "pending i2-later\n", "", all},
 		{"retry one that is being delivered", "retry i4-leased", "", "i4-leased is being delivered", all},
 		{"retry one that there is and one that there is not", "retry none i3-dead", "pending i3-dead\n", "there is no event none", with(map[string]string{"i3-dead": "pending"})},
-		{"retry nothing", "retry", "", "takes either events by their ids, or --dead", all},
-		{"retry both", "retry i3-dead --dead", "", "takes either events by their ids, or --dead", all},
+		{"retry nothing", "retry", "", "takes either events by their ids, or a filter such as --state dead", all},
+		{"retry both", "retry i3-dead --dead", "", "takes either events by their ids, or a filter such as --state dead", all},
 		{"drop one", "drop i1-due", dropped("i1-due"), "", with(map[string]string{"i1-due": ""})},
 		{"drop two", "drop i3-dead i1-due", dropped("i1-due") + dropped("i3-dead"), "", with(map[string]string{"i1-due": "", "i3-dead": ""})},
 		{"drop one that there is not", "drop none", "", "there is no event none", all},
 		{"drop one that there is and two that there are not", "drop none i1-due other", dropped("i1-due"), "there is no event none\nthere is no event other", with(map[string]string{"i1-due": ""})},
-		{"drop nothing", "drop", "", "requires at least 1 arg(s), only received 0", all},
+		{"drop nothing", "drop", "", "takes either events by their ids, or a filter such as --state dead", all},
+		{"retry by a filter", "retry --error 500:", "1 events are due\n", "", all},
+		{"retry by a filter that selects one that is being delivered", "retry --state pending --type DOCUMENT_CREATE_FINISHED",
+			"2 events are due\n1 are delivered, or being delivered, and were left\n", "", all},
+		{"retry by a filter that selects nothing", "retry --resource none", "0 events are due\n", "", all},
+		{"retry a delivered one", "retry 0-d1", "", "0-d1 is delivered: its request is deleted", all},
+		{"drop by a filter, without --yes", "drop --state dead", "", "would drop 1 events: say so with --yes", all},
+		{"drop by a filter", "drop --state dead --yes", "1 events are dropped\n", "", with(map[string]string{"i3-dead": ""})},
+		{"drop by a filter that selects nothing", "drop --type none --yes", "0 events are dropped\n", "", all},
+		{"drop by time", "drop --until 1h --state delivered --yes", "1 events are dropped\n", "", all},
+		{"drop nothing by its time", "drop --since 1h --yes", "0 events are dropped\n", "", all},
+		{"drop a delivered one", "drop 0-d1", dropped("0-d1"), "", all},
+		{"drop by ids and a filter", "drop i1-due --type none --yes", "", "takes either events by their ids, or a filter such as --state dead", all},
+		{"a state that there is not", "drop --state lost --yes", "", "--state: must be pending, dead, delivered or all", all},
+		{"a time that there is not", "retry --since yesterday", "", "--since: takes a duration, such as 2h or 3d", all},
+		{"a time that is to come", "list --until -2h", "", "--until: takes a duration, such as 2h or 3d", all},
 		{"show one that there is not", "show none", "", "there is no event none", all},
 		{"show an id that would have a terminal do something", "show \x1b[2J", "", "there is no event \uFFFD[2J", all},
 		{"an unknown command", "remove i1-due", "", `unknown command "remove" for "inkit-queue"`, all},

@@ -15,7 +15,7 @@ import (
 
 // pausedPoll is the pause between two questions whether a queue is paused, while its
 // database is being opened.
-const pausedPoll = 10 * time.Millisecond
+const pausedPoll = time.Millisecond
 
 // pause is whether an operator has paused a queue, as far as this Caddy knows.
 type pause struct {

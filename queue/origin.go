@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -19,11 +20,15 @@ import (
 type origin struct {
 	db, config, adapter string
 	make                bool // whether a database that is not there is made
+
+	names map[string][]string // of the queues that the configuration has in each database, by its key
+	key   string              // of the database that each is at
 }
 
 // openers returns the databases, each of them once.
 func (o *origin) openers(ctx context.Context) (openers []store.Opener, err error) {
 	caddyCtx, _ := caddy.NewContext(caddy.Context{Context: ctx}) // a command ends before it is of use to cancel
+	o.names = make(map[string][]string)
 	configs := []json.RawMessage{json.RawMessage(`{}`)}
 	if o.config != "" {
 		config, _, _, err := caddycmd.LoadConfig(o.config, o.adapter)
@@ -43,6 +48,9 @@ func (o *origin) openers(ctx context.Context) (openers []store.Opener, err error
 		opener, err := h.loadStore(caddyCtx)
 		if err != nil {
 			return nil, err
+		}
+		if o.config != "" {
+			o.names[opener.Key()] = append(o.names[opener.Key()], cmp.Or(h.Name, defaultName))
 		}
 		if !slices.ContainsFunc(openers, func(other store.Opener) bool { return other.Key() == opener.Key() }) {
 			openers = append(openers, opener)
@@ -85,6 +93,7 @@ func (o *origin) each(ctx context.Context, f func(store.Store) error) error {
 		if err != nil {
 			return fmt.Errorf("%s: %w", opener.Key(), err)
 		}
+		o.key = opener.Key()
 		if err := errors.Join(f(s), s.Close()); err != nil {
 			return err
 		}

@@ -19,7 +19,7 @@ const (
 	// History is written with the next transaction, or after historyPause, so many rows at a
 	// time that no event waits for long. While it cannot be written, at most historyRoom rows
 	// wait, and further ones are lost.
-	maxHistory   = 500
+	maxHistory   = 1000
 	historyPause = time.Second
 	historyRoom  = 100_000
 

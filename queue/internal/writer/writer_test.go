@@ -148,6 +148,79 @@ func TestWriter(t *testing.T) {
 			require.Len(t, d.batches, 2)
 			assert.Equal(t, "status 500", d.batches[1].Finish[0].LastError)
 		}},
+		{"history goes with the next transaction", func(t *testing.T, w *Writer, d *database) {
+			w.Remember(event("delivered"))
+			w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			synctest.Wait()
+			require.Len(t, d.batches, 1)
+			assert.Len(t, d.batches[0].History, 1)
+			time.Sleep(2 * historyPause)
+			assert.Len(t, d.batches, 1)
+		}},
+		{"or within a second, many rows in few transactions", func(t *testing.T, w *Writer, d *database) {
+			for range 2 * maxHistory {
+				w.Remember(event("delivered"))
+			}
+			synctest.Wait()
+			assert.Empty(t, d.batches)
+			time.Sleep(historyPause)
+			synctest.Wait()
+			require.Len(t, d.batches, 2)
+			assert.Len(t, d.batches[1].History, maxHistory)
+		}},
+		{"history that cannot be written is tried again, and is bounded", func(t *testing.T, w *Writer, d *database) {
+			d.apply = func(*store.Batch) error { return broken }
+			for range historyRoom + maxHistory {
+				w.Remember(event("delivered"))
+			}
+			time.Sleep(10 * time.Second)
+			d.mu.Lock()
+			d.apply = nil
+			d.mu.Unlock()
+			time.Sleep(10 * time.Second)
+			rows := 0
+			for _, b := range d.batches {
+				rows += len(b.History)
+			}
+			assert.Equal(t, historyRoom, rows)
+			assert.False(t, w.Failing(), "no event was refused")
+		}},
+		{"a full disk takes no history, and still finishes", func(t *testing.T, w *Writer, d *database) {
+			d.apply = func(b *store.Batch) error {
+				if len(b.History) > 0 {
+					return store.ErrFull
+				}
+				return nil
+			}
+			w.Remember(event("delivered"))
+			w.Finish(nil, store.Finish{ID: "delivered"})
+			synctest.Wait()
+			require.Len(t, d.batches, 1)
+			assert.Len(t, d.batches[0].Finish, 1)
+			time.Sleep(2 * historyPause)
+			assert.Len(t, d.batches, 1)
+		}},
+		{"the end writes all history", func(t *testing.T, w *Writer, d *database) {
+			for range 3 * maxHistory {
+				w.Remember(event("delivered"))
+			}
+			t.Cleanup(func() {
+				rows := 0
+				for _, b := range d.batches {
+					rows += len(b.History)
+				}
+				assert.Equal(t, 3*maxHistory, rows)
+			})
+		}},
+		{"an event that was stored before is a duplicate", func(t *testing.T, w *Writer, d *database) {
+			d.apply = func(b *store.Batch) error { b.Add[0].First = "first"; return nil }
+			a := w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			<-a.Done()
+			require.ErrorIs(t, a.Err(), ErrDuplicate)
+			w.Finish(a, store.Finish{ID: "a"})
+			synctest.Wait()
+			assert.Len(t, d.batches, 1)
+		}},
 		{"a finish whose row is locked is tried again, and its event not claimed meanwhile", func(t *testing.T, w *Writer, d *database) {
 			locked := true
 			d.apply = func(b *store.Batch) error {

@@ -92,16 +92,8 @@ func (d *DB) onceSome(ctx context.Context, tx *sql.Tx, some []*store.Record, fir
 
 // remember writes rows of the history, and copied keys.
 func (d *DB) remember(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
-	for some := range slices.Chunk(b.History, 8*d.Rows) {
-		args := make([]any, 0, 8*len(some))
-		for _, r := range some {
-			args = append(args, r.ID, r.Queue, plain(r.EventType), plain(r.ResourceID), r.Received.UnixMilli(), r.Finished.UnixMilli(), r.Attempts, r.Status)
-		}
-		if _, err := d.exec(ctx, tx, `
-			INSERT INTO {schema}inkit_queue_history (id, queue, event_type, resource_id, received, finished, attempts, status) VALUES `+
-			values(len(some), `(?, ?, ?, ?, ?, ?, ?, ?)`)+` ON CONFLICT (id) DO NOTHING`, args...); err != nil {
-			return err
-		}
+	if err := d.addHistory(ctx, tx, b.History); err != nil {
+		return err
 	}
 	for some := range slices.Chunk(b.Keys, d.Rows) {
 		args := make([]any, 0, 5*len(some))
@@ -109,7 +101,40 @@ func (d *DB) remember(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 			args = append(args, k.Queue, k.Digest, k.ID, k.Expires.UnixMilli(), k.Duplicates)
 		}
 		if _, err := d.exec(ctx, tx, `INSERT INTO {schema}inkit_queue_once (queue, digest, id, expires, duplicates) VALUES `+
-			values(len(some), `(?, ?, ?, ?, ?)`)+` ON CONFLICT (queue, digest) DO NOTHING`, args...); err != nil {
+			d.rows(len(some), `(?, ?, ?, ?, ?)`)+` ON CONFLICT (queue, digest) DO NOTHING`, args...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// addHistory writes rows of the history. It prepares a statement once: parsing it takes as
+// long as running it.
+func (d *DB) addHistory(ctx context.Context, tx *sql.Tx, history []*store.Record) error {
+	var prepared *sql.Stmt
+	size := 2 * d.Rows
+	for some := range slices.Chunk(history, size) {
+		args := make([]any, 0, 8*len(some))
+		for _, r := range some {
+			args = append(args, r.ID, r.Queue, plain(r.EventType), plain(r.ResourceID), r.Received.UnixMilli(), r.Finished.UnixMilli(), r.Attempts, r.Status)
+		}
+		query := d.text(`
+			INSERT INTO {schema}inkit_queue_history (id, queue, event_type, resource_id, received, finished, attempts, status) VALUES ` +
+			d.rows(len(some), `(?, ?, ?, ?, ?, ?, ?, ?)`) + ` ON CONFLICT (id) DO NOTHING`)
+		var err error
+		switch {
+		case !d.Plain || len(some) < size:
+			_, err = tx.ExecContext(ctx, query, args...)
+		case prepared == nil:
+			if prepared, err = tx.PrepareContext(ctx, query); err != nil {
+				return err
+			}
+			defer prepared.Close()
+			fallthrough
+		default:
+			_, err = prepared.ExecContext(ctx, args...)
+		}
+		if err != nil {
 			return err
 		}
 	}

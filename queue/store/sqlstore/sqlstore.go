@@ -25,6 +25,7 @@ type Dialect struct {
 	Bytes  string         // the type of bytes
 	Schema string         // stands before the names of tables, with its dot
 	Rows   int            // how many events one statement adds or finishes
+	Plain  bool           // arguments are ? in rows of VALUES: the driver of SQLite is slow with many $1
 	Now    string         // the clock in milliseconds, the same throughout a statement
 	Skip   string         // makes a SELECT pass over locked rows; empty if no row can be locked
 	Begin  string         // the first statement of a transaction that writes, if there is one

@@ -80,6 +80,14 @@ func values(n int, pattern string) string {
 	return b.String()
 }
 
+// rows is values for a statement that has no other arguments.
+func (d *DB) rows(n int, pattern string) string {
+	if d.Plain {
+		return strings.Repeat(pattern+",", n-1) + pattern
+	}
+	return values(n, pattern)
+}
+
 func (d *DB) add(ctx context.Context, tx *sql.Tx, batchOwner string, added []*store.Record) error {
 	for records := range slices.Chunk(added, d.Rows) {
 		args := make([]any, 0, 12*len(records))
@@ -95,7 +103,7 @@ func (d *DB) add(ctx context.Context, tx *sql.Tx, batchOwner string, added []*st
 		_, err := tx.ExecContext(ctx, d.text(`
 			INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
 				attempts, last_error, event_type, resource_id, request, checksum) VALUES `+
-			values(len(records), `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)+`
+			d.rows(len(records), `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)+`
 			ON CONFLICT (id) DO NOTHING`), args...)
 		if err != nil {
 			return err
