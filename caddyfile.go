@@ -42,12 +42,12 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 	if d.NextArg() {
 		if _, ok := placeholder.Name(d.Val()); !ok {
-			return d.Err("inkit_webhook: takes one placeholder in braces; any other secret goes into the block, in quotes")
+			return d.Err("inkit_webhook: takes one placeholder in braces: any other secret goes into the block, in quotes")
 		}
 		h.Secrets = append(h.Secrets, Secret{Value: d.Val()})
 	}
 	if d.NextArg() {
-		return d.Err("inkit_webhook: takes one placeholder at most, more secrets go into the block")
+		return d.Err("inkit_webhook: takes at most one placeholder: further secrets go into the block")
 	}
 
 	seen := make(map[string]bool)
@@ -64,7 +64,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		case "secret":
 			named := len(args) == 3 && args[1] == "name"
 			if !named && len(args) != 1 || !isSecret(tokens[0]) {
-				return d.Err("secret: must be one placeholder or a text in quotes, and may be followed by the word name and a name")
+				return d.Err("secret: must be one placeholder or a text in quotes, with nothing after it except name and a name")
 			}
 			secret := Secret{Value: args[0]}
 			if named {
@@ -88,7 +88,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			}
 			h.IdempotencyKey = new(bool)
 		default:
-			return d.Err("inkit_webhook: must hold secret, name, max_size and idempotency_key only")
+			return d.Err("inkit_webhook: only secret, name, max_size and idempotency_key are allowed")
 		}
 		seen[word] = true
 		if d.NextBlock(1) {

@@ -51,10 +51,10 @@ func TestAdapt(t *testing.T) {
 func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 	const (
 		none     = "secret: at least one is required"
-		onLine   = "inkit_webhook: takes one placeholder in braces; any other secret goes into the block, in quotes"
-		onSecret = "secret: must be one placeholder or a text in quotes, and may be followed by the word name and a name"
+		onLine   = "inkit_webhook: takes one placeholder in braces: any other secret goes into the block, in quotes"
+		onSecret = "secret: must be one placeholder or a text in quotes, with nothing after it except name and a name"
 		onSize   = "max_size: must be one size above 0, such as 64KiB"
-		unknown  = "inkit_webhook: must hold secret, name, max_size and idempotency_key only"
+		unknown  = "inkit_webhook: only secret, name, max_size and idempotency_key are allowed"
 	)
 	block := func(line string) string { return "inkit_webhook {env.X} {\n" + line + "\n}" }
 	for _, tt := range []struct{ name, directive, message string }{
@@ -68,8 +68,8 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 		{"a placeholder in part on the line", "inkit_webhook c0nf1d3nt1al{env.X}", onLine},
 		{"a text in quotes on the line without a placeholder", `inkit_webhook "c0nf1d3nt1al"`, onLine},
 		{"empty quotes on the line, from a variable that is unset", `inkit_webhook ""`, onLine},
-		{"two placeholders on the line", "inkit_webhook {env.X} {env.Y}", "inkit_webhook: takes one placeholder at most, more secrets go into the block"},
-		{"a placeholder and a text on the line", "inkit_webhook {env.X} c0nf1d3nt1al", "inkit_webhook: takes one placeholder at most, more secrets go into the block"},
+		{"two placeholders on the line", "inkit_webhook {env.X} {env.Y}", "inkit_webhook: takes at most one placeholder: further secrets go into the block"},
+		{"a placeholder and a text on the line", "inkit_webhook {env.X} c0nf1d3nt1al", "inkit_webhook: takes at most one placeholder: further secrets go into the block"},
 		{"a secret without a value", block("secret"), onSecret},
 		{"a secret without quotes", block("secret c0nf1d3nt1al"), onSecret},
 		{"a secret without quotes that has a name", block("secret c0nf1d3nt1al name current"), onSecret},

@@ -233,7 +233,7 @@ func commandSecrets(files ...string) (secrets []Secret, err error) {
 		secrets = []Secret{{Value: value, Name: "INKIT_WEBHOOK_SECRET"}}
 	}
 	if len(secrets) == 0 {
-		return nil, errors.New("INKIT_WEBHOOK_SECRET is unset or empty, and no --secret-file is given")
+		return nil, errors.New("no secret: set INKIT_WEBHOOK_SECRET, or use --secret-file")
 	}
 	return secrets, nil
 }

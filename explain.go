@@ -16,7 +16,7 @@ import (
 // at a terminal. A server that answers with it helps an attacker.
 func explain(secrets []Secret, body []byte, signature string) (cause string) {
 	if signature == "" {
-		return "the request has no Inkit-Signature, or it is empty: it is not from Inkit, or something on the way removed the header field"
+		return "Inkit-Signature is missing or empty: the request is not from Inkit, or a program on the way removed the header field"
 	}
 	// The first one that matches counts. There is never more than one variant of
 	// the body, which may be large.
@@ -29,7 +29,7 @@ func explain(secrets []Secret, body []byte, signature string) (cause string) {
 		trySignatures(signature, func(variant, why string) { try(secret.Value, string(body), variant, why) })
 	}
 	if _, err := parseSignature(signature); err != nil && cause == "" {
-		return "Inkit sends 64 lower-case hexadecimal digits and nothing else: see what on the way changes the header field"
+		return "Inkit sends 64 lower-case hexadecimal digits and nothing else: find the program on the way that changes the header field"
 	}
 	for _, secret := range secrets {
 		trySecrets(secret.Value, func(variant, why string) { try(variant, string(body), signature, secret.Name+": "+why) })
@@ -64,8 +64,8 @@ var base64Encodings = []*base64.Encoding{base64.StdEncoding, base64.RawStdEncodi
 
 // trySecrets tries what may have been the secret.
 func trySecrets(secret string, try func(variant, why string)) {
-	try(strings.TrimSpace(secret), "the secret has white space around it here that does not belong to it")
-	try(strings.Trim(secret, " \t\r\n\"'"), "the secret has quotes around it here that do not belong to it")
+	try(strings.TrimSpace(secret), "the secret here has white space around it, which is not part of it")
+	try(strings.Trim(secret, " \t\r\n\"'"), "the secret here has quotes around it, which are not part of it")
 	try(secret+"\n", "the signature was made with a newline at the end of the secret")
 	if decoded, err := hex.DecodeString(secret); err == nil {
 		try(string(decoded), "the signature was made with the secret decoded from hexadecimal digits, and Inkit uses its text")
@@ -81,18 +81,18 @@ func trySecrets(secret string, try func(variant, why string)) {
 
 // tryBodies tries what may have been signed in the place of body.
 func tryBodies(body string, try func(variant, why string)) {
-	try("", "the signature is that of an empty body: whoever signed it, or saved it, had read the body before")
+	try("", "the signature is of an empty body: the program that signed or saved the body had already read it")
 	for _, newline := range []string{"\n", "\r\n"} {
-		try(body+newline, "the body has lost the newline at its end")
-		try(strings.TrimSuffix(body, newline), "the body has got a newline at its end that was not signed")
+		try(body+newline, "the newline at the end of the body was removed")
+		try(strings.TrimSuffix(body, newline), "a newline was added at the end of the body")
 	}
 	unix := strings.ReplaceAll(body, "\r\n", "\n")
 	try(unix, "the line ends of the body were changed from LF to CRLF")
 	try(strings.ReplaceAll(unix, "\n", "\r\n"), "the line ends of the body were changed from CRLF to LF")
-	try("\ufeff"+body, "the body has lost the byte order mark at its start")
-	try(strings.TrimPrefix(body, "\ufeff"), "the body has got a byte order mark at its start that was not signed")
+	try("\ufeff"+body, "the byte order mark at the start of the body was removed")
+	try(strings.TrimPrefix(body, "\ufeff"), "a byte order mark was added at the start of the body")
 	tryLayouts(body, func(variant, layout string) {
-		why := "the JSON was parsed and written again: what was signed is " + layout
+		why := "the JSON was parsed and written again: the signed body is " + layout
 		try(variant, why)
 		try(variant+"\n", why+", with a newline at its end")
 	})

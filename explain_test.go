@@ -28,7 +28,7 @@ func TestExplain(t *testing.T) {
 		require.NoError(t, err)
 		return b
 	}
-	rewritten := "the JSON was parsed and written again: what was signed is "
+	rewritten := "the JSON was parsed and written again: the signed body is "
 	for _, tt := range []struct{ name, secret, body, signature, cause string }{
 		{"no signature", key, compact, "", "the request has no Inkit-Signature"},
 		{"signature in quotes", key, compact, `"` + signatureOf(key, compact) + `"`, "white space or quotes around it"},

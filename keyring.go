@@ -71,7 +71,7 @@ func (k *keyring) use(values []Secret) error {
 	for i, one := range values {
 		for _, other := range values[:i] {
 			if one.Value == other.Value {
-				k.logger.Warn("two secrets have the same value", zap.Strings("secrets", []string{other.Name, one.Name}))
+				k.logger.Warn("two secrets have the same value: remove one", zap.Strings("secrets", []string{other.Name, one.Name}))
 			}
 		}
 	}
@@ -180,7 +180,7 @@ func (k *keyring) reload() {
 		result = reloadFailed
 		if time.Since(k.lastError) >= reloadLogInterval {
 			k.lastError = time.Now()
-			k.logger.Error("reloading secrets, the last good values stay in use", zap.Error(failure))
+			k.logger.Error("cannot reload secrets: the last good ones stay in use until Caddy restarts", zap.Error(failure))
 		}
 	}
 	k.reloads[result].Inc()

@@ -31,7 +31,7 @@ func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	require.Equal(t, 1, logs.Len())
 	line := logs.All()[0]
 	assert.Equal(t, zapcore.WarnLevel, line.Level)
-	assert.Equal(t, "two secrets have the same value", line.Message)
+	assert.Equal(t, "two secrets have the same value: remove one", line.Message)
 	assert.Equal(t, []any{"blue", "green"}, line.ContextMap()["secrets"])
 	sig, err := parseSignature(Sign([]byte("next"), []byte("x")))
 	require.NoError(t, err)
@@ -195,7 +195,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 			assert.Regexp(t, "^0 changed, 0 unchanged, [0-9]+ failed$", counted())
 			lines := g.logs.FilterLevelExact(zapcore.ErrorLevel).All()
 			require.Len(t, lines, 2, "one line a minute")
-			assert.Equal(t, "reloading secrets, the last good values stay in use", lines[0].Message)
+			assert.Equal(t, "cannot reload secrets: the last good ones stay in use until Caddy restarts", lines[0].Message)
 			assert.Contains(t, lines[0].ContextMap()["error"], "secret file: ")
 			assert.NotContains(t, lines[0].ContextMap()["error"], g.path)
 
@@ -223,7 +223,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		writeFile(t, g.path, "next\n")
 		assert.Equal(t, 401, g.status("wrong"))
 		assert.Equal(t, 200, g.status("next"))
-		assert.Len(t, g.logs.FilterMessage("two secrets have the same value").All(), 1)
+		assert.Len(t, g.logs.FilterMessage("two secrets have the same value: remove one").All(), 1)
 		require.NoError(t, load(t, &Handler{Secrets: g.Secrets}), "and the next load accepts them")
 	})
 	bubble("a request whose sender is gone waits no longer", func(t *testing.T) {

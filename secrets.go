@@ -53,10 +53,10 @@ func resolve(value string) (secret string, err error) {
 		}
 	}
 	if _, ok := os.LookupEnv(secret); ok {
-		return "", errors.New("is the name of an environment variable, and not what stands in it: write {env.NAME}")
+		return "", errors.New("is the name of an environment variable, not its value: write {env.NAME}")
 	}
 	if isPath(secret) {
-		return "", errors.New("is the path of a file, and not what stands in it: write {file./path}")
+		return "", errors.New("is the path of a file, not its content: write {file./path}")
 	}
 	return secret, nil
 }
@@ -76,8 +76,8 @@ func isPath(text string) bool {
 }
 
 const (
-	notAlone         = "must be the secret alone, and not JSON or a template"
-	unknownReference = "stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}"
+	notAlone         = "must be only the secret, not JSON or a template"
+	unknownReference = "refers to a secret in a form that Caddy does not know: write {env.NAME} or {file./path}"
 )
 
 type rule struct {
@@ -92,8 +92,8 @@ type rule struct {
 var rules = []rule{
 	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), "must be UTF-8"}, // regexp reads invalid bytes as U+FFFD
 	{"white space around it", regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), "must not start or end with white space"},
-	{"invisible character", regexp.MustCompile(`[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]`), "must not hold a line break, a control character or another invisible one"},
-	{"quotes", regexp.MustCompile("^(\".*\"|'.*'|`.*`)$"), "must not stand in quotes"},
+	{"invisible character", regexp.MustCompile(`[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]`), "must not contain a line break, a control character or another invisible character"},
+	{"quotes", regexp.MustCompile("^(\".*\"|'.*'|`.*`)$"), "must not be in quotes"},
 	{"JSON or template", regexp.MustCompile(`^(\{.*\}|\[.*\]|<.*>)$`), notAlone},
 	{"no value in a programming language", regexp.MustCompile(`^(?i:null|nil|none|undefined|true|false)$`), notAlone},
 	{"variable of a shell", regexp.MustCompile(`^\$[A-Z_][A-Z0-9_]*$`), unknownReference},
@@ -105,8 +105,8 @@ var rules = []rule{
 	{"placeholder without its last brace", regexp.MustCompile(`^\{[\w.$]+$`), unknownReference},
 	{"path from a known folder", regexp.MustCompile(`^(~|@|\.\.?)/`), unknownReference},
 	{"placeholder inside a text", regexp.MustCompile(`\{(\$|env\.|file\.)`), unknownReference},
-	{"dots that hide the secret", regexp.MustCompile(`^[*•●]+$`), "must be the secret itself, and not the dots that hide it"},
-	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), "must be the secret alone, and not NAME=value"},
+	{"dots that hide the secret", regexp.MustCompile(`^[*•●]+$`), "must be the secret itself, not the dots that hide it"},
+	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), "must be only the secret, not NAME=value"},
 }
 
 // literalRules come before rules for a literal. They do not apply to a file, in which a

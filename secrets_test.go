@@ -83,8 +83,8 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"a directory", one("{file." + dir + "}"), "secret 1: file cannot be read: is not a regular file"},
 		{"a device", one("{file." + os.DevNull + "}"), "secret 1: file cannot be read: is not a regular file"},
 		{"a file without a name", one("{file.}"), "secret 1: file cannot be read: no such file or directory"},
-		{"what anybody can guess", one("{time.now.year}"), "secret 1: placeholder is no secret: anybody can guess what it stands for"},
-		{"the name of the machine", one("{system.hostname}"), "secret 1: placeholder is no secret: anybody can guess what it stands for"},
+		{"what anybody can guess", one("{time.now.year}"), "secret 1: placeholder is not secret: anybody can guess its value"},
+		{"the name of the machine", one("{system.hostname}"), "secret 1: placeholder is not secret: anybody can guess its value"},
 		{"an empty file", one(file("empty", "")), "secret 1: file is empty"},
 		{"a file of one newline", one(file("newline", "\n")), "secret 1: file is empty"},
 		{"a file of several newlines", one(file("newlines", "\r\n\n\r\n")), "secret 1: file is empty"},
@@ -92,10 +92,10 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"a file with white space before the secret", one(file("space", " "+confidential)), "secret 1: must not start or end with white space"},
 		{"a file with a space that does not break after the secret", one(file("nbsp", confidential+"\u00a0")), "secret 1: must not start or end with white space"},
 		{"a file above 1 MiB", one(file("large", strings.Repeat(confidential, 1<<17))), "secret 1: file is larger than 1 MiB"},
-		{"an unknown placeholder", one("{" + confidential + "}"), "secret 1: placeholder is not known"},
-		{"an environment variable for the Caddyfile, in JSON", one("{$TEST_INKIT_SECRET}"), "secret 1: placeholder is not known"},
-		{"empty braces", one("{}"), "secret 1: must be the secret alone, and not JSON or a template"},
-		{"a placeholder of the request", one("{http.request.header.X-Secret}"), "secret 1: placeholder belongs to a request, and secrets are resolved before there is one"},
+		{"an unknown placeholder", one("{" + confidential + "}"), "secret 1: placeholder is unknown"},
+		{"an environment variable for the Caddyfile, in JSON", one("{$TEST_INKIT_SECRET}"), "secret 1: placeholder is unknown"},
+		{"empty braces", one("{}"), "secret 1: must be only the secret, not JSON or a template"},
+		{"a placeholder of the request", one("{http.request.header.X-Secret}"), "secret 1: placeholder belongs to a request, and secrets are resolved before any request"},
 		{"a placeholder in part, at the end", one(confidential + "{env.TEST_INKIT_SECRET}"), partly},
 		{"a placeholder in part, at the start", one("{env.TEST_INKIT_SECRET}" + confidential), partly},
 		{"two placeholders", one("{env.TEST_INKIT_SECRET}{env.TEST_INKIT_SECRET}"), partly},
@@ -138,17 +138,17 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		require.EqualError(t, load(t, &Handler{Secrets: one("{file." + path + "}")}), "secret 1: file cannot be read: permission denied")
 		folder := t.TempDir()
 		require.NoError(t, os.Chmod(folder, 0))
-		require.EqualError(t, load(t, &Handler{Secrets: one(folder + "/a/b")}), "secret 1: is the path of a file, and not what stands in it: write {file./path}")
+		require.EqualError(t, load(t, &Handler{Secrets: one(folder + "/a/b")}), "secret 1: is the path of a file, not its content: write {file./path}")
 	})
 }
 
 // The kinds of text that cannot be a secret of Inkit's, wherever it comes from. The
 // first is the empty key, since HMAC fills every key up with NULs.
 func TestTextThatIsNoSecret(t *testing.T) {
-	const invisible = "secret 1: must not hold a line break, a control character or another invisible one"
-	const alone = "secret 1: must be the secret alone, and not "
-	const reference = "secret 1: stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}"
-	const path = "secret 1: is the path of a file, and not what stands in it: write {file./path}"
+	const invisible = "secret 1: must not contain a line break, a control character or another invisible character"
+	const alone = "secret 1: must be only the secret, not "
+	const reference = "secret 1: refers to a secret in a form that Caddy does not know: write {env.NAME} or {file./path}"
+	const path = "secret 1: is the path of a file, not its content: write {file./path}"
 	t.Setenv("test.inkit-name", confidential)
 	for _, tt := range []struct{ name, text, message string }{
 		{"33 NULs", strings.Repeat("\x00", 33), invisible},
@@ -165,9 +165,9 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		{"bytes that are not UTF-8", confidential + "\xff", "secret 1: must be UTF-8"},
 		{"UTF-16", "\xff\xfes\x00", "secret 1: must be UTF-8"},
 		{"what stands for bytes that were not UTF-8", confidential + "\ufffd", "secret 1: must be UTF-8"},
-		{"double quotes", `"` + confidential + `"`, "secret 1: must not stand in quotes"},
-		{"single quotes", `'` + confidential + `'`, "secret 1: must not stand in quotes"},
-		{"backquotes", "`" + confidential + "`", "secret 1: must not stand in quotes"},
+		{"double quotes", `"` + confidential + `"`, "secret 1: must not be in quotes"},
+		{"single quotes", `'` + confidential + `'`, "secret 1: must not be in quotes"},
+		{"backquotes", "`" + confidential + "`", "secret 1: must not be in quotes"},
 		{"a JSON object", `{"secret":"` + confidential + `"}`, alone + "JSON or a template"},
 		{"a JSON array", `["` + confidential + `"]`, alone + "JSON or a template"},
 		{"JSON's null, as jq prints what is not there", "null", alone + "JSON or a template"},
@@ -190,11 +190,11 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		{"a path from the folder of the user", "~/inkit", reference},
 		{"a path from the current folder", "../inkit", reference},
 		{"a path that curl would read", "@/run/secrets/inkit", reference},
-		{"the name of a variable that is set", "test.inkit-name", "secret 1: is the name of an environment variable, and not what stands in it: write {env.NAME}"},
+		{"the name of a variable that is set", "test.inkit-name", "secret 1: is the name of an environment variable, not its value: write {env.NAME}"},
 		{"the path of a file", writeFile(t, filepath.Join(t.TempDir(), "inkit"), confidential), path},
 		{"the path of a file that is missing in its folder", filepath.Join(t.TempDir(), "inkit"), path},
-		{"the dots that hide a secret", "••••••••", "secret 1: must be the secret itself, and not the dots that hide it"},
-		{"the asterisks that hide a secret", "********", "secret 1: must be the secret itself, and not the dots that hide it"},
+		{"the dots that hide a secret", "••••••••", "secret 1: must be the secret itself, not the dots that hide it"},
+		{"the asterisks that hide a secret", "********", "secret 1: must be the secret itself, not the dots that hide it"},
 		{"a line of a dotenv file", "INKIT_WEBHOOK_SECRET=" + confidential, alone + "NAME=value"},
 		{"a line for a shell", "export INKIT=" + confidential, alone + "NAME=value"},
 	} {
@@ -261,7 +261,7 @@ func TestRules(t *testing.T) {
 }
 
 func TestReferenceWithoutBracesIsNoSecret(t *testing.T) {
-	const message = "secret 1: stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}"
+	const message = "secret 1: refers to a secret in a form that Caddy does not know: write {env.NAME} or {file./path}"
 	for _, value := range []string{
 		"env.INKIT_WEBHOOK_SECRET", "file./run/secrets/inkit", "$INKIT_WEBHOOK_SECRET", "${INKIT_WEBHOOK_SECRET}",
 		"${INKIT_WEBHOOK_SECRET:-none}", "$(cat /run/secrets/inkit)", "$env:INKIT_WEBHOOK_SECRET", "%INKIT_WEBHOOK_SECRET%",

@@ -25,10 +25,10 @@ func Name(value string) (name string, ok bool) {
 // is unset and a file that is missing for known, and cuts a file that is too large.
 func Value(name string) (string, error) {
 	if strings.HasPrefix(name, "http.") {
-		return "", errors.New("placeholder belongs to a request, and secrets are resolved before there is one")
+		return "", errors.New("placeholder belongs to a request, and secrets are resolved before any request")
 	}
 	if strings.HasPrefix(name, "time.") || strings.HasPrefix(name, "system.") {
-		return "", errors.New("placeholder is no secret: anybody can guess what it stands for")
+		return "", errors.New("placeholder is not secret: anybody can guess its value")
 	}
 	if file, ok := strings.CutPrefix(name, "file."); ok {
 		if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() { // a pipe would have it wait
@@ -39,7 +39,7 @@ func Value(name string) (string, error) {
 	secret, known := caddy.NewReplacer().GetString(name)
 	switch {
 	case !known:
-		return "", errors.New("placeholder is not known")
+		return "", errors.New("placeholder is unknown")
 	case strings.Trim(secret, "\r\n") != "":
 		return secret, nil
 	case strings.HasPrefix(name, "env."):
