@@ -29,14 +29,14 @@ func init() {
 //		idempotency_key off
 //	}
 //
-// At least one secret is required; the one on the line of the directive comes first. A
-// secret is one placeholder or a text in quotes: without quotes, a {$VARIABLE} that is
-// unset would make the next word the secret. On the line of the directive it must be a
-// placeholder: even in quotes, a text that starts with a slash would be a matcher, and
-// requests that it does not match would not be verified.
+// At least one secret is required; the secret on the line of the directive comes first. A
+// secret is one placeholder or a text in quotes: without quotes, an unset {$VARIABLE}
+// would make the next word the secret. On the line of the directive, only a placeholder
+// is allowed: even in quotes, a text that starts with a slash would be a matcher, and
+// requests that do not match would not be verified.
 //
-// Errors repeat no word of the input, because a word in the wrong place may be a
-// secret. Caddy's own errors do, for example that of an unknown matcher.
+// Errors repeat no word of the input, because a word in the wrong place may be a secret.
+// Caddy's own errors do repeat words, for example for an unknown matcher.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 

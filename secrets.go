@@ -15,10 +15,10 @@ import (
 
 // This file decides which text may be a secret, and reads it from its source.
 
-const loadWait = 10 * time.Second // how long reading one secret may take during a load
+const loadWait = 10 * time.Second // time limit for reading one secret during a load
 
-// resolveInTime is resolve with a time limit: a file system that hangs must not block a
-// load for ever.
+// resolveInTime is resolve with a time limit: a hanging file system must not block a load
+// forever.
 func resolveInTime(value string) (secret string, err error) {
 	results := make(chan func() (string, error), 1)
 	go func() {
@@ -33,8 +33,8 @@ func resolveInTime(value string) (secret string, err error) {
 	}
 }
 
-// resolve returns the secret that a configured value stands for. The errors show no
-// part of the value or of the secret.
+// resolve returns the secret for a configured value: the text or its placeholder's value.
+// The errors show no part of the value or of the secret.
 func resolve(value string) (secret string, err error) {
 	applied := rules
 	switch name, ok := placeholder.Name(value); {
@@ -61,8 +61,8 @@ func resolve(value string) (secret string, err error) {
 	return secret, nil
 }
 
-// isPath reports whether text is the path of a file, or of a missing file in a folder
-// that exists. The slash alone proves nothing: a secret in Base64 may start with one.
+// isPath reports whether text is the path of a file, or of a missing file in an existing
+// folder. The slash alone is no proof: a secret in Base64 may start with a slash.
 func isPath(text string) bool {
 	if !strings.HasPrefix(text, "/") {
 		return false
@@ -87,8 +87,8 @@ type rule struct {
 }
 
 // rules are the forms of text that cannot be a secret of Inkit's: a damaged file, more
-// than the secret, or a reference to the secret, which anybody can guess. The first rule
-// that matches sets the message. A test has an example for each name.
+// text than the secret, or a reference to the secret, which anybody can guess. The first
+// matching rule sets the message. A test has an example for each name.
 var rules = []rule{
 	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), "must be UTF-8"}, // regexp reads invalid bytes as U+FFFD
 	{"white space around it", regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), "must not start or end with white space"},
@@ -109,8 +109,8 @@ var rules = []rule{
 	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), "must be only the secret, not NAME=value"},
 }
 
-// literalRules come before rules for a literal. They do not apply to a file, in which a
-// secret may start with a dollar sign or hold braces.
+// literalRules come before rules for a literal. They do not apply to a file, where a
+// secret may start with a dollar sign or contain braces.
 var literalRules = []rule{
 	{"variable without braces", regexp.MustCompile(`^\$[\w:.]+$`), unknownReference},
 	{"text around a placeholder", regexp.MustCompile(`\{(\w+\.|\$)`), "must be either one placeholder and nothing else, or a text without placeholders"},
