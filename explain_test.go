@@ -12,8 +12,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Each cause is made to happen: the signature is that of signed under key, and
-// what is at hand is body and secret.
+// Each row makes one mistake: the signature is for signed under key, and explain gets
+// body and secret.
 func TestExplain(t *testing.T) {
 	const (
 		key     = "a2V5IGZvciB0ZXN0cw==" // valid base64
@@ -79,8 +79,8 @@ func TestExplain(t *testing.T) {
 	}
 }
 
-// A body that somebody has nested deeply, or made large, costs little to explain:
-// laid out, 14 kB of it took 9 GiB.
+// Explaining a deeply nested or large body costs little: 14 kB of it took 9 GiB when
+// indented.
 func TestExplainIsBounded(t *testing.T) {
 	secrets := []Secret{{Value: testSecret}}
 	for name, body := range map[string]string{
@@ -111,7 +111,7 @@ func FuzzExplain(f *testing.F) {
 		if cause := explain([]Secret{{Value: secret, Name: "name"}}, body, signature); cause == "" {
 			t.Error("no answer")
 		}
-		if json.Valid(body) { // a variant is to be the same JSON
+		if json.Valid(body) { // a variant must be the same JSON
 			tryLayouts(string(body), func(variant, layout string) {
 				require.True(t, json.Valid([]byte(variant)), "%s: %q", layout, variant)
 			})

@@ -14,7 +14,7 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// confidential stands in every value that must not show in an error.
+// confidential is part of every value that no error may show.
 const confidential = "c0nf1d3nt1al"
 
 func writeFile(tb testing.TB, path, content string) string {
@@ -30,7 +30,7 @@ func TestSecretsThatAreResolved(t *testing.T) {
 		{"an environment variable", "{env.TEST_INKIT_SECRET}", testSecret},
 		{"a file", "{file." + writeFile(t, filepath.Join(dir, "plain"), testSecret) + "}", testSecret},
 		{"a file that ends in a newline", "{file." + writeFile(t, filepath.Join(dir, "newline"), testSecret+"\n") + "}", testSecret},
-		{"a file that ends as Windows has it", "{file." + writeFile(t, filepath.Join(dir, "windows"), testSecret+"\r\n") + "}", testSecret},
+		{"a file that ends in a newline of Windows", "{file." + writeFile(t, filepath.Join(dir, "windows"), testSecret+"\r\n") + "}", testSecret},
 		{"a file of 1 MiB", "{file." + writeFile(t, filepath.Join(dir, "large"), strings.Repeat("s", 1<<20)) + "}", strings.Repeat("s", 1<<20)},
 		{"a file whose text would be a reference on a line of the Caddyfile", "{file." + writeFile(t, filepath.Join(dir, "dollar"), "$ecret") + "}", "$ecret"},
 		{"a literal", testSecret, testSecret},
@@ -83,7 +83,7 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"a directory", one("{file." + dir + "}"), "secret 1: file cannot be read: is not a regular file"},
 		{"a device", one("{file." + os.DevNull + "}"), "secret 1: file cannot be read: is not a regular file"},
 		{"a file without a name", one("{file.}"), "secret 1: file cannot be read: no such file or directory"},
-		{"what anybody can guess", one("{time.now.year}"), "secret 1: placeholder is not secret: anybody can guess its value"},
+		{"a value that anybody can guess", one("{time.now.year}"), "secret 1: placeholder is not secret: anybody can guess its value"},
 		{"the name of the machine", one("{system.hostname}"), "secret 1: placeholder is not secret: anybody can guess its value"},
 		{"an empty file", one(file("empty", "")), "secret 1: file is empty"},
 		{"a file of one newline", one(file("newline", "\n")), "secret 1: file is empty"},
@@ -142,8 +142,8 @@ func TestSecretsThatAreRefused(t *testing.T) {
 	})
 }
 
-// The kinds of text that cannot be a secret of Inkit's, wherever it comes from. The
-// first is the empty key, since HMAC fills every key up with NULs.
+// The kinds of text that cannot be a secret of Inkit's, from any source. The first one is
+// the empty key, because HMAC pads every key with NULs.
 func TestTextThatIsNoSecret(t *testing.T) {
 	const invisible = "secret 1: must not contain a line break, a control character or another invisible character"
 	const alone = "secret 1: must be only the secret, not "
@@ -164,17 +164,17 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		{"a paragraph separator inside", confidential + "\u2029" + confidential, invisible},
 		{"bytes that are not UTF-8", confidential + "\xff", "secret 1: must be UTF-8"},
 		{"UTF-16", "\xff\xfes\x00", "secret 1: must be UTF-8"},
-		{"what stands for bytes that were not UTF-8", confidential + "\ufffd", "secret 1: must be UTF-8"},
+		{"the replacement character for bytes that were not UTF-8", confidential + "\ufffd", "secret 1: must be UTF-8"},
 		{"double quotes", `"` + confidential + `"`, "secret 1: must not be in quotes"},
 		{"single quotes", `'` + confidential + `'`, "secret 1: must not be in quotes"},
 		{"backquotes", "`" + confidential + "`", "secret 1: must not be in quotes"},
 		{"a JSON object", `{"secret":"` + confidential + `"}`, alone + "JSON or a template"},
 		{"a JSON array", `["` + confidential + `"]`, alone + "JSON or a template"},
-		{"JSON's null, as jq prints what is not there", "null", alone + "JSON or a template"},
+		{"JSON's null, which jq prints for a missing member", "null", alone + "JSON or a template"},
 		{"a template", "{{ ." + confidential + " }}", alone + "JSON or a template"},
-		{"what Python prints for nothing", "None", alone + "JSON or a template"},
-		{"what JavaScript prints for nothing", "undefined", alone + "JSON or a template"},
-		{"what is to be replaced", "<" + confidential + ">", alone + "JSON or a template"},
+		{"None, which Python prints for no value", "None", alone + "JSON or a template"},
+		{"undefined, which JavaScript prints for no value", "undefined", alone + "JSON or a template"},
+		{"a text in angle brackets to be replaced", "<" + confidential + ">", alone + "JSON or a template"},
 		{"a variable that was not expanded", "${INKIT_WEBHOOK_SECRET}", reference},
 		{"a variable without braces that was not expanded", "$INKIT_WEBHOOK_SECRET", reference},
 		{"a command that was not run", "$(cat /run/secrets/inkit)", reference},
@@ -204,7 +204,7 @@ func TestTextThatIsNoSecret(t *testing.T) {
 			if _, ok := placeholder.Name(tt.text); !ok {
 				require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: tt.text}}}), tt.message, "as a literal, too")
 			}
-			// and at every later reading, where the last good one stays
+			// and at every later reload, where the last good secret stays
 			inBubble(t, func(t *testing.T) {
 				path := writeFile(t, filepath.Join(t.TempDir(), "secret"), testSecret)
 				h, logs := provision(t, &Handler{Secrets: []Secret{{Value: "{file." + path + "}"}}})
@@ -221,7 +221,7 @@ func TestTextThatIsNoSecret(t *testing.T) {
 	}
 }
 
-// Each rule has examples that it refuses, and similar ones that it lets through.
+// Each rule has examples that it refuses, and similar ones that it accepts.
 func TestRules(t *testing.T) {
 	examples := map[string]struct{ refused, passes []string }{
 		"not UTF-8":                          {[]string{"a\xff", "a\ufffdb"}, []string{"gehëim"}},
@@ -281,7 +281,7 @@ func FuzzResolve(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, value string) {
 		if strings.Contains(value, "{file.") {
-			return // it would read files of this machine
+			return // it would read this machine's files
 		}
 		secret, err := resolve(value)
 		if err != nil {
