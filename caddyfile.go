@@ -64,7 +64,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		case "secret":
 			named := len(args) == 3 && args[1] == "name"
 			if !named && len(args) != 1 || !isSecret(tokens[0]) {
-				return d.Err("secret: must be one placeholder or a text in quotes, with nothing after it except name and a name")
+				return d.Err("secret: must be one placeholder or a text in quotes, and only name <name> may follow")
 			}
 			secret := Secret{Value: args[0]}
 			if named {

@@ -149,7 +149,7 @@ func (h *Handler) provisionNames() error {
 			return fmt.Errorf("secret %d: %s", i+1, form)
 		}
 		if seen[name] {
-			return fmt.Errorf("secret %d: has the same name as an earlier one", i+1)
+			return fmt.Errorf("secret %d: has the same name as an earlier secret", i+1)
 		}
 		seen[name] = true
 		h.Secrets[i].Name = name
@@ -337,7 +337,7 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 		result = deliveryUnhandled
 	case d.status == 0 && d.event.Unhandled(): // Caddy would answer 200
 		result = deliveryUnhandled
-		err = caddyhttp.Error(http.StatusNotFound, errors.New("no handler takes this verified event"))
+		err = caddyhttp.Error(http.StatusNotFound, errors.New("no handler takes this verified event: add a backend after inkit_webhook"))
 	case d.status >= 300:
 		result = deliveryRefused
 	default:

@@ -580,7 +580,7 @@ func TestDeliveries(t *testing.T) {
 				var handlerErr caddyhttp.HandlerError
 				require.ErrorAs(t, err, &handlerErr)
 				assert.Equal(t, 404, handlerErr.StatusCode)
-				require.EqualError(t, handlerErr.Err, "no handler takes this verified event")
+				require.EqualError(t, handlerErr.Err, "no handler takes this verified event: add a backend after inkit_webhook")
 			}
 		})
 	}

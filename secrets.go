@@ -49,7 +49,7 @@ func resolve(value string) (secret string, err error) {
 	}
 	for _, rule := range applied {
 		if rule.form.MatchString(secret) {
-			return "", errors.New(rule.message)
+			return "", rule.err
 		}
 	}
 	if _, ok := os.LookupEnv(secret); ok {
@@ -75,43 +75,43 @@ func isPath(text string) bool {
 	return false
 }
 
-const (
-	notAlone         = "must be only the secret, not JSON or a template"
-	unknownReference = "refers to a secret in a form that Caddy does not know: write {env.NAME} or {file./path}"
+var (
+	errNotAlone         = errors.New("must be only the secret, not JSON or a template")
+	errUnknownReference = errors.New("refers to a secret in a form that Caddy does not know: write {env.NAME} or {file./path}")
 )
 
 type rule struct {
-	name    string
-	form    *regexp.Regexp
-	message string
+	name string
+	form *regexp.Regexp
+	err  error
 }
 
 // rules are the forms of text that cannot be a secret of Inkit's: a damaged file, more
 // text than the secret, or a reference to the secret, which anybody can guess. The first
-// matching rule sets the message. A test has an example for each name.
+// matching rule sets the error. A test has an example for each name.
 var rules = []rule{
-	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), "must be UTF-8"}, // regexp reads invalid bytes as U+FFFD
-	{"white space around it", regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), "must not start or end with white space"},
-	{"invisible character", regexp.MustCompile(`[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]`), "must not contain a line break, a control character or another invisible character"},
-	{"quotes", regexp.MustCompile("^(\".*\"|'.*'|`.*`)$"), "must not be in quotes"},
-	{"JSON or template", regexp.MustCompile(`^(\{.*\}|\[.*\]|<.*>)$`), notAlone},
-	{"no value in a programming language", regexp.MustCompile(`^(?i:null|nil|none|undefined|true|false)$`), notAlone},
-	{"variable of a shell", regexp.MustCompile(`^\$[A-Z_][A-Z0-9_]*$`), unknownReference},
-	{"expression of a shell", regexp.MustCompile(`^\$[{(]`), unknownReference},
-	{"variable of Windows", regexp.MustCompile(`^%\w+%$`), unknownReference},
-	{"placeholder without braces", regexp.MustCompile(`^(?i:env|file|process\.env)[.:(]`), unknownReference},
-	{"URL", regexp.MustCompile(`^\w+://`), unknownReference},
-	{"name of a variable", regexp.MustCompile(`^[A-Z]+(_[A-Z]+)+$`), unknownReference},
-	{"placeholder without its last brace", regexp.MustCompile(`^\{[\w.$]+$`), unknownReference},
-	{"path from a known folder", regexp.MustCompile(`^(~|@|\.\.?)/`), unknownReference},
-	{"placeholder inside a text", regexp.MustCompile(`\{(\$|env\.|file\.)`), unknownReference},
-	{"dots that hide the secret", regexp.MustCompile(`^[*•●]+$`), "must be the secret itself, not the dots that hide it"},
-	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), "must be only the secret, not NAME=value"},
+	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), errors.New("must be UTF-8")}, // regexp reads invalid bytes as U+FFFD
+	{"white space around it", regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), errors.New("must not start or end with white space")},
+	{"invisible character", regexp.MustCompile(`[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]`), errors.New("must not contain a line break, a control character or another invisible character")},
+	{"quotes", regexp.MustCompile("^(\".*\"|'.*'|`.*`)$"), errors.New("must not be in quotes")},
+	{"JSON or template", regexp.MustCompile(`^(\{.*\}|\[.*\]|<.*>)$`), errNotAlone},
+	{"no value in a programming language", regexp.MustCompile(`^(?i:null|nil|none|undefined|true|false)$`), errNotAlone},
+	{"variable of a shell", regexp.MustCompile(`^\$[A-Z_][A-Z0-9_]*$`), errUnknownReference},
+	{"expression of a shell", regexp.MustCompile(`^\$[{(]`), errUnknownReference},
+	{"variable of Windows", regexp.MustCompile(`^%\w+%$`), errUnknownReference},
+	{"placeholder without braces", regexp.MustCompile(`^(?i:env|file|process\.env)[.:(]`), errUnknownReference},
+	{"URL", regexp.MustCompile(`^\w+://`), errUnknownReference},
+	{"name of a variable", regexp.MustCompile(`^[A-Z]+(_[A-Z]+)+$`), errUnknownReference},
+	{"placeholder without its last brace", regexp.MustCompile(`^\{[\w.$]+$`), errUnknownReference},
+	{"path from a known folder", regexp.MustCompile(`^(~|@|\.\.?)/`), errUnknownReference},
+	{"placeholder inside a text", regexp.MustCompile(`\{(\$|env\.|file\.)`), errUnknownReference},
+	{"dots that hide the secret", regexp.MustCompile(`^[*•●]+$`), errors.New("must be the secret itself, not the dots that hide it")},
+	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), errors.New("must be only the secret, not NAME=value")},
 }
 
 // literalRules come before rules for a literal. They do not apply to a file, where a
 // secret may start with a dollar sign or contain braces.
 var literalRules = []rule{
-	{"variable without braces", regexp.MustCompile(`^\$[\w:.]+$`), unknownReference},
-	{"text around a placeholder", regexp.MustCompile(`\{(\w+\.|\$)`), "must be either one placeholder and nothing else, or a text without placeholders"},
+	{"variable without braces", regexp.MustCompile(`^\$[\w:.]+$`), errUnknownReference},
+	{"text around a placeholder", regexp.MustCompile(`\{(\w+\.|\$)`), errors.New("must be either one placeholder and nothing else, or a text without placeholders")},
 }

@@ -31,7 +31,7 @@ func Value(name string) (string, error) {
 	}
 	if file, ok := strings.CutPrefix(name, "file."); ok {
 		if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() { // reading a pipe would wait
-			return "", errors.New("file cannot be read: is not a regular file")
+			return "", errors.New("file cannot be read: not a regular file")
 		}
 		return ReadFile(file)
 	}
