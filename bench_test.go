@@ -1,4 +1,4 @@
-// With the race detector, neither times nor allocations mean anything.
+// With the race detector, times and allocations are meaningless.
 
 //go:build !race
 
@@ -31,8 +31,7 @@ var benchmarkSizes = []struct {
 	bytes int
 }{{"85B", 85}, {"1KiB", 1 << 10}, {"64KiB", 64 << 10}, {"1MiB", 1 << 20}}
 
-// BenchmarkHMAC is the floor: a hash that is kept, for which the secret was
-// hashed once.
+// BenchmarkHMAC is the floor: a reused hash that has already processed the secret.
 func BenchmarkHMAC(b *testing.B) {
 	for _, size := range benchmarkSizes {
 		b.Run(size.name, func(b *testing.B) {
@@ -50,9 +49,8 @@ func BenchmarkHMAC(b *testing.B) {
 	}
 }
 
-// BenchmarkHMACOfNewMemory is the floor for whatever keeps a body in memory that it
-// does not use again: that memory, the bytes copied into it, the hash,
-// and nothing else.
+// BenchmarkHMACOfNewMemory is the floor for a program that stores each body in new
+// memory: it allocates memory, copies the bytes, and hashes them.
 func BenchmarkHMACOfNewMemory(b *testing.B) {
 	for _, size := range benchmarkSizes {
 		b.Run(size.name, func(b *testing.B) {
@@ -73,10 +71,10 @@ func BenchmarkHMACOfNewMemory(b *testing.B) {
 	}
 }
 
-// BenchmarkServeHTTP measures a request through the handler, by way of an
-// upstream that reads the body. pass-through is the same without the handler, to
-// be subtracted. naive is the textbook middleware, which does the least that
-// works: it has no limit, no placeholders, no logs and no metrics.
+// BenchmarkServeHTTP measures a request through the handler, with an upstream that reads
+// the body. Subtract pass-through, which is the same without the handler. naive is the
+// textbook middleware with the minimum that works: no limit, no placeholders, no logs
+// and no metrics.
 func BenchmarkServeHTTP(b *testing.B) {
 	one := Secret{Value: testSecret}
 	older := Secret{Value: "an older secret"}
@@ -118,7 +116,7 @@ func BenchmarkServeHTTP(b *testing.B) {
 	}
 }
 
-// docs/performance.md says where they go.
+// docs/performance.md explains them.
 func TestAllocationsOfAVerifiedRequest(t *testing.T) {
 	allocations := func(handler serveFunc) float64 {
 		request := exchange(handler, 85, genuine)
@@ -142,8 +140,8 @@ func guard(tb testing.TB, secrets ...Secret) serveFunc {
 	return h.ServeHTTP
 }
 
-// exchange returns a function that sends one and the same request through handler
-// to an upstream that reads the body, and returns its status.
+// exchange returns a function that sends the same request through handler to an upstream
+// that reads the body, and returns its status.
 func exchange(handler serveFunc, bodyBytes int, sign func(body []byte) string) func() (status int) {
 	body := make([]byte, bodyBytes)
 	header := http.Header{
@@ -173,7 +171,7 @@ func exchange(handler serveFunc, bodyBytes int, sign func(body []byte) string) f
 		delete(header, idempotencyKeyField)
 		delete(vars, "inkit_webhook")
 		repl := caddy.NewReplacer()
-		repl.Map(noPlaceholder) // where Caddy has those of the request
+		repl.Map(noPlaceholder) // in the place of Caddy's placeholders of a request
 		request := received.WithContext(context.WithValue(received.Context(), caddy.ReplacerCtxKey, repl))
 		if err := handler(w, request, next); err != nil {
 			return err.(caddyhttp.HandlerError).StatusCode

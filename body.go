@@ -12,11 +12,11 @@ import (
 	"time"
 )
 
-// This file reads the body of a request, and prepares it for the next reader.
+// This file reads the body of a request, and prepares it for the next handler.
 
 const (
-	firstRead   = 4 << 10         // bytes of memory for a body before any of it has arrived
-	maxDiscard  = 1 << 20         // bytes that are read and discarded of a rejected body
+	firstRead   = 4 << 10         // bytes of memory for a body before its first byte arrives
+	maxDiscard  = 1 << 20         // maximum bytes of a rejected body to read and discard
 	discardTime = 5 * time.Second // time limit for discarding
 )
 
@@ -26,19 +26,19 @@ var (
 	errBodyUnreadable = errors.New("body did not arrive whole")
 )
 
-// readBody reads r to its end. If there are more than max bytes or fewer than length,
-// or if r fails, the error is one of rejections, and the body is the part that has
-// arrived. A length of -1 means that the length is unknown.
+// readBody reads r to its end. If r has more than max bytes or fewer than length, or
+// fails, the error is one of rejections, and the body is the part that arrived. A
+// length of -1 means that the length is unknown.
 //
 // Memory grows with the bytes that arrive, not with the announced length: it is at most
-// firstRead, or four times the body. It is never used again, because the Transport
-// behind reverse_proxy may still read it after the handler has returned.
+// firstRead, or four times the body. No later request reuses it, because the Transport
+// behind reverse_proxy may still read it after the handler returned.
 func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 	if r == nil {
 		return nil, nil
 	}
 	for size := int64(firstRead); ; size *= 4 {
-		// one byte more than the length, since only a further Read returns EOF
+		// one byte more than the length, because only a further Read returns EOF
 		if int64(len(body)) <= length && length <= size {
 			size = length + 1
 		}
@@ -52,7 +52,7 @@ func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 			switch {
 			case int64(len(body)) > max:
 				return body, errBodyTooLarge
-			case err == io.EOF && int64(len(body)) < length: // an earlier handler has swallowed the error
+			case err == io.EOF && int64(len(body)) < length: // an earlier handler hid the error
 				return body, readError(io.ErrUnexpectedEOF)
 			case err == io.EOF:
 				return body, nil
@@ -63,8 +63,8 @@ func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 	}
 }
 
-// readError wraps an error of reading the body in the one of rejections that fits. err
-// may come from another handler: request_body returns one for a body above its limit.
+// readError wraps err, an error of reading the body, in a matching one of rejections.
+// It may come from another handler, such as request_body for a body above its limit.
 func readError(err error) error {
 	reason := errBodyUnreadable
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
@@ -77,15 +77,15 @@ func readError(err error) error {
 
 // endBody reads and discards the rest of a rejected body, then closes it, also for
 // handlers with a copy of the request. Otherwise the connection is reset while the
-// client is sending: the client never sees the answer, and a proxy in front takes the
-// site to be down. It returns whether the body was read to its end.
+// client is sending: the client never sees the answer, and a proxy in front believes
+// that the site is down. It returns whether it read the body to its end.
 func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return true
 	}
 	now, controller := time.Now(), http.NewResponseController(w)
 	end := now
-	if discard && r.Header["Expect"] == nil { // with Expect, the client sends nothing until it is told to
+	if discard && r.Header["Expect"] == nil { // with Expect, the client waits before it sends
 		end = now.Add(discardTime)
 	}
 	if controller.SetReadDeadline(end) != nil {
@@ -100,14 +100,14 @@ func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 		}
 	}
 	if !all {
-		_ = controller.SetReadDeadline(now) // or Close would wait for more
+		_ = controller.SetReadDeadline(now) // otherwise Close would wait for more
 	}
 	r.Body.Close()
 	return all
 }
 
-// setBody removes the body from the request and announces one of that length, which a
-// FastCGI backend has to know. Trailers go too: with them, a proxy would send chunks.
+// setBody removes the body from the request and sets the length of its next body, which
+// a FastCGI backend needs. It removes trailers: with them, a proxy would send chunks.
 func setBody(r *http.Request, length int) {
 	r.Body, r.GetBody = http.NoBody, nil
 	r.ContentLength, r.TransferEncoding, r.Trailer = int64(length), nil, nil
@@ -117,12 +117,12 @@ func setBody(r *http.Request, length int) {
 	}
 }
 
-// removeControls removes what the sender could use to control the next handlers. With
-// Connection, a proxy would drop fields that are set here. With Upgrade, or the
-// :protocol of HTTP/2 and HTTP/3, it would open a tunnel. Incremental would forbid it
-// to buffer the body. An idempotency key of the sender would stand for another event.
+// removeControls removes fields with which the sender could control the next handlers.
+// With Connection, a proxy would drop our fields. With Upgrade, or the :protocol of
+// HTTP/2 and HTTP/3, it would open a tunnel. With Incremental, it could not buffer the
+// body. The sender's idempotency key could be the key of another event.
 func removeControls(r *http.Request) {
-	if !strings.HasPrefix(r.Proto, "HTTP/") { // in HTTP/3, it is the :protocol of a CONNECT, which error routes see again
+	if !strings.HasPrefix(r.Proto, "HTTP/") { // the :protocol of a CONNECT in HTTP/3, also seen by error routes
 		r.Proto = fmt.Sprintf("HTTP/%d.%d", r.ProtoMajor, r.ProtoMinor)
 	}
 	for field := range r.Header {
@@ -134,13 +134,13 @@ func removeControls(r *http.Request) {
 	}
 }
 
-// bodyReader reads the bytes of a body. There is nothing to close.
+// bodyReader reads the bytes of a body.
 type bodyReader struct{ bytes.Reader }
 
 func (*bodyReader) Close() error { return nil }
 
-// attachBody makes reader the body of the request. GetBody is for net/http's
-// Transport, which may have to send the body again.
+// attachBody makes reader the body of the request. With GetBody, net/http's Transport
+// can send the body again.
 func (d *delivery) attachBody(r *http.Request, reader *bodyReader) {
 	reader.Reset(d.event.Body)
 	r.Body = reader

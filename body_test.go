@@ -22,8 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// deadlines is a response writer on whose connection a read deadline can be set, as
-// is that of net/http.
+// deadlines is a response writer with read deadlines, like the writer of net/http.
 type deadlines struct {
 	*httptest.ResponseRecorder
 	set []time.Time
@@ -34,8 +33,8 @@ func (d *deadlines) SetReadDeadline(deadline time.Time) error {
 	return nil
 }
 
-// What is left of the body of a rejected request is read, into no memory that
-// lasts, so that its sender sees the answer. Only then is the connection closed.
+// The guard reads the rest of a rejected body without storing it, so that the sender
+// sees the answer. Only then it closes the connection.
 func TestRejectedBodyIsDiscarded(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	for _, tt := range []struct {
@@ -52,7 +51,7 @@ func TestRejectedBodyIsDiscarded(t *testing.T) {
 		{"a length above max_size", post("", compactSignature), 900_000, 900_000, 900_000, ""},
 		{"more than 1 MiB", post(""), 10 << 20, maxDiscard, maxDiscard + firstRead, "close"},
 		{"more than 1 MiB over HTTP/2, where a stream ends alone", with(post(""), func(r *http.Request) { r.ProtoMajor = 2 }), 10 << 20, maxDiscard, maxDiscard + firstRead, ""},
-		{"a sender that waits to be told to go on", with(post(""), func(r *http.Request) { r.Header.Set("Expect", "100-continue") }), 100, 0, 0, "close"},
+		{"a sender that waits for 100 Continue", with(post(""), func(r *http.Request) { r.Header.Set("Expect", "100-continue") }), 100, 0, 0, "close"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			read, closed := 0, false
@@ -95,12 +94,12 @@ func TestRejectedBodyIsDiscarded(t *testing.T) {
 			assert.Equal(t, "close", w.Header().Get("Connection"))
 		})
 	})
-	t.Run("not if nobody can say for how long", func(t *testing.T) {
+	t.Run("not without a time limit", func(t *testing.T) {
 		res := serve(t, h, with(post(""), withBody(iotest.ErrReader(errors.New("the body was read")), 10)))
 		assert.Equal(t, 401, res.status)
 		assert.Equal(t, "close", res.header.Get("Connection"))
 	})
-	t.Run("not one that is broken", func(t *testing.T) {
+	t.Run("not a broken body", func(t *testing.T) {
 		w := &deadlines{ResponseRecorder: httptest.NewRecorder()}
 		reads := 0
 		broken := readerFunc(func([]byte) (int, error) { reads++; return 0, timeoutError{errors.New("slow")} })
@@ -109,7 +108,7 @@ func TestRejectedBodyIsDiscarded(t *testing.T) {
 		assert.Equal(t, 1, reads)
 		assert.Equal(t, "close", w.Header().Get("Connection"))
 	})
-	t.Run("not one that was read, and none that is not there", func(t *testing.T) {
+	t.Run("not a body that was read, and not a missing body", func(t *testing.T) {
 		for _, r := range []*http.Request{post("x", compactSignature), httptest.NewRequest(http.MethodGet, "/", nil)} {
 			res := serve(t, h, r)
 			require.Error(t, res.err)
@@ -126,8 +125,8 @@ type closerFunc func() error
 
 func (f closerFunc) Close() error { return f() }
 
-// An error route that proxies what was rejected forwards nothing that was not
-// signed, whatever the outcome.
+// An error route that proxies a rejected request forwards no unsigned data, for every
+// outcome.
 func TestRejectedRequestHasNoBody(t *testing.T) {
 	large := strings.Repeat("a", 70_000)
 	for outcome, r := range map[string]*http.Request{
@@ -158,8 +157,8 @@ func TestRejectedRequestHasNoBody(t *testing.T) {
 	}
 }
 
-// What the sender asks of the connection ends here, in HTTP/1.1's fields and in
-// those that only some proxies know.
+// The guard removes the sender's fields about the connection: the fields of HTTP/1.1, and
+// fields that only some proxies know.
 func TestSenderDoesNotSteer(t *testing.T) {
 	fields := http.Header{
 		"Connection": {"Idempotency-Key, Inkit-Signature", "Upgrade"}, "Upgrade": {"websocket"}, "Expect": {"100-continue"}, "Te": {"trailers"},
@@ -184,8 +183,8 @@ func TestSenderDoesNotSteer(t *testing.T) {
 	}
 }
 
-// A proxy in an error route makes a request for a tunnel out of an extended CONNECT
-// (RFC 8441 and 9220), which it knows by these.
+// A proxy in an error route turns an extended CONNECT (RFC 8441 and 9220) into a request
+// for a tunnel. It recognizes one by the method and the :protocol.
 func TestRejectedConnectOpensNoTunnel(t *testing.T) {
 	http3 := func(r *http.Request) { r.Proto, r.ProtoMajor, r.ProtoMinor = "websocket", 3, 0 }
 	for _, tt := range []struct {
@@ -266,8 +265,8 @@ func TestVerifiedBodyCanBeReadAgain(t *testing.T) {
 	}
 }
 
-// What a later handler sets as the body is what is sent: neither GetBody nor the
-// error routes bring back the one that was signed.
+// If a later handler replaces the body, its body is sent: neither GetBody nor the error
+// routes bring back the signed body.
 func TestReplacedBodyIsNotUndone(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	w := httptest.NewRecorder()
@@ -286,7 +285,7 @@ func TestReplacedBodyIsNotUndone(t *testing.T) {
 	require.Error(t, err)
 }
 
-// What failed may be sent elsewhere by an error route, which sees the same request.
+// An error route sees the same request, and may send a failed event elsewhere.
 func TestErrorRoutesGetTheBody(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	for _, body := range []string{"", "abc", strings.Repeat("a", 50_000)} {
@@ -343,10 +342,10 @@ func TestReadBody(t *testing.T) {
 		{"more than declared", bytes.NewReader(data[:5000]), 10, large, 5000, nil},
 
 		{"less than declared", bytes.NewReader(data[:10]), 5000, large, 10, errBodyUnreadable},
-		{"nothing of what was declared", bytes.NewReader(nil), 1, large, 0, errBodyUnreadable},
+		{"nothing, although more was declared", bytes.NewReader(nil), 1, large, 0, errBodyUnreadable},
 		{"one byte above max_size", bytes.NewReader(data[:101]), -1, 100, 101, errBodyTooLarge},
 		{"far above max_size", bytes.NewReader(data), -1, 100, 101, errBodyTooLarge},
-		{"above max_size in spite of what was declared", bytes.NewReader(data), 50, 100, 101, errBodyTooLarge},
+		{"above max_size, although less was declared", bytes.NewReader(data), 50, 100, 101, errBodyTooLarge},
 		{"above a large max_size", bytes.NewReader(data), -1, large - 1, large, errBodyTooLarge},
 		{"broken at the start", iotest.ErrReader(broken), 10, 100, 0, broken},
 		{"broken later", io.MultiReader(bytes.NewReader(data[:5000]), iotest.ErrReader(broken)), -1, large, 5000, broken},
@@ -366,8 +365,8 @@ func TestReadBody(t *testing.T) {
 	}
 }
 
-// Memory is paid for what arrived: at no time is there more than four times the room
-// for that, or the first, whatever was declared.
+// Memory grows with the bytes that arrive, not with the declared length: it is never
+// more than four times these bytes, or the first buffer.
 func TestReadBodyPaysForWhatArrived(t *testing.T) {
 	const declared = 64 << 20
 	for _, arrived := range []int{0, 1, 64, firstRead, firstRead + 1, 100_000, 1 << 20} {
@@ -380,7 +379,7 @@ func TestReadBodyPaysForWhatArrived(t *testing.T) {
 	}
 	small, err := readBody(strings.NewReader(compactBody), int64(len(compactBody)), declared)
 	require.NoError(t, err)
-	assert.Equal(t, len(compactBody)+1, cap(small), "and an event takes what it is long")
+	assert.Equal(t, len(compactBody)+1, cap(small), "an event takes only its own length")
 }
 
 func FuzzReadBody(f *testing.F) {
@@ -388,7 +387,7 @@ func FuzzReadBody(f *testing.F) {
 	f.Add([]byte(strings.Repeat("x", 5000)), int64(-1), int64(4096), 100)
 	f.Fuzz(func(t *testing.T, data []byte, length, maxSize int64, step int) {
 		if length < -1 || maxSize < 0 || step < 1 || length > maxSize {
-			return // that cannot be
+			return // impossible input
 		}
 		rest := data
 		body, err := readBody(readerFunc(func(p []byte) (int, error) {

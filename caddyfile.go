@@ -29,25 +29,25 @@ func init() {
 //		idempotency_key off
 //	}
 //
-// At least one secret is required; the one on the line of the directive comes first. A
-// secret is one placeholder or a text in quotes: without quotes, a {$VARIABLE} that is
-// unset would make the next word the secret. On the line of the directive it must be a
-// placeholder: even in quotes, a text that starts with a slash would be a matcher, and
-// requests that it does not match would not be verified.
+// At least one secret is required; the secret on the line of the directive comes first. A
+// secret is one placeholder or a text in quotes: without quotes, an unset {$VARIABLE}
+// would make the next word the secret. On the line of the directive, only a placeholder
+// is allowed: even in quotes, a text that starts with a slash would be a matcher, and
+// requests that do not match would not be verified.
 //
-// Errors repeat no word of the input, because a word in the wrong place may be a
-// secret. Caddy's own errors do, for example that of an unknown matcher.
+// Errors repeat no word of the input, because a word in the wrong place may be a secret.
+// Caddy's own errors do repeat words, for example for an unknown matcher.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 
 	if d.NextArg() {
 		if _, ok := placeholder.Name(d.Val()); !ok {
-			return d.Err("inkit_webhook: takes one placeholder in braces; any other secret goes into the block, in quotes")
+			return d.Err("inkit_webhook: takes one placeholder in braces: any other secret goes into the block, in quotes")
 		}
 		h.Secrets = append(h.Secrets, Secret{Value: d.Val()})
 	}
 	if d.NextArg() {
-		return d.Err("inkit_webhook: takes one placeholder at most, more secrets go into the block")
+		return d.Err("inkit_webhook: takes at most one placeholder: further secrets go into the block")
 	}
 
 	seen := make(map[string]bool)
@@ -64,7 +64,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		case "secret":
 			named := len(args) == 3 && args[1] == "name"
 			if !named && len(args) != 1 || !isSecret(tokens[0]) {
-				return d.Err("secret: must be one placeholder or a text in quotes, and may be followed by the word name and a name")
+				return d.Err("secret: must be one placeholder or a text in quotes, and only name <name> may follow")
 			}
 			secret := Secret{Value: args[0]}
 			if named {
@@ -88,7 +88,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			}
 			h.IdempotencyKey = new(bool)
 		default:
-			return d.Err("inkit_webhook: must hold secret, name, max_size and idempotency_key only")
+			return d.Err("inkit_webhook: only secret, name, max_size and idempotency_key are allowed")
 		}
 		seen[word] = true
 		if d.NextBlock(1) {

@@ -28,7 +28,7 @@ func adapt(tb testing.TB, input string) (string, error) {
 	return pretty.String(), nil
 }
 
-// Each golden file holds a Caddyfile, a line of dashes, and the JSON it stands for.
+// Each golden file contains a Caddyfile, a line of dashes, and its JSON.
 func TestAdapt(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.caddyfiletest")
 	require.NoError(t, err)
@@ -46,15 +46,15 @@ func TestAdapt(t *testing.T) {
 	}
 }
 
-// The errors name the key and the line, and no word of the input: any that is in
-// the wrong place may be a secret.
+// The errors name the key and the line, and repeat no word of the input: a word in the
+// wrong place may be a secret.
 func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 	const (
 		none     = "secret: at least one is required"
-		onLine   = "inkit_webhook: takes one placeholder in braces; any other secret goes into the block, in quotes"
-		onSecret = "secret: must be one placeholder or a text in quotes, and may be followed by the word name and a name"
+		onLine   = "inkit_webhook: takes one placeholder in braces: any other secret goes into the block, in quotes"
+		onSecret = "secret: must be one placeholder or a text in quotes, and only name <name> may follow"
 		onSize   = "max_size: must be one size above 0, such as 64KiB"
-		unknown  = "inkit_webhook: must hold secret, name, max_size and idempotency_key only"
+		unknown  = "inkit_webhook: only secret, name, max_size and idempotency_key are allowed"
 	)
 	block := func(line string) string { return "inkit_webhook {env.X} {\n" + line + "\n}" }
 	for _, tt := range []struct{ name, directive, message string }{
@@ -64,12 +64,12 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 		{"a matcher and no secret", "inkit_webhook /hook", none},
 		{"a text on the line", "inkit_webhook c0nf1d3nt1al", onLine},
 		{"a text in quotes on the line", `inkit_webhook "c0nf1d3nt1al {env.X}"`, onLine},
-		{"a text on the line that starts with a slash, which is a matcher", "inkit_webhook /c0nf1d3nt1al", none},
+		{"a text on the line that starts with a slash: a matcher", "inkit_webhook /c0nf1d3nt1al", none},
 		{"a placeholder in part on the line", "inkit_webhook c0nf1d3nt1al{env.X}", onLine},
 		{"a text in quotes on the line without a placeholder", `inkit_webhook "c0nf1d3nt1al"`, onLine},
 		{"empty quotes on the line, from a variable that is unset", `inkit_webhook ""`, onLine},
-		{"two placeholders on the line", "inkit_webhook {env.X} {env.Y}", "inkit_webhook: takes one placeholder at most, more secrets go into the block"},
-		{"a placeholder and a text on the line", "inkit_webhook {env.X} c0nf1d3nt1al", "inkit_webhook: takes one placeholder at most, more secrets go into the block"},
+		{"two placeholders on the line", "inkit_webhook {env.X} {env.Y}", "inkit_webhook: takes at most one placeholder: further secrets go into the block"},
+		{"a placeholder and a text on the line", "inkit_webhook {env.X} c0nf1d3nt1al", "inkit_webhook: takes at most one placeholder: further secrets go into the block"},
 		{"a secret without a value", block("secret"), onSecret},
 		{"a secret without quotes", block("secret c0nf1d3nt1al"), onSecret},
 		{"a secret without quotes that has a name", block("secret c0nf1d3nt1al name current"), onSecret},
@@ -88,11 +88,11 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 		{"a known word in another case", block("Max_Size 1KiB"), unknown},
 		{"max_size without a size", block("max_size"), onSize},
 		{"max_size with two", block("max_size 1KiB c0nf1d3nt1al"), onSize},
-		{"max_size with a unit of its own", block("max_size 1 KiB"), onSize},
+		{"max_size with a unit as a separate word", block("max_size 1 KiB"), onSize},
 		{"max_size of 0", block("max_size 0"), onSize},
 		{"max_size of 0 KiB", block("max_size 0KiB"), onSize},
 		{"a negative max_size", block("max_size -1"), onSize},
-		{"a max_size that is no size", block("max_size c0nf1d3nt1al"), onSize},
+		{"a malformed max_size", block("max_size c0nf1d3nt1al"), onSize},
 		{"a max_size of 16 EiB", block("max_size 15.9EiB"), onSize},
 		{"max_size repeated", block("max_size 1KiB\nmax_size 1KiB"), "max_size: must not be repeated"},
 		{"a block after max_size", block("max_size 1KiB {\nsecret y\n}"), "max_size: must not have a block"},
@@ -143,13 +143,13 @@ func TestUnsetVariableMakesNoSecret(t *testing.T) {
 			require.ErrorContains(t, err, "in quotes", line)
 		}
 	}
-	t.Run("in quotes it is one word, the secret", func(t *testing.T) {
+	t.Run("in quotes, it is one word: the secret", func(t *testing.T) {
 		config, err := adapt(t, ":8080 {\n\tinkit_webhook {\n\t\tsecret \"{$TEST_INKIT_TWO_WORDS}\" name current\n\t\tsecret `{$TEST_INKIT_SET}`\n\t}\n}\n")
 		require.NoError(t, err)
 		assert.Contains(t, config, `"value": "c0nf1d3nt1al current"`)
 		assert.Contains(t, config, `"value": "c0nf1d3nt1al"`)
 	})
-	t.Run("in quotes it stays one word, which is refused at load", func(t *testing.T) {
+	t.Run("in quotes, it stays one word, and the load fails", func(t *testing.T) {
 		config, err := adapt(t, ":8080 {\n\tinkit_webhook {\n\t\tsecret \"{$TEST_INKIT_UNSET}\" name current\n\t}\n}\n")
 		require.NoError(t, err)
 		assert.Contains(t, config, `"value": ""`)
@@ -161,7 +161,7 @@ func FuzzCaddyfile(f *testing.F) {
 	for _, s := range []string{
 		"inkit_webhook {env.X}", "inkit_webhook", "inkit_webhook {\nsecret \"y\" name z\nname n\nmax_size 1KiB\nidempotency_key off\n}",
 		"inkit_webhook {\nsecret \"y\" {\nz\n}\n}", "inkit_webhook {", "inkit_webhook {env.X} {\nmax_size 99999999999EiB\n}", "inkit_webhook \"a b\" {\n}",
-		"inkit_webhook x <<<EOF\nEOF", // found: what does not even fall into tokens
+		"inkit_webhook x <<<EOF\nEOF", // found by fuzzing: not even valid tokens
 	} {
 		f.Add(s)
 	}
@@ -177,7 +177,7 @@ func FuzzCaddyfile(f *testing.F) {
 		require.NotEmpty(t, h.Secrets)
 		require.GreaterOrEqual(t, h.MaxSize, int64(0))
 
-		// what the Caddyfile means, its JSON means as well
+		// the JSON must mean the same as the Caddyfile
 		encoded, err := json.Marshal(h)
 		require.NoError(t, err)
 		again := new(Handler)

@@ -24,15 +24,15 @@ func init() {
 		Name:  "inkit-webhook",
 		Short: "Signs, verifies and sends Inkit webhooks",
 		Long: `
-Signs bodies as Inkit does, tells why a signature does not match, and sends
-signed events to try a site out.
+Signs bodies as Inkit does, explains why a signature does not match, and sends
+signed events to test a site.
 
-The secret is read from the environment variable INKIT_WEBHOOK_SECRET, or from
-files. It never stands on the command line, where other users of the machine
-could see it, and it is never printed.
+The commands read the secret from the environment variable INKIT_WEBHOOK_SECRET
+or from files. They do not accept it on the command line, where other users of
+the machine could see it, and they never print it.
 `,
 		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = cobra.NoArgs // or else an unknown command prints the help, with status 0
+			cmd.Args = cobra.NoArgs // otherwise an unknown command prints the help, with status 0
 			cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 			cmd.AddCommand(signCommand(), verifyCommand(), sendCommand())
 			for _, sub := range cmd.Commands() {
@@ -48,8 +48,8 @@ func signCommand() *cobra.Command {
 		Short: "Prints the signature of a body",
 		Long: `
 Prints the signature that Inkit sends with a body: the HMAC-SHA256 of its bytes
-in lower-case hexadecimal digits. The body is read from a file or from standard
-input, and every byte of it counts, a final newline too.
+in lower-case hexadecimal digits. It reads the body from a file or from standard
+input. Every byte counts, including a final newline.
 `,
 		Example: `  printf %s '{"event_type":"DOCUMENT_DELETED"}' | INKIT_WEBHOOK_SECRET=demo caddy inkit-webhook sign`,
 		Args:    cobra.MaximumNArgs(1),
@@ -75,11 +75,11 @@ func verifyCommand() *cobra.Command {
 		Use:   "verify --signature <signature> [--secret-file <file>]... [<file>|-]",
 		Short: "Verifies the signature of a body, or explains why it does not match",
 		Long: `
-Verifies a signature for a body that is read from a file or from standard input.
-If one of the secrets made it, prints the file or variable of that secret, and
-exits with status 0. If not, prints why, and exits with status 1: the usual causes
-are tried, such as a body that lost its final newline or was parsed and written
-again. One is named only if with it the signature matches, so it is no guess.
+Verifies the signature of a body from a file or from standard input. If one of
+the secrets made it, prints the file or variable of that secret, and exits with
+status 0. If not, prints the cause, and exits with status 1. It tries the usual
+causes, such as a body that lost its final newline or was parsed and written
+again, and names a cause only if the signature then matches: it is no guess.
 `,
 		Example: `  printf %s '{"event_type":"DOCUMENT_DELETED"}' | INKIT_WEBHOOK_SECRET=demo caddy inkit-webhook verify --signature d523ce83c5dc06cc5c0f5c752174ecd2d00ed5c8227324e36814ea230b75ad09`,
 		Args:    cobra.MaximumNArgs(1),
@@ -116,9 +116,9 @@ func sendCommand() *cobra.Command {
 		Short: "Signs an event and sends it to a URL",
 		Long: `
 Signs an event and posts it to a URL as Inkit does, then prints the status and
-the body of the response, and with --count a last line that sums them up. Exits
-with status 0 if every status is 2xx, and with 1 if not. Nothing is sent to any
-other URL: redirects are not followed, and no proxy is used.
+the body of the response, and with --count a summary in the last line. Exits with
+status 0 if every status is 2xx, and with 1 if not. It sends nothing to any other
+URL: it follows no redirects, and uses no proxy.
 `,
 		Example: `  INKIT_WEBHOOK_SECRET=demo caddy inkit-webhook send --event-type DOCUMENT_DELETED http://localhost:8080/webhook`,
 		Args:    cobra.ExactArgs(1),
@@ -127,15 +127,15 @@ other URL: redirects are not followed, and no proxy is used.
 	secretFile := flags.String("secret-file", "", "File with the secret; INKIT_WEBHOOK_SECRET if left out")
 	eventType := flags.String("event-type", "DOCUMENT_CREATE_FINISHED", "The event_type of the event")
 	resourceID := flags.String("resource-id", "doc_test", "The resource_id of the event")
-	file := flags.String("body", "", "File to send in the place of an event, - for standard input")
-	count := flags.Int("count", 1, "How many times to send it")
-	rate := flags.Float64("rate", 0, "How many to send a second at most, from 0.001 to 1000000; without a limit if left out")
+	file := flags.String("body", "", "File to send instead of an event, - for standard input")
+	count := flags.Int("count", 1, "Number of times to send the event")
+	rate := flags.Float64("rate", 0, "Maximum number of events a second, from 0.001 to 1000000; no limit if left out")
 	cmd.MarkFlagsMutuallyExclusive("body", "event-type")
 	cmd.MarkFlagsMutuallyExclusive("body", "resource-id")
 	cmd.RunE = func(_ *cobra.Command, args []string) error {
 		var interval time.Duration
 		if flags.Changed("rate") {
-			if !(*rate >= 0.001 && *rate <= 1e6) { // which NaN is not, either
+			if !(*rate >= 0.001 && *rate <= 1e6) { // also refuses NaN
 				return errors.New("rate: must be from 0.001 to 1000000")
 			}
 			interval = time.Duration(float64(time.Second) / *rate)
@@ -183,14 +183,14 @@ other URL: redirects are not followed, and no proxy is used.
 	return cmd
 }
 
-// client uses no proxy of the environment, and follows no redirect.
+// client uses no proxy from the environment, and follows no redirect.
 var client = &http.Client{
 	Transport:     &http.Transport{},
 	CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	Timeout:       time.Minute,
 }
 
-// send posts a signed body, and returns the response as text, up to 64 KiB of it.
+// send posts a signed body, and returns up to 64 KiB of the response as text.
 func send(url string, body []byte, signature string) (status int, text string, err error) {
 	req, err := http.NewRequest(http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
@@ -208,7 +208,7 @@ func send(url string, body []byte, signature string) (status int, text string, e
 	return resp.StatusCode, strings.TrimSuffix(text, "\n") + "\n", err
 }
 
-// printable makes visible what would have a terminal do something. Line ends stay.
+// printable replaces characters that could control a terminal. Line ends stay.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if r == '\n' || unicode.IsPrint(r) {
@@ -218,9 +218,9 @@ func printable(s string) string {
 	}, s)
 }
 
-// commandSecrets reads the secrets of a command, which are named after where they
-// come from. They are not checked further, since verify finds out whether white
-// space or quotes around one are the cause of a mismatch.
+// commandSecrets reads the secrets of a command, and names each after its file or
+// variable. It does not check them further, because verify tests whether white space or
+// quotes around a secret cause a mismatch.
 func commandSecrets(files ...string) (secrets []Secret, err error) {
 	for _, file := range slices.DeleteFunc(files, func(file string) bool { return file == "" }) {
 		value, err := placeholder.ReadFile(file)
@@ -233,12 +233,12 @@ func commandSecrets(files ...string) (secrets []Secret, err error) {
 		secrets = []Secret{{Value: value, Name: "INKIT_WEBHOOK_SECRET"}}
 	}
 	if len(secrets) == 0 {
-		return nil, errors.New("INKIT_WEBHOOK_SECRET is unset or empty, and no --secret-file is given")
+		return nil, errors.New("no secret: set INKIT_WEBHOOK_SECRET, or use --secret-file")
 	}
 	return secrets, nil
 }
 
-// readInput reads the file that is named, or standard input for - or no name.
+// readInput reads the named file, or standard input for - or no name.
 func readInput(names ...string) ([]byte, error) {
 	if len(names) == 0 || names[0] == "-" {
 		return io.ReadAll(os.Stdin)

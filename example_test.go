@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// A program without Caddy that checks the signature by itself.
+// A program without Caddy checks the signature itself.
 func Example() {
 	const secret = "test_inkit_webhook_secret"
 	verifier, err := inkitwebhook.NewVerifier(inkitwebhook.Secret{Name: "current", Value: secret})

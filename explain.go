@@ -10,16 +10,16 @@ import (
 	"strings"
 )
 
-// explain tells why a signature does not match: it changes the signature, the
-// secret and the body in the ways in which they usually get changed by mistake, one
-// at a time, and names the first change with which they match. It is for a person
-// at a terminal. A server that answers with it helps an attacker.
+// explain returns the cause of a mismatch: it tries the usual mistakes with the signature,
+// the secret and the body, one at a time, and names the first one that explains the
+// signature. It is for a person at a terminal: in a server's answer, the cause would
+// help an attacker.
 func explain(secrets []Secret, body []byte, signature string) (cause string) {
 	if signature == "" {
-		return "the request has no Inkit-Signature, or it is empty: it is not from Inkit, or something on the way removed the header field"
+		return "Inkit-Signature is missing or empty: the request is not from Inkit, or a program on the way removed the header field"
 	}
-	// The first one that matches counts. There is never more than one variant of
-	// the body, which may be large.
+	// The first match counts. Only one variant of the body is in memory at a time,
+	// because a body may be large.
 	try := func(secret, body, signature, why string) {
 		if cause == "" && secret != "" && Sign([]byte(secret), []byte(body)) == signature {
 			cause = why
@@ -29,7 +29,7 @@ func explain(secrets []Secret, body []byte, signature string) (cause string) {
 		trySignatures(signature, func(variant, why string) { try(secret.Value, string(body), variant, why) })
 	}
 	if _, err := parseSignature(signature); err != nil && cause == "" {
-		return "Inkit sends 64 lower-case hexadecimal digits and nothing else: see what on the way changes the header field"
+		return "Inkit sends 64 lower-case hexadecimal digits and nothing else: find the program on the way that changes the header field"
 	}
 	for _, secret := range secrets {
 		trySecrets(secret.Value, func(variant, why string) { try(variant, string(body), signature, secret.Name+": "+why) })
@@ -40,13 +40,13 @@ func explain(secrets []Secret, body []byte, signature string) (cause string) {
 		}
 	})
 	if cause == "" {
-		cause = "none of the usual causes. Check that the secret is the one of this webhook in Inkit's web app, as it is now, " +
-			"since Regenerate Secret Key makes a new one; and that body and signature belong to the same request and were saved before anything parsed them"
+		cause = "none of the usual causes. Compare the secret with the current one of this webhook in Inkit's web app: Regenerate Secret Key makes a new one. " +
+			"Check that body and signature belong to the same request, and that the body was saved before any program parsed it"
 	}
 	return cause
 }
 
-// trySignatures tries what a signature in another form means.
+// trySignatures tries the signature in other forms.
 func trySignatures(signature string, try func(variant, why string)) {
 	trimmed := strings.Trim(signature, " \t\r\n\"'")
 	try(trimmed, "the signature has white space or quotes around it")
@@ -62,10 +62,10 @@ func trySignatures(signature string, try func(variant, why string)) {
 
 var base64Encodings = []*base64.Encoding{base64.StdEncoding, base64.RawStdEncoding, base64.URLEncoding, base64.RawURLEncoding}
 
-// trySecrets tries what may have been the secret.
+// trySecrets tries other secrets that the signer may have used.
 func trySecrets(secret string, try func(variant, why string)) {
-	try(strings.TrimSpace(secret), "the secret has white space around it here that does not belong to it")
-	try(strings.Trim(secret, " \t\r\n\"'"), "the secret has quotes around it here that do not belong to it")
+	try(strings.TrimSpace(secret), "the secret here has white space around it, which is not part of it")
+	try(strings.Trim(secret, " \t\r\n\"'"), "the secret here has quotes around it, which are not part of it")
 	try(secret+"\n", "the signature was made with a newline at the end of the secret")
 	if decoded, err := hex.DecodeString(secret); err == nil {
 		try(string(decoded), "the signature was made with the secret decoded from hexadecimal digits, and Inkit uses its text")
@@ -79,41 +79,41 @@ func trySecrets(secret string, try func(variant, why string)) {
 	}
 }
 
-// tryBodies tries what may have been signed in the place of body.
+// tryBodies tries other bodies that the signer may have signed.
 func tryBodies(body string, try func(variant, why string)) {
-	try("", "the signature is that of an empty body: whoever signed it, or saved it, had read the body before")
+	try("", "the signature is of an empty body: the program that signed or saved the body had already read it")
 	for _, newline := range []string{"\n", "\r\n"} {
-		try(body+newline, "the body has lost the newline at its end")
-		try(strings.TrimSuffix(body, newline), "the body has got a newline at its end that was not signed")
+		try(body+newline, "the newline at the end of the body was removed")
+		try(strings.TrimSuffix(body, newline), "a newline was added at the end of the body")
 	}
 	unix := strings.ReplaceAll(body, "\r\n", "\n")
 	try(unix, "the line ends of the body were changed from LF to CRLF")
 	try(strings.ReplaceAll(unix, "\n", "\r\n"), "the line ends of the body were changed from CRLF to LF")
-	try("\ufeff"+body, "the body has lost the byte order mark at its start")
-	try(strings.TrimPrefix(body, "\ufeff"), "the body has got a byte order mark at its start that was not signed")
+	try("\ufeff"+body, "the byte order mark at the start of the body was removed")
+	try(strings.TrimPrefix(body, "\ufeff"), "a byte order mark was added at the start of the body")
 	tryLayouts(body, func(variant, layout string) {
-		why := "the JSON was parsed and written again: what was signed is " + layout
+		why := "the JSON was parsed and written again: the signed body is " + layout
 		try(variant, why)
 		try(variant+"\n", why+", with a newline at its end")
 	})
 }
 
-// tryLayouts tries body as the usual libraries write JSON, with its members in the
-// same order and sorted. It leaves out JSON that is large or nested deeply, which
-// indenting would make many times as large.
+// tryLayouts tries body as the usual libraries write JSON, with its members in the same
+// order and sorted. It skips large or deeply nested JSON, because indenting could make
+// it many times as large.
 func tryLayouts(body string, try func(variant, layout string)) {
 	if len(body) > 64<<10 || depth(body) > 8 {
 		return
 	}
-	var kept, sorted bytes.Buffer
+	var unsorted, sorted bytes.Buffer
 	var value any
 	decoder, encoder := json.NewDecoder(strings.NewReader(body)), json.NewEncoder(&sorted)
 	decoder.UseNumber()
 	encoder.SetEscapeHTML(false)
-	if json.Compact(&kept, []byte(body)) != nil || decoder.Decode(&value) != nil || encoder.Encode(value) != nil {
+	if json.Compact(&unsorted, []byte(body)) != nil || decoder.Decode(&value) != nil || encoder.Encode(value) != nil {
 		return
 	}
-	for i, compact := range []string{kept.String(), strings.TrimSuffix(sorted.String(), "\n")} {
+	for i, compact := range []string{unsorted.String(), strings.TrimSuffix(sorted.String(), "\n")} {
 		order := []string{"", ", with its members sorted"}[i]
 		try(compact, "compact"+order)
 		try(spaced(compact), "on one line with spaces after commas and colons"+order)

@@ -12,8 +12,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Each cause is made to happen: the signature is that of signed under key, and
-// what is at hand is body and secret.
+// Each row makes one mistake: the signature is for signed under key, and explain gets
+// body and secret.
 func TestExplain(t *testing.T) {
 	const (
 		key     = "a2V5IGZvciB0ZXN0cw==" // valid base64
@@ -28,9 +28,9 @@ func TestExplain(t *testing.T) {
 		require.NoError(t, err)
 		return b
 	}
-	rewritten := "the JSON was parsed and written again: what was signed is "
+	rewritten := "the JSON was parsed and written again: the signed body is "
 	for _, tt := range []struct{ name, secret, body, signature, cause string }{
-		{"no signature", key, compact, "", "the request has no Inkit-Signature"},
+		{"no signature", key, compact, "", "Inkit-Signature is missing"},
 		{"signature in quotes", key, compact, `"` + signatureOf(key, compact) + `"`, "white space or quotes around it"},
 		{"signature in upper case", key, compact, strings.ToUpper(signatureOf(key, compact)), "upper-case"},
 		{"signature with a prefix", key, compact, "sha256=" + signatureOf(key, compact), "prefix such as sha256="},
@@ -38,15 +38,15 @@ func TestExplain(t *testing.T) {
 		{"signature in base64 for URLs", key, compact, base64.RawURLEncoding.EncodeToString(sum(key, compact)), "the signature is in base64"},
 		{"signature of no known form", key, compact, "v1=abc", "Inkit sends 64 lower-case hexadecimal digits and nothing else"},
 
-		{"newline lost", key, compact, signatureOf(key, compact+"\n"), "lost the newline at its end"},
-		{"newline of Windows lost", key, compact, signatureOf(key, compact+"\r\n"), "lost the newline at its end"},
-		{"newline added", key, compact + "\n", signatureOf(key, compact), "a newline at its end that was not signed"},
-		{"newline of Windows added", key, compact + "\r\n", signatureOf(key, compact), "a newline at its end that was not signed"},
+		{"newline lost", key, compact, signatureOf(key, compact+"\n"), "newline at the end of the body was removed"},
+		{"newline of Windows lost", key, compact, signatureOf(key, compact+"\r\n"), "newline at the end of the body was removed"},
+		{"newline added", key, compact + "\n", signatureOf(key, compact), "a newline was added"},
+		{"newline of Windows added", key, compact + "\r\n", signatureOf(key, compact), "a newline was added"},
 		{"LF became CRLF", key, strings.ReplaceAll(pretty, "\n", "\r\n"), signatureOf(key, pretty), "from LF to CRLF"},
 		{"CRLF became LF", key, pretty, signatureOf(key, strings.ReplaceAll(pretty, "\n", "\r\n")), "from CRLF to LF"},
-		{"byte order mark lost", key, compact, signatureOf(key, "\ufeff"+compact), "lost the byte order mark"},
-		{"byte order mark added", key, "\ufeff" + compact, signatureOf(key, compact), "a byte order mark at its start that was not signed"},
-		{"empty body was signed", key, compact, signatureOf(key, ""), "that of an empty body"},
+		{"byte order mark lost", key, compact, signatureOf(key, "\ufeff"+compact), "byte order mark at the start of the body was removed"},
+		{"byte order mark added", key, "\ufeff" + compact, signatureOf(key, compact), "a byte order mark was added"},
+		{"empty body was signed", key, compact, signatureOf(key, ""), "of an empty body"},
 
 		{"compact JSON became pretty", key, pretty, signatureOf(key, compact), rewritten + "compact"},
 		{"spaced JSON became compact", key, compact, signatureOf(key, `{"event_type": "E", "resource_id": "r"}`), rewritten + "on one line with spaces after commas and colons"},
@@ -79,8 +79,8 @@ func TestExplain(t *testing.T) {
 	}
 }
 
-// A body that somebody has nested deeply, or made large, costs little to explain:
-// laid out, 14 kB of it took 9 GiB.
+// Explaining a deeply nested or large body costs little: 14 kB of it took 9 GiB when
+// indented.
 func TestExplainIsBounded(t *testing.T) {
 	secrets := []Secret{{Value: testSecret}}
 	for name, body := range map[string]string{
@@ -111,7 +111,7 @@ func FuzzExplain(f *testing.F) {
 		if cause := explain([]Secret{{Value: secret, Name: "name"}}, body, signature); cause == "" {
 			t.Error("no answer")
 		}
-		if json.Valid(body) { // a variant is to be the same JSON
+		if json.Valid(body) { // a variant must be the same JSON
 			tryLayouts(string(body), func(variant, layout string) {
 				require.True(t, json.Valid([]byte(variant)), "%s: %q", layout, variant)
 			})

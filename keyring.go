@@ -19,12 +19,11 @@ const (
 	reloadInterval    = 250 * time.Millisecond // pause between two reloads
 	reloadWait        = 2 * time.Second        // how long a request waits for a reload before it is rejected
 	reloadLogInterval = time.Minute            // pause between two log lines about failed reloads
-	previousAge       = 10 * time.Second       // how long a value stays good after a new one is found, which may be half written
+	previousAge       = 10 * time.Second       // how long an old value stays valid: the new one may be half written
 )
 
-// keyring has the secrets of a running handler and reloads them when requests ask for
-// it. It watches no files: a watcher would miss the symbolic links that Kubernetes
-// swaps.
+// keyring has the secrets of a running handler, and reloads them when a request asks. It
+// does not watch files: a watcher would miss the symbolic links that Kubernetes swaps.
 type keyring struct {
 	secrets    []Secret             // as configured
 	changeable bool                 // whether a value can change while the process runs
@@ -40,14 +39,14 @@ type keyring struct {
 	lastError time.Time // of the last log line about a failed reload; only reload uses it
 }
 
-// generation is a set of values. It stays good for previousAge after a newer one exists.
+// generation is a set of values. It stays valid for previousAge after a newer one exists.
 type generation struct {
 	verifier *Verifier
 	until    time.Time
 }
 
-// newKeyring resolves the secrets. An error shows no part of a value, nor of a
-// placeholder, which may be a secret in braces.
+// newKeyring resolves the secrets. Errors show no part of a value, and no part of a
+// placeholder, because it may be a secret in braces.
 func newKeyring(secrets []Secret, logger *zap.Logger) (k *keyring, err error) {
 	k = &keyring{secrets: secrets, logger: logger}
 	k.inUse.Store(new([]generation))
@@ -71,7 +70,7 @@ func (k *keyring) use(values []Secret) error {
 	for i, one := range values {
 		for _, other := range values[:i] {
 			if one.Value == other.Value {
-				k.logger.Warn("two secrets have the same value", zap.Strings("secrets", []string{other.Name, one.Name}))
+				k.logger.Warn("two secrets have the same value: remove one", zap.Strings("secrets", []string{other.Name, one.Name}))
 			}
 		}
 	}
@@ -89,9 +88,9 @@ func (k *keyring) use(values []Secret) error {
 	return nil
 }
 
-// verify returns the index of the secret that made sig for body. A signature that
-// matches never waits. One that does not match waits for a reload that begins after
-// this call, because the secret may be a new one.
+// verify returns the index of the secret that made sig for body. A matching signature
+// never waits. A mismatch waits for a reload that begins after this call, because the
+// secret may be new.
 func (k *keyring) verify(ctx context.Context, sig *[sha256.Size]byte, body []byte) (secret int, err error) {
 	secret, err = k.match(sig, body)
 	switch {
@@ -135,7 +134,7 @@ func (k *keyring) askForReload() <-chan struct{} {
 }
 
 // reloadLoop reloads as long as requests ask for it. It runs in its own goroutine, so
-// that a file system that hangs blocks nothing else.
+// that a hanging file system blocks nothing else.
 func (k *keyring) reloadLoop() {
 	for {
 		k.mu.Lock()
@@ -152,8 +151,8 @@ func (k *keyring) reloadLoop() {
 	}
 }
 
-// reload takes every new value that is valid. If a value is not valid, the last good one
-// stays: losing events is worse than using a secret for longer.
+// reload uses every new value that is valid. If a value is not valid, the last good one
+// stays: losing events is worse than using an old secret longer.
 func (k *keyring) reload() {
 	var failure error
 	var changed []string
@@ -180,7 +179,7 @@ func (k *keyring) reload() {
 		result = reloadFailed
 		if time.Since(k.lastError) >= reloadLogInterval {
 			k.lastError = time.Now()
-			k.logger.Error("reloading secrets, the last good values stay in use", zap.Error(failure))
+			k.logger.Error("cannot reload secrets: the last good ones stay in use until Caddy restarts", zap.Error(failure))
 		}
 	}
 	k.reloads[result].Inc()

@@ -20,7 +20,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
-// What a running guard may come to must load after a restart.
+// A running guard must not reach a state that fails to load after a restart.
 func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	path := writeFile(t, filepath.Join(t.TempDir(), "secret"), "next\n")
 	core, logs := observer.New(zapcore.DebugLevel)
@@ -31,7 +31,7 @@ func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	require.Equal(t, 1, logs.Len())
 	line := logs.All()[0]
 	assert.Equal(t, zapcore.WarnLevel, line.Level)
-	assert.Equal(t, "two secrets have the same value", line.Message)
+	assert.Equal(t, "two secrets have the same value: remove one", line.Message)
 	assert.Equal(t, []any{"blue", "green"}, line.ContextMap()["secrets"])
 	sig, err := parseSignature(Sign([]byte("next"), []byte("x")))
 	require.NoError(t, err)
@@ -40,7 +40,7 @@ func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	assert.Equal(t, "blue", secrets[i].Name, "the first one counts")
 }
 
-// reloadsSince returns what reloads of the secrets came to since it was called.
+// reloadsSince returns a function that counts the reloads since now, by result.
 func reloadsSince(h *Handler) func() string {
 	count := func(result int) float64 { return testutil.ToFloat64(h.counters.reloads[result]) }
 	changed, unchanged, failed := count(reloadChanged), count(reloadUnchanged), count(reloadFailed)
@@ -50,7 +50,7 @@ func reloadsSince(h *Handler) func() string {
 	}
 }
 
-// inBubble runs f with a clock of its own, and waits for a reload that it has left.
+// inBubble runs f with its own clock, and waits for its last reload.
 func inBubble(t *testing.T, f func(t *testing.T)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -73,13 +73,13 @@ func newFileGuard(t *testing.T, secrets ...Secret) *fileGuard {
 	t.Helper()
 	path := writeFile(t, filepath.Join(t.TempDir(), "secret"), "old\n")
 	h, logs := provision(t, &Handler{
-		Name:    fmt.Sprintf("file-guard-%d", fileGuards.Add(1)), // with counters of its own
+		Name:    fmt.Sprintf("file-guard-%d", fileGuards.Add(1)), // with its own counters
 		Secrets: append([]Secret{{Value: "{file." + path + "}", Name: "file"}}, secrets...),
 	})
 	return &fileGuard{h, t, path, logs}
 }
 
-// status is what an event comes to that is signed with a secret.
+// status returns the status of an event that is signed with a secret.
 func (g *fileGuard) status(secret string) int {
 	g.t.Helper()
 	return serve(g.t, g.Handler, post("x", Sign([]byte(secret), []byte("x")))).status
@@ -195,7 +195,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 			assert.Regexp(t, "^0 changed, 0 unchanged, [0-9]+ failed$", counted())
 			lines := g.logs.FilterLevelExact(zapcore.ErrorLevel).All()
 			require.Len(t, lines, 2, "one line a minute")
-			assert.Equal(t, "reloading secrets, the last good values stay in use", lines[0].Message)
+			assert.Equal(t, "cannot reload secrets: the last good ones stay in use until Caddy restarts", lines[0].Message)
 			assert.Contains(t, lines[0].ContextMap()["error"], "secret file: ")
 			assert.NotContains(t, lines[0].ContextMap()["error"], g.path)
 
@@ -223,7 +223,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		writeFile(t, g.path, "next\n")
 		assert.Equal(t, 401, g.status("wrong"))
 		assert.Equal(t, 200, g.status("next"))
-		assert.Len(t, g.logs.FilterMessage("two secrets have the same value").All(), 1)
+		assert.Len(t, g.logs.FilterMessage("two secrets have the same value: remove one").All(), 1)
 		require.NoError(t, load(t, &Handler{Secrets: g.Secrets}), "and the next load accepts them")
 	})
 	bubble("a request whose sender is gone waits no longer", func(t *testing.T) {
@@ -235,7 +235,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, 401, serve(t, g.Handler, post("x", Sign([]byte("wrong"), []byte("x"))).WithContext(ctx)).status)
 		assert.Zero(t, time.Since(began))
 	})
-	t.Run("what cannot change is not read again", func(t *testing.T) {
+	t.Run("a value that cannot change is not read again", func(t *testing.T) {
 		t.Setenv("TEST_INKIT_SECRET", testSecret)
 		inBubble(t, func(t *testing.T) {
 			h, _ := provision(t, &Handler{Secrets: []Secret{{Value: "literal"}, {Value: "{env.TEST_INKIT_SECRET}"}}})
@@ -249,7 +249,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 }
 
 // 20 rotations, each followed by 50 events at once with the new secret, among forged
-// ones: whoever does not get to reload the secrets must not take the old ones as final.
+// ones: a request that cannot start the reload must wait for it.
 func TestNoGenuineEventIsRefusedAfterARotation(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		g := newFileGuard(t)
@@ -274,12 +274,12 @@ func TestNoGenuineEventIsRefusedAfterARotation(t *testing.T) {
 	})
 }
 
-// A file system that hangs holds no event whose secret is known, and any other for
-// two seconds.
+// A hanging file system does not delay an event whose secret is known, and delays other
+// events for two seconds.
 func TestFileSystemThatHangs(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		g := newFileGuard(t)
-		g.keyring.reloading.Store(true) // as a reload that never returns leaves it
+		g.keyring.reloading.Store(true) // as during a reload that never returns
 		began := time.Now()
 		assert.Equal(t, 200, g.status("old"))
 		assert.Zero(t, time.Since(began))
@@ -288,8 +288,8 @@ func TestFileSystemThatHangs(t *testing.T) {
 	})
 }
 
-// Events signed with either secret go through while the file that holds one of
-// them is replaced over and over, as they arrive on many connections.
+// Events signed with either secret pass while one secret's file is replaced over and
+// over, and events arrive on many connections.
 func TestSecretsAreReloadedUnderLoad(t *testing.T) {
 	dir := t.TempDir()
 	path := writeFile(t, filepath.Join(dir, "secret"), "first\n")

@@ -7,23 +7,23 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// Every load of a configuration has its own registry. The collectors are made once and
-// registered in each, so that the counts survive a reload. Caddy's metrics option
-// measures time and size.
+// Every load of a configuration has its own registry. The collectors are created once
+// and registered in each, so that the counts survive a reload. There are none for time
+// and size, because Caddy's metrics option measures them.
 var (
 	requestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_inkit_webhook_requests_total",
-		Help: "Counter of webhook requests by outcome and, if verified, by the name of the secret that signed.",
+		Help: "Counter of webhook requests by outcome and, if verified, by the name of the secret.",
 	}, []string{"webhook", "outcome", "secret"})
 
 	deliveriesTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_inkit_webhook_deliveries_total",
-		Help: "Counter of verified events by what the handlers behind made of them.",
+		Help: "Counter of verified events by the result of the next handlers.",
 	}, []string{"webhook", "result"})
 
 	secretReloadsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_inkit_webhook_secret_reloads_total",
-		Help: "Counter of times that the secrets were reloaded while running, by result.",
+		Help: "Counter of reloads of the secrets while running, by result.",
 	}, []string{"webhook", "result"})
 )
 
@@ -36,8 +36,8 @@ const ( // indexes of deliveryResults
 
 const ( // indexes of reloadResults
 	reloadChanged   = iota // at least one secret has a new value, which is in use
-	reloadUnchanged        // all are as they were
-	reloadFailed           // at least one could not be read and stays as it was
+	reloadUnchanged        // no secret has a new value
+	reloadFailed           // at least one could not be read and keeps its value
 )
 
 var (
@@ -56,7 +56,7 @@ func registerMetrics(registry prometheus.Registerer) error {
 
 // counters are the counters of one handler, so that no request looks one up by its
 // labels. All are created at 0: a counter that first appears at 1 shows no increase, so
-// an alert would miss that event. Those of a removed name stay until Caddy restarts.
+// an alert would miss that event. Counters of a removed name stay until Caddy restarts.
 type counters struct {
 	verified   []prometheus.Counter // by index of the secret
 	rejected   []prometheus.Counter // by index of rejections

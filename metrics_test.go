@@ -13,8 +13,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// configure loads handlers as a configuration does. The function that it returns
-// unloads them again, as a reload does with the previous ones.
+// configure loads handlers as a configuration does. The returned function unloads them,
+// as a reload does with the previous handlers.
 func configure(t *testing.T, handlers ...*Handler) (unload func()) {
 	t.Helper()
 	ctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
@@ -25,7 +25,7 @@ func configure(t *testing.T, handlers ...*Handler) (unload func()) {
 	return cancel
 }
 
-// seriesOf returns what the metrics hold of a webhook.
+// seriesOf returns the series of a webhook.
 func seriesOf(t *testing.T, webhook string) (lines []string) {
 	t.Helper()
 	registry := prometheus.NewPedanticRegistry()
@@ -55,8 +55,7 @@ func webhook(name string, secrets ...string) *Handler {
 	return h
 }
 
-// An alert on the growth of a counter misses the first event of one that comes into
-// being with it.
+// A counter that first appears at 1 shows no increase, so an alert would miss that event.
 func TestAllCountersExistFromLoad(t *testing.T) {
 	unload := configure(t, webhook("zero", "old", "new"))
 	defer unload()
@@ -73,8 +72,7 @@ func TestAllCountersExistFromLoad(t *testing.T) {
 	}
 }
 
-// The counters of a name that is no longer configured stay until Caddy restarts, with
-// the value that they had.
+// The counters of a removed name stay until Caddy restarts, with their values.
 func TestCountersSurviveAReload(t *testing.T) {
 	unload := configure(t, webhook("stays", "old", "new"), webhook("goes", "only"), webhook("stays", "old"))
 	verified := requestsTotal.WithLabelValues("stays", "verified", "new")

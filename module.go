@@ -1,19 +1,18 @@
-// Package inkitwebhook lets through to a backend only the webhooks that Inkit
-// (inkit.com) signed. It is a Caddy HTTP handler, http.handlers.inkit_webhook. Its
-// Verifier can be used in any Go program, which then compiles Caddy too.
+// Package inkitwebhook passes only webhooks that Inkit (inkit.com) signed to a backend.
+// It is a Caddy HTTP handler, http.handlers.inkit_webhook. Any Go program can use its
+// Verifier, but then compiles Caddy too.
 //
 // Inkit sends events as POST requests with the header field Inkit-Signature, the
-// HMAC-SHA256 of the raw body keyed with the secret of that webhook
+// HMAC-SHA256 of the raw body with the webhook's secret as the key
 // (docs.inkit.com/docs/connecting-webhooks).
 //
-// # What a signature does not cover
+// # Limits of a signature
 //
-// The body is signed, and nothing else: not the method, the URL, the header, the
-// trailers, nor the address a request came from. Whoever saw one signed body can
-// replay it, to any URL guarded with the same secret, as long as that secret is in
-// use. Nothing here can tell, since two genuine events may be equal byte for byte.
-// What helps is TLS, logs without signatures, and a backend that does no harm when
-// the same event comes twice.
+// Inkit signs only the body: not the method, the URL, the header, the trailers, nor
+// the sender's address. Anybody who saw a signed body can replay it to any URL with
+// the same secret, as long as that secret is in use. This package cannot detect a
+// replay, because two genuine events may be equal byte for byte. Use TLS, logs without
+// signatures, and a backend that does no harm when the same event comes twice.
 package inkitwebhook
 
 import (
@@ -44,33 +43,32 @@ func init() {
 const (
 	signatureField = "Inkit-Signature"
 
-	// idempotencyKeyField is that of draft-ietf-httpapi-idempotency-key-header. With
-	// it, net/http's Transport may send a POST again when the backend closes a
-	// connection that was kept alive just as the request goes out.
+	// idempotencyKeyField comes from draft-ietf-httpapi-idempotency-key-header. With
+	// this field, net/http's Transport may send a POST again if the backend closes a
+	// kept-alive connection at the moment when the request goes out.
 	idempotencyKeyField = "Idempotency-Key"
 
 	defaultMaxSize = 64 << 10 // in bytes; documented events have about 85
-	maxLogged      = 256      // bytes of a host or path that a log line shows at most
+	maxLogged      = 256      // maximum bytes of a host or path in a log line
 )
 
-// Handler verifies webhooks that Inkit signed and answers all other requests with an error.
+// Handler passes on webhooks that Inkit signed, and answers all other requests with an error.
 //
-// A verified request goes on to the next handler with the bytes that were
-// signed and the length they have, and a proxy can send it more than once. What the
-// sender asks of the connection (`Connection`, `Upgrade`, `Expect` and the like)
-// does not go on. If no handler takes the event, that is an error with HTTP status
-// 404, where Caddy itself would answer 200.
+// The next handler gets a verified request with exactly the signed bytes and their
+// length, and a proxy can send it more than once. The handler removes the sender's
+// fields about the connection (`Connection`, `Upgrade`, `Expect` and the like). If no
+// handler takes the event, an error with HTTP status 404 is returned, where Caddy
+// itself would answer 200.
 //
-// Every other request ends here, and the next handler does not see it. The checks
-// run in this order, and the first failure sets the outcome and the HTTP status of
-// the error: the method is POST (405), there is one `Inkit-Signature` of 64
-// lower-case hexadecimal digits (401), the body is no larger than `max_size` (413),
-// it arrives whole (400) and in time (408), and one of the secrets made the
-// signature (401).
+// The next handler does not see any other request. The checks run in this order, and
+// the first failure sets the outcome and the HTTP status of the error: the method is
+// POST (405), there is one `Inkit-Signature` of 64 lower-case hexadecimal digits (401),
+// the body is no larger than `max_size` (413), it arrives whole (400) and in time
+// (408), and one of the secrets made the signature (401).
 //
 // Error routes get a rejected request without its body. The placeholder
-// `{http.inkit_webhook.outcome}` says what was wrong, in one word, or `verified`.
-// Once a request is verified, and not before, these are set:
+// `{http.inkit_webhook.outcome}` is `verified`, or one word for the cause of the
+// rejection. These placeholders are set only for a verified request:
 //
 // Placeholder | Description
 // ------------|-------------
@@ -78,35 +76,35 @@ const (
 // `{http.inkit_webhook.resource_id}` | The `resource_id` of the event, likewise
 // `{http.inkit_webhook.secret_name}` | The name of the secret that signed
 //
-// The signature covers the body and nothing else: a recorded request can be replayed.
+// The signature covers only the body: a recorded request can be replayed.
 type Handler struct {
-	// The secrets of the webhook, of which there must be one. An event is genuine if
-	// any one of them signed it, so that a new secret can stand beside the old one.
-	// One that is empty, unset or unreadable is an error at load.
+	// The secrets of the webhook, at least one. An event is genuine if any of them
+	// signed it, so you can add a new secret before you remove the old one. An empty,
+	// unset or unreadable secret is an error at load.
 	Secrets []Secret `json:"secrets,omitempty"`
 
-	// What logs and metrics call this webhook: 1 to 64 of letters, digits, `.`,
-	// `_` and `-`. Default: none, and an empty label.
+	// The name of this webhook in logs and metrics: 1 to 64 of letters, digits, `.`,
+	// `_` and `-`. Default: none, with an empty label.
 	Name string `json:"name,omitempty"`
 
-	// The maximum number of bytes that a body may have. If there are more, an
-	// error with HTTP status 413 is returned. A request with a well-formed signature,
-	// genuine or not, takes up to this much memory. Default: `65536` (64 KiB).
+	// The maximum size of a body in bytes. If a body is larger, an error with HTTP
+	// status 413 is returned. A request with a well-formed signature, genuine or not,
+	// takes up to this much memory. Default: `65536` (64 KiB).
 	MaxSize int64 `json:"max_size,omitempty"`
 
-	// Whether a verified request gets an `Idempotency-Key` header field, in the place
-	// of any from the sender: unique to this delivery, and the same each time that a
-	// proxy sends it, so that the backend knows a double by it. With the key, net/http
-	// lets a proxy send the request again if the backend closes a connection that was
-	// kept alive, unless it does so in the middle of the request: only a proxy that is
-	// told to retry, or the queue, loses no event to that. Default: `true`.
+	// Whether a verified request gets an `Idempotency-Key` header field, which replaces
+	// the sender's. It is unique to this delivery and the same for each attempt, so the
+	// backend can recognize a double. With the key, net/http lets a proxy send the
+	// request again if the backend closes a kept-alive connection, except in the middle
+	// of the request: then only a proxy with retries, or the queue, saves the event.
+	// Default: `true`.
 	IdempotencyKey *bool `json:"idempotency_key,omitempty"`
 
 	keyring  *keyring
 	counters counters
 	logger   *zap.Logger
 
-	keyPrefix string // of idempotency keys: random, so that nobody else has it
+	keyPrefix string // of idempotency keys: random, so no other process uses it
 	keyCount  *atomic.Uint64
 }
 
@@ -131,7 +129,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.keyring, err = newKeyring(h.Secrets, h.logger); err != nil {
 		return err
 	}
-	h.counters = newCounters(h.Name, h.Secrets) // only now: a configuration that does not load adds no series
+	h.counters = newCounters(h.Name, h.Secrets) // last: a configuration that does not load adds no series
 	h.keyring.reloads = h.counters.reloads
 	h.keyPrefix, h.keyCount = `"`+rand.Text()+"-", new(atomic.Uint64)
 	return registerMetrics(ctx.GetMetricsRegistry())
@@ -151,7 +149,7 @@ func (h *Handler) provisionNames() error {
 			return fmt.Errorf("secret %d: %s", i+1, form)
 		}
 		if seen[name] {
-			return fmt.Errorf("secret %d: has the same name as an earlier one", i+1)
+			return fmt.Errorf("secret %d: has the same name as an earlier secret", i+1)
 		}
 		seen[name] = true
 		h.Secrets[i].Name = name
@@ -159,7 +157,7 @@ func (h *Handler) provisionNames() error {
 	return nil
 }
 
-// Validate refuses what was not checked on being used.
+// Validate refuses a negative maximum size.
 func (h *Handler) Validate() error {
 	if h.MaxSize < 0 {
 		return errors.New("max_size: must not be negative")
@@ -185,9 +183,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyht
 
 var errMethodNotAllowed = errors.New("method is not POST")
 
-// rejections has a row for each error that ends a request in the guard. Logs, metrics
-// and the placeholder {http.inkit_webhook.outcome} show the outcome. The last row also
-// stands for an error that is missing here.
+// rejections has a row for each error with which the guard rejects a request. Logs,
+// metrics and the placeholder {http.inkit_webhook.outcome} show the outcome. The last
+// row is also for errors without a row.
 var rejections = []struct {
 	err     error
 	status  int
@@ -222,7 +220,7 @@ func (h *Handler) checkHeader(r *http.Request) (sig [sha256.Size]byte, err error
 		err = ErrSignatureMissing
 	case 1:
 		sig, err = parseSignature(lines[0])
-	default: // even equal ones: whoever comes next may take another one than we do
+	default: // even equal ones: the backend may use another one than we do
 		err = ErrSignatureMalformed
 	}
 	if err == nil && r.ContentLength > h.MaxSize {
@@ -231,8 +229,8 @@ func (h *Handler) checkHeader(r *http.Request) (sig [sha256.Size]byte, err error
 	return sig, err
 }
 
-// reject returns the error that ends a request. It takes the body away, so that a proxy
-// in an error route cannot forward a body that nobody signed.
+// reject returns the error for a rejected request. It removes the body, so that a proxy
+// in an error route cannot forward an unsigned body.
 func (h *Handler) reject(w http.ResponseWriter, r *http.Request, body []byte, err error) error {
 	row := rejectionOf(err)
 	why := rejections[row]
@@ -247,7 +245,7 @@ func (h *Handler) reject(w http.ResponseWriter, r *http.Request, body []byte, er
 	case http.StatusUnauthorized:
 		header["Www-Authenticate"] = []string{signatureField} // RFC 9110, 15.5.2
 	}
-	if err != ErrSignatureMismatch && !endBody(w, r, !why.broken) && r.ProtoMajor == 1 { // a mismatch leaves no rest
+	if err != ErrSignatureMismatch && !endBody(w, r, !why.broken) && r.ProtoMajor == 1 { // before a mismatch, the body was read completely
 		header["Connection"] = []string{"close"} // or net/http waits for a short rest of the body
 	}
 	setBody(r, 0)
@@ -271,7 +269,7 @@ func (h *Handler) reject(w http.ResponseWriter, r *http.Request, body []byte, er
 	return handlerErr
 }
 
-// malformation says in what way the lines of the signature are malformed.
+// malformation returns the fault of a malformed signature, for the log.
 func malformation(lines []string) string {
 	switch _, err := parseSignature(strings.ToLower(lines[0])); {
 	case len(lines) > 1:
@@ -286,16 +284,16 @@ func malformation(lines []string) string {
 	return "characters"
 }
 
-// delivery is a verified event, and the response writer of the handlers behind.
+// delivery is a verified event, and the response writer of the next handlers.
 type delivery struct {
 	caddyhttp.ResponseWriterWrapper
 	event     event.Event
 	reader    bodyReader // the first one
 	status    int        // 0 if none was written
-	unhandled bool       // whether it is of a handler that had none of its own, such as templates
+	unhandled bool       // whether no handler took the event, although one such as templates wrote a status
 }
 
-// WriteHeader notes the status, unless it is not the final one.
+// WriteHeader records the first final status, and makes it 404 if no handler took the event.
 func (d *delivery) WriteHeader(status int) {
 	if d.status == 0 && status >= 200 {
 		if status < 300 && d.event.Unhandled() {
@@ -306,7 +304,7 @@ func (d *delivery) WriteHeader(status int) {
 	d.ResponseWriterWrapper.WriteHeader(status)
 }
 
-// deliver hands a verified event to the next handler, and counts what becomes of it.
+// deliver passes a verified event to the next handler, and counts the result.
 func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler, body []byte, secret int) error {
 	h.counters.verified[secret].Inc()
 	if c := h.logger.Check(zapcore.DebugLevel, "verified webhook"); c != nil {
@@ -319,7 +317,7 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 	d.attachBody(r, &d.reader)
 	earlier := d.event.Attach(r.Context())
 	if h.IdempotencyKey == nil || *h.IdempotencyKey {
-		if earlier != nil { // another handler has verified this delivery before
+		if earlier != nil { // an earlier handler has verified this delivery
 			d.event.IdempotencyKey = earlier.IdempotencyKey
 		}
 		if d.event.IdempotencyKey == "" {
@@ -328,7 +326,7 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 		r.Header[idempotencyKeyField] = []string{d.event.IdempotencyKey}
 	}
 
-	result := deliveryFailed // as a panic leaves it
+	result := deliveryFailed // also after a panic
 	defer func() { h.counters.deliveries[result].Inc() }()
 	err := next.ServeHTTP(d, r)
 	level := zapcore.WarnLevel
@@ -337,9 +335,9 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 		level = zapcore.ErrorLevel
 	case d.unhandled:
 		result = deliveryUnhandled
-	case d.status == 0 && d.event.Unhandled(): // which Caddy answers 200
+	case d.status == 0 && d.event.Unhandled(): // Caddy would answer 200
 		result = deliveryUnhandled
-		err = caddyhttp.Error(http.StatusNotFound, errors.New("no handler takes this verified event"))
+		err = caddyhttp.Error(http.StatusNotFound, errors.New("no handler takes this verified event: add a backend after inkit_webhook"))
 	case d.status >= 300:
 		result = deliveryRefused
 	default:
@@ -347,7 +345,7 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 		return nil
 	}
 	if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err); ok && d.status == 0 {
-		d.status = handlerErr.StatusCode // as it will be
+		d.status = handlerErr.StatusCode // error routes write it later
 	}
 	if c := h.logger.Check(level, "verified webhook was not accepted"); c != nil {
 		c.Write(
@@ -356,17 +354,17 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 			zap.String("idempotency_key", d.event.IdempotencyKey),
 		)
 	}
-	// The error routes may have another backend. The reader so far is left alone, since
-	// a Transport may still be at it, and so is what a later handler put in its place.
+	// The error routes may have another backend, so attach a new reader. A Transport may
+	// still use the old one. If a later handler replaced the body, its reader stays.
 	if err != nil && r.Body == &d.reader {
 		d.attachBody(r, new(bodyReader))
 	}
 	return err
 }
 
-// newIdempotencyKey returns a key that no other delivery has: a string in quotes, as
-// the draft wants it. It comes from nothing in the request, since two deliveries of
-// events that are equal byte for byte are two.
+// newIdempotencyKey returns a key that no other delivery has: a string in quotes, as in
+// the draft. It does not depend on the request, because two equal events are still two
+// deliveries.
 func (h *Handler) newIdempotencyKey() string {
 	key := strconv.AppendUint(append(make([]byte, 0, 64), h.keyPrefix...), h.keyCount.Add(1), 10)
 	return string(append(key, '"'))

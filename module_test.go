@@ -32,7 +32,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// Where the holes of peers are closed, that is, which test fails if one opens:
+// Known holes in similar programs, and the tests that would fail if we had them:
 //
 //  1. an unset {env.X} is the empty key: TestSecretsThatAreRefused
 //  2. the text {env.X} is the key: TestSecretsThatAreRefused ("in part"), TestSecretsThatAreResolved
@@ -45,7 +45,7 @@ import (
 //  9. one good signature among several passes: TestRoad
 //  10. the sender picks the hash: TestRoad ("a prefix"), TestVerify
 //  11. a kind of body that is not hashed: TestRoad (the kinds of body)
-//  12. no limit, or the body is kept before the header is looked at: TestRoad, TestRejectedBodyIsDiscarded, TestReadBodyPaysForWhatArrived
+//  12. no limit, or the body is read before the header is checked: TestRoad, TestRejectedBodyIsDiscarded, TestReadBodyPaysForWhatArrived
 //  13. a truncated body is verified: TestRoad, TestReadBody
 //  14. secrets, signatures or bodies in logs and responses: TestLogs, TestSecretsThatAreRefused, TestCaddyfileErrorsShowNoInput
 //  15. 413 hidden behind another status: TestRoad
@@ -61,7 +61,7 @@ import (
 //  25. a secret on the line of the directive that is taken for a path: TestCaddyfileErrorsShowNoInput
 //  26. genuine events refused while another request reads the secrets: TestNoGenuineEventIsRefusedAfterARotation, and internal/e2e TestRotationsUnderLoad
 //  27. a running state that the next load refuses: TestEqualSecretsLoadWithOneWarning
-//  28. a verified event that nobody takes and that looks delivered: TestDeliveries, and internal/e2e TestUnhandledEvent
+//  28. a verified event that no handler takes but that looks delivered: TestDeliveries, and internal/e2e TestUnhandledEvent
 //  29. a body replaced after verification and undone by a retry: TestReplacedBodyIsNotUndone, and internal/e2e TestReplacedBodyIsNotUndoneByARetry
 //  30. deliveries without a bound once the sender is gone: TestVerifiedRequestEndsWithItsSender, and internal/e2e TestSenderThatHangsUp
 //  31. a tool that a hostile body or server can hurt: TestExplainIsBounded, and internal/e2e TestCommandSend
@@ -70,7 +70,7 @@ import (
 //  34. a half-written secret taken over, the good one dropped at once: TestSecretsAreReloaded, and internal/e2e TestRotationsUnderLoad
 //  35. a hung file system that holds requests: TestFileSystemThatHangs, and internal/e2e TestHungFileSystem
 
-// The tests that docs/security.md and the list above name are there.
+// The tests named in docs/security.md and in the list above exist.
 func TestDocumentedTestsExist(t *testing.T) {
 	var sources []byte
 	for _, pattern := range []string{"*_test.go", "internal/*/*_test.go", "queue/*_test.go"} {
@@ -93,7 +93,7 @@ func TestDocumentedTestsExist(t *testing.T) {
 	}
 }
 
-// TestMain keeps what Caddy writes out of the user's folders.
+// TestMain moves Caddy's files out of the user's folders.
 func TestMain(m *testing.M) {
 	dir, err := os.MkdirTemp("", "inkit-webhook")
 	if err != nil {
@@ -107,7 +107,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// provision loads h as a configuration would, and returns what it logs from then on.
+// provision loads h as a configuration would, and returns its log from then on.
 func provision(tb testing.TB, h *Handler) (*Handler, *observer.ObservedLogs) {
 	tb.Helper()
 	require.NoError(tb, load(tb, h))
@@ -127,16 +127,16 @@ func load(tb testing.TB, h *Handler) error {
 	return h.Validate()
 }
 
-// result is what a request came to.
+// result is the result of a request.
 type result struct {
 	status     int // of the error, or 200
 	outcome    string
 	nextCalled bool
-	body       string // that next read
+	body       string // as next read it
 	err        error
 	header     http.Header // of the response
 	repl       *caddy.Replacer
-	request    *http.Request // that next saw
+	request    *http.Request // as next saw it
 }
 
 func serve(tb testing.TB, h *Handler, r *http.Request) (res result) {
@@ -315,7 +315,7 @@ func TestRoad(t *testing.T) {
 }
 
 // Each error has its own row of rejections, also when it wraps a further error. An error
-// that is missing there still ends the request, in the last row.
+// without a row gets the last row.
 func TestEveryErrorIsRejected(t *testing.T) {
 	for i, row := range rejections {
 		assert.Equal(t, i, rejectionOf(row.err))
@@ -391,7 +391,7 @@ func TestIdempotencyKey(t *testing.T) {
 		h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: &yes})
 		assert.Contains(t, serve(t, h, signed("x")).request.Header, "Idempotency-Key")
 	})
-	t.Run("of two handlers is that of the first", func(t *testing.T) {
+	t.Run("of two handlers is the key of the first", func(t *testing.T) {
 		site, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 		tenant, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 		off, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: new(bool)})
@@ -441,11 +441,11 @@ func TestPlaceholders(t *testing.T) {
 		_, known := res.repl.Get("http.inkit_webhook.other")
 		assert.False(t, known)
 	})
-	t.Run("of a verified body that is something else", func(t *testing.T) {
+	t.Run("of a verified body that is not an event", func(t *testing.T) {
 		res := serve(t, h, signed("not JSON"))
 		assert.Equal(t, []string{"verified", "", "", "current"}, get(res.repl))
 	})
-	t.Run("of a rejected request are empty, whatever it holds", func(t *testing.T) {
+	t.Run("of a rejected request are empty, with any body", func(t *testing.T) {
 		for outcome, r := range map[string]*http.Request{
 			"signature_missing":   post(compactBody),
 			"signature_malformed": post(compactBody, "x"),
@@ -469,7 +469,7 @@ func TestPlaceholders(t *testing.T) {
 		require.ErrorIs(t, err, ErrSignatureMismatch)
 		assert.Equal(t, []string{"signature_mismatch", "", "", ""}, get(repl))
 	})
-	t.Run("of two handlers that verify, those of the last", func(t *testing.T) {
+	t.Run("of two handlers that verify, from the last", func(t *testing.T) {
 		tenant, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret, Name: "tenant"}}})
 		repl := caddy.NewReplacer()
 		w := httptest.NewRecorder()
@@ -487,8 +487,8 @@ func TestPlaceholders(t *testing.T) {
 	})
 }
 
-// What became of verified events behind the guard: the metric, the line of the log,
-// and what is answered.
+// The results of verified events behind the guard: the metric, the log line and the
+// answer.
 func TestDeliveries(t *testing.T) {
 	status := func(status int) caddyhttp.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) error { w.WriteHeader(status); return nil }
@@ -499,7 +499,7 @@ func TestDeliveries(t *testing.T) {
 		next   caddyhttp.HandlerFunc
 		result int
 		level  zapcore.Level
-		status any // in the line of the log
+		status any // in the log line
 		err    error
 	}{
 		{"a status of 200", status(200), deliveryAccepted, 0, nil, nil},
@@ -528,12 +528,12 @@ func TestDeliveries(t *testing.T) {
 			caddyhttp.SetVar(r.Context(), "unhandled", true) // as Caddy's last handler does
 			return nil
 		}, deliveryUnhandled, zapcore.WarnLevel, int64(404), nil},
-		{"the end of the handlers behind one that answered", func(w http.ResponseWriter, r *http.Request) error {
+		{"the end of the handlers, after one answered", func(w http.ResponseWriter, r *http.Request) error {
 			w.WriteHeader(202)
 			caddyhttp.SetVar(r.Context(), "unhandled", true)
 			return nil
 		}, deliveryAccepted, 0, nil, nil},
-		{"the end of the handlers behind one that makes 200 of that, as templates does", func(w http.ResponseWriter, r *http.Request) error {
+		{"the end of the handlers, after one that writes 200 there, as templates does", func(w http.ResponseWriter, r *http.Request) error {
 			caddyhttp.SetVar(r.Context(), "unhandled", true)
 			w.WriteHeader(200)
 			return nil
@@ -580,7 +580,7 @@ func TestDeliveries(t *testing.T) {
 				var handlerErr caddyhttp.HandlerError
 				require.ErrorAs(t, err, &handlerErr)
 				assert.Equal(t, 404, handlerErr.StatusCode)
-				require.EqualError(t, handlerErr.Err, "no handler takes this verified event")
+				require.EqualError(t, handlerErr.Err, "no handler takes this verified event: add a backend after inkit_webhook")
 			}
 		})
 	}
@@ -695,10 +695,9 @@ func TestNameOfTheWebhook(t *testing.T) {
 	}
 }
 
-// FuzzServeHTTP feeds the handler, by way of net/http's server, what a client may
-// write to a socket. SIGNATURE stands for that of body, and BODY for body, so that
-// some of it is genuine. Nothing is forwarded unless an oracle agrees: crypto/hmac
-// used plainly on what the next handler got.
+// FuzzServeHTTP writes any bytes to a socket of net/http's server with the handler.
+// SIGNATURE is replaced by the signature of body, and BODY by body, so that some requests
+// are genuine. A plain use of crypto/hmac checks each body that the next handler gets.
 func FuzzServeHTTP(f *testing.F) {
 	seed := func(head, body string) { f.Add([]byte(head), []byte(body)) }
 	const post = "POST / HTTP/1.1\r\nHost: x\r\nInkit-Signature: SIGNATURE\r\n"
@@ -744,7 +743,7 @@ func FuzzServeHTTP(f *testing.F) {
 		conn, err := net.Dial("tcp", server.Listener.Addr().String())
 		require.NoError(t, err)
 		defer conn.Close()
-		// a reset is a way to answer what is sent after the end
+		// a reset is a valid answer to data after the end
 		_, _ = conn.Write(raw)
 		_ = conn.(*net.TCPConn).CloseWrite()
 		_, _ = io.Copy(io.Discard, conn)

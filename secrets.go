@@ -15,10 +15,10 @@ import (
 
 // This file decides which text may be a secret, and reads it from its source.
 
-const loadWait = 10 * time.Second // how long reading one secret may take during a load
+const loadWait = 10 * time.Second // time limit for reading one secret during a load
 
-// resolveInTime is resolve with a time limit: a file system that hangs must not block a
-// load for ever.
+// resolveInTime is resolve with a time limit: a hanging file system must not block a load
+// forever.
 func resolveInTime(value string) (secret string, err error) {
 	results := make(chan func() (string, error), 1)
 	go func() {
@@ -33,8 +33,8 @@ func resolveInTime(value string) (secret string, err error) {
 	}
 }
 
-// resolve returns the secret that a configured value stands for. The errors show no
-// part of the value or of the secret.
+// resolve returns the secret for a configured value: the text or its placeholder's value.
+// The errors show no part of the value or of the secret.
 func resolve(value string) (secret string, err error) {
 	applied := rules
 	switch name, ok := placeholder.Name(value); {
@@ -49,20 +49,20 @@ func resolve(value string) (secret string, err error) {
 	}
 	for _, rule := range applied {
 		if rule.form.MatchString(secret) {
-			return "", errors.New(rule.message)
+			return "", rule.err
 		}
 	}
 	if _, ok := os.LookupEnv(secret); ok {
-		return "", errors.New("is the name of an environment variable, and not what stands in it: write {env.NAME}")
+		return "", errors.New("is the name of an environment variable, not its value: write {env.NAME}")
 	}
 	if isPath(secret) {
-		return "", errors.New("is the path of a file, and not what stands in it: write {file./path}")
+		return "", errors.New("is the path of a file, not its content: write {file./path}")
 	}
 	return secret, nil
 }
 
-// isPath reports whether text is the path of a file, or of a missing file in a folder
-// that exists. The slash alone proves nothing: a secret in Base64 may start with one.
+// isPath reports whether text is the path of a file, or of a missing file in an existing
+// folder. The slash alone is no proof: a secret in Base64 may start with a slash.
 func isPath(text string) bool {
 	if !strings.HasPrefix(text, "/") {
 		return false
@@ -75,43 +75,43 @@ func isPath(text string) bool {
 	return false
 }
 
-const (
-	notAlone         = "must be the secret alone, and not JSON or a template"
-	unknownReference = "stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}"
+var (
+	errNotAlone         = errors.New("must be only the secret, not JSON or a template")
+	errUnknownReference = errors.New("refers to a secret in a form that Caddy does not know: write {env.NAME} or {file./path}")
 )
 
 type rule struct {
-	name    string
-	form    *regexp.Regexp
-	message string
+	name string
+	form *regexp.Regexp
+	err  error
 }
 
 // rules are the forms of text that cannot be a secret of Inkit's: a damaged file, more
-// than the secret, or a reference to the secret, which anybody can guess. The first rule
-// that matches sets the message. A test has an example for each name.
+// text than the secret, or a reference to the secret, which anybody can guess. The first
+// matching rule sets the error. A test has an example for each name.
 var rules = []rule{
-	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), "must be UTF-8"}, // regexp reads invalid bytes as U+FFFD
-	{"white space around it", regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), "must not start or end with white space"},
-	{"invisible character", regexp.MustCompile(`[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]`), "must not hold a line break, a control character or another invisible one"},
-	{"quotes", regexp.MustCompile("^(\".*\"|'.*'|`.*`)$"), "must not stand in quotes"},
-	{"JSON or template", regexp.MustCompile(`^(\{.*\}|\[.*\]|<.*>)$`), notAlone},
-	{"no value in a programming language", regexp.MustCompile(`^(?i:null|nil|none|undefined|true|false)$`), notAlone},
-	{"variable of a shell", regexp.MustCompile(`^\$[A-Z_][A-Z0-9_]*$`), unknownReference},
-	{"expression of a shell", regexp.MustCompile(`^\$[{(]`), unknownReference},
-	{"variable of Windows", regexp.MustCompile(`^%\w+%$`), unknownReference},
-	{"placeholder without braces", regexp.MustCompile(`^(?i:env|file|process\.env)[.:(]`), unknownReference},
-	{"URL", regexp.MustCompile(`^\w+://`), unknownReference},
-	{"name of a variable", regexp.MustCompile(`^[A-Z]+(_[A-Z]+)+$`), unknownReference},
-	{"placeholder without its last brace", regexp.MustCompile(`^\{[\w.$]+$`), unknownReference},
-	{"path from a known folder", regexp.MustCompile(`^(~|@|\.\.?)/`), unknownReference},
-	{"placeholder inside a text", regexp.MustCompile(`\{(\$|env\.|file\.)`), unknownReference},
-	{"dots that hide the secret", regexp.MustCompile(`^[*•●]+$`), "must be the secret itself, and not the dots that hide it"},
-	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), "must be the secret alone, and not NAME=value"},
+	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), errors.New("must be UTF-8")}, // regexp reads invalid bytes as U+FFFD
+	{"white space around it", regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), errors.New("must not start or end with white space")},
+	{"invisible character", regexp.MustCompile(`[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]`), errors.New("must not contain a line break, a control character or another invisible character")},
+	{"quotes", regexp.MustCompile("^(\".*\"|'.*'|`.*`)$"), errors.New("must not be in quotes")},
+	{"JSON or template", regexp.MustCompile(`^(\{.*\}|\[.*\]|<.*>)$`), errNotAlone},
+	{"no value in a programming language", regexp.MustCompile(`^(?i:null|nil|none|undefined|true|false)$`), errNotAlone},
+	{"variable of a shell", regexp.MustCompile(`^\$[A-Z_][A-Z0-9_]*$`), errUnknownReference},
+	{"expression of a shell", regexp.MustCompile(`^\$[{(]`), errUnknownReference},
+	{"variable of Windows", regexp.MustCompile(`^%\w+%$`), errUnknownReference},
+	{"placeholder without braces", regexp.MustCompile(`^(?i:env|file|process\.env)[.:(]`), errUnknownReference},
+	{"URL", regexp.MustCompile(`^\w+://`), errUnknownReference},
+	{"name of a variable", regexp.MustCompile(`^[A-Z]+(_[A-Z]+)+$`), errUnknownReference},
+	{"placeholder without its last brace", regexp.MustCompile(`^\{[\w.$]+$`), errUnknownReference},
+	{"path from a known folder", regexp.MustCompile(`^(~|@|\.\.?)/`), errUnknownReference},
+	{"placeholder inside a text", regexp.MustCompile(`\{(\$|env\.|file\.)`), errUnknownReference},
+	{"dots that hide the secret", regexp.MustCompile(`^[*•●]+$`), errors.New("must be the secret itself, not the dots that hide it")},
+	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), errors.New("must be only the secret, not NAME=value")},
 }
 
-// literalRules come before rules for a literal. They do not apply to a file, in which a
-// secret may start with a dollar sign or hold braces.
+// literalRules come before rules for a literal. They do not apply to a file, where a
+// secret may start with a dollar sign or contain braces.
 var literalRules = []rule{
-	{"variable without braces", regexp.MustCompile(`^\$[\w:.]+$`), unknownReference},
-	{"text around a placeholder", regexp.MustCompile(`\{(\w+\.|\$)`), "must be either one placeholder and nothing else, or a text without placeholders"},
+	{"variable without braces", regexp.MustCompile(`^\$[\w:.]+$`), errUnknownReference},
+	{"text around a placeholder", regexp.MustCompile(`\{(\w+\.|\$)`), errors.New("must be either one placeholder and nothing else, or a text without placeholders")},
 }

@@ -14,7 +14,7 @@ import (
 	"go.uber.org/zap/zapcore"
 )
 
-// confidential stands in every value that must not show in an error.
+// confidential is part of every value that no error may show.
 const confidential = "c0nf1d3nt1al"
 
 func writeFile(tb testing.TB, path, content string) string {
@@ -30,7 +30,7 @@ func TestSecretsThatAreResolved(t *testing.T) {
 		{"an environment variable", "{env.TEST_INKIT_SECRET}", testSecret},
 		{"a file", "{file." + writeFile(t, filepath.Join(dir, "plain"), testSecret) + "}", testSecret},
 		{"a file that ends in a newline", "{file." + writeFile(t, filepath.Join(dir, "newline"), testSecret+"\n") + "}", testSecret},
-		{"a file that ends as Windows has it", "{file." + writeFile(t, filepath.Join(dir, "windows"), testSecret+"\r\n") + "}", testSecret},
+		{"a file that ends in a newline of Windows", "{file." + writeFile(t, filepath.Join(dir, "windows"), testSecret+"\r\n") + "}", testSecret},
 		{"a file of 1 MiB", "{file." + writeFile(t, filepath.Join(dir, "large"), strings.Repeat("s", 1<<20)) + "}", strings.Repeat("s", 1<<20)},
 		{"a file whose text would be a reference on a line of the Caddyfile", "{file." + writeFile(t, filepath.Join(dir, "dollar"), "$ecret") + "}", "$ecret"},
 		{"a literal", testSecret, testSecret},
@@ -80,11 +80,11 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"an environment variable of one newline", one("{env.TEST_INKIT_NEWLINE}"), "secret 1: environment variable is unset or empty"},
 		{"an environment variable without a name", one("{env.}"), "secret 1: environment variable is unset or empty"},
 		{"a missing file", one("{file." + dir + "/" + confidential + "}"), "secret 1: file cannot be read: no such file or directory"},
-		{"a directory", one("{file." + dir + "}"), "secret 1: file cannot be read: is not a regular file"},
-		{"a device", one("{file." + os.DevNull + "}"), "secret 1: file cannot be read: is not a regular file"},
+		{"a directory", one("{file." + dir + "}"), "secret 1: file cannot be read: not a regular file"},
+		{"a device", one("{file." + os.DevNull + "}"), "secret 1: file cannot be read: not a regular file"},
 		{"a file without a name", one("{file.}"), "secret 1: file cannot be read: no such file or directory"},
-		{"what anybody can guess", one("{time.now.year}"), "secret 1: placeholder is no secret: anybody can guess what it stands for"},
-		{"the name of the machine", one("{system.hostname}"), "secret 1: placeholder is no secret: anybody can guess what it stands for"},
+		{"a value that anybody can guess", one("{time.now.year}"), "secret 1: placeholder is not secret: anybody can guess its value"},
+		{"the name of the machine", one("{system.hostname}"), "secret 1: placeholder is not secret: anybody can guess its value"},
 		{"an empty file", one(file("empty", "")), "secret 1: file is empty"},
 		{"a file of one newline", one(file("newline", "\n")), "secret 1: file is empty"},
 		{"a file of several newlines", one(file("newlines", "\r\n\n\r\n")), "secret 1: file is empty"},
@@ -92,10 +92,10 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"a file with white space before the secret", one(file("space", " "+confidential)), "secret 1: must not start or end with white space"},
 		{"a file with a space that does not break after the secret", one(file("nbsp", confidential+"\u00a0")), "secret 1: must not start or end with white space"},
 		{"a file above 1 MiB", one(file("large", strings.Repeat(confidential, 1<<17))), "secret 1: file is larger than 1 MiB"},
-		{"an unknown placeholder", one("{" + confidential + "}"), "secret 1: placeholder is not known"},
-		{"an environment variable for the Caddyfile, in JSON", one("{$TEST_INKIT_SECRET}"), "secret 1: placeholder is not known"},
-		{"empty braces", one("{}"), "secret 1: must be the secret alone, and not JSON or a template"},
-		{"a placeholder of the request", one("{http.request.header.X-Secret}"), "secret 1: placeholder belongs to a request, and secrets are resolved before there is one"},
+		{"an unknown placeholder", one("{" + confidential + "}"), "secret 1: placeholder is unknown"},
+		{"an environment variable for the Caddyfile, in JSON", one("{$TEST_INKIT_SECRET}"), "secret 1: placeholder is unknown"},
+		{"empty braces", one("{}"), "secret 1: must be only the secret, not JSON or a template"},
+		{"a placeholder of the request", one("{http.request.header.X-Secret}"), "secret 1: placeholder belongs to a request, and secrets are resolved before any request"},
 		{"a placeholder in part, at the end", one(confidential + "{env.TEST_INKIT_SECRET}"), partly},
 		{"a placeholder in part, at the start", one("{env.TEST_INKIT_SECRET}" + confidential), partly},
 		{"two placeholders", one("{env.TEST_INKIT_SECRET}{env.TEST_INKIT_SECRET}"), partly},
@@ -112,8 +112,8 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"white space after a literal", one(confidential + "\t"), "secret 1: must not start or end with white space"},
 		{"nothing but white space", one(" "), "secret 1: must not start or end with white space"},
 		{"white space after an environment variable", one("{env.TEST_INKIT_SPACE}"), "secret 1: must not start or end with white space"},
-		{"the same name twice", []Secret{{confidential + "1", "a"}, {confidential + "2", "a"}}, "secret 2: has the same name as an earlier one"},
-		{"a name that is the position of another", []Secret{{confidential + "1", "2"}, {confidential + "2", ""}}, "secret 2: has the same name as an earlier one"},
+		{"the same name twice", []Secret{{confidential + "1", "a"}, {confidential + "2", "a"}}, "secret 2: has the same name as an earlier secret"},
+		{"a name that is the position of another", []Secret{{confidential + "1", "2"}, {confidential + "2", ""}}, "secret 2: has the same name as an earlier secret"},
 		{"name and value in each other's place", []Secret{{"current", "{env.TEST_INKIT_SECRET}"}}, "secret 1: " + nameMessage},
 		{"a name with a space", []Secret{{confidential, "a b"}}, "secret 1: " + nameMessage},
 		{"a name that is not UTF-8", []Secret{{confidential, "a\xff"}}, "secret 1: " + nameMessage},
@@ -138,17 +138,17 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		require.EqualError(t, load(t, &Handler{Secrets: one("{file." + path + "}")}), "secret 1: file cannot be read: permission denied")
 		folder := t.TempDir()
 		require.NoError(t, os.Chmod(folder, 0))
-		require.EqualError(t, load(t, &Handler{Secrets: one(folder + "/a/b")}), "secret 1: is the path of a file, and not what stands in it: write {file./path}")
+		require.EqualError(t, load(t, &Handler{Secrets: one(folder + "/a/b")}), "secret 1: is the path of a file, not its content: write {file./path}")
 	})
 }
 
-// The kinds of text that cannot be a secret of Inkit's, wherever it comes from. The
-// first is the empty key, since HMAC fills every key up with NULs.
+// The kinds of text that cannot be a secret of Inkit's, from any source. The first one is
+// the empty key, because HMAC pads every key with NULs.
 func TestTextThatIsNoSecret(t *testing.T) {
-	const invisible = "secret 1: must not hold a line break, a control character or another invisible one"
-	const alone = "secret 1: must be the secret alone, and not "
-	const reference = "secret 1: stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}"
-	const path = "secret 1: is the path of a file, and not what stands in it: write {file./path}"
+	const invisible = "secret 1: must not contain a line break, a control character or another invisible character"
+	const alone = "secret 1: must be only the secret, not "
+	const reference = "secret 1: refers to a secret in a form that Caddy does not know: write {env.NAME} or {file./path}"
+	const path = "secret 1: is the path of a file, not its content: write {file./path}"
 	t.Setenv("test.inkit-name", confidential)
 	for _, tt := range []struct{ name, text, message string }{
 		{"33 NULs", strings.Repeat("\x00", 33), invisible},
@@ -164,17 +164,17 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		{"a paragraph separator inside", confidential + "\u2029" + confidential, invisible},
 		{"bytes that are not UTF-8", confidential + "\xff", "secret 1: must be UTF-8"},
 		{"UTF-16", "\xff\xfes\x00", "secret 1: must be UTF-8"},
-		{"what stands for bytes that were not UTF-8", confidential + "\ufffd", "secret 1: must be UTF-8"},
-		{"double quotes", `"` + confidential + `"`, "secret 1: must not stand in quotes"},
-		{"single quotes", `'` + confidential + `'`, "secret 1: must not stand in quotes"},
-		{"backquotes", "`" + confidential + "`", "secret 1: must not stand in quotes"},
+		{"the replacement character for bytes that were not UTF-8", confidential + "\ufffd", "secret 1: must be UTF-8"},
+		{"double quotes", `"` + confidential + `"`, "secret 1: must not be in quotes"},
+		{"single quotes", `'` + confidential + `'`, "secret 1: must not be in quotes"},
+		{"backquotes", "`" + confidential + "`", "secret 1: must not be in quotes"},
 		{"a JSON object", `{"secret":"` + confidential + `"}`, alone + "JSON or a template"},
 		{"a JSON array", `["` + confidential + `"]`, alone + "JSON or a template"},
-		{"JSON's null, as jq prints what is not there", "null", alone + "JSON or a template"},
+		{"JSON's null, which jq prints for a missing member", "null", alone + "JSON or a template"},
 		{"a template", "{{ ." + confidential + " }}", alone + "JSON or a template"},
-		{"what Python prints for nothing", "None", alone + "JSON or a template"},
-		{"what JavaScript prints for nothing", "undefined", alone + "JSON or a template"},
-		{"what is to be replaced", "<" + confidential + ">", alone + "JSON or a template"},
+		{"None, which Python prints for no value", "None", alone + "JSON or a template"},
+		{"undefined, which JavaScript prints for no value", "undefined", alone + "JSON or a template"},
+		{"a text in angle brackets to be replaced", "<" + confidential + ">", alone + "JSON or a template"},
 		{"a variable that was not expanded", "${INKIT_WEBHOOK_SECRET}", reference},
 		{"a variable without braces that was not expanded", "$INKIT_WEBHOOK_SECRET", reference},
 		{"a command that was not run", "$(cat /run/secrets/inkit)", reference},
@@ -190,11 +190,11 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		{"a path from the folder of the user", "~/inkit", reference},
 		{"a path from the current folder", "../inkit", reference},
 		{"a path that curl would read", "@/run/secrets/inkit", reference},
-		{"the name of a variable that is set", "test.inkit-name", "secret 1: is the name of an environment variable, and not what stands in it: write {env.NAME}"},
+		{"the name of a variable that is set", "test.inkit-name", "secret 1: is the name of an environment variable, not its value: write {env.NAME}"},
 		{"the path of a file", writeFile(t, filepath.Join(t.TempDir(), "inkit"), confidential), path},
 		{"the path of a file that is missing in its folder", filepath.Join(t.TempDir(), "inkit"), path},
-		{"the dots that hide a secret", "••••••••", "secret 1: must be the secret itself, and not the dots that hide it"},
-		{"the asterisks that hide a secret", "********", "secret 1: must be the secret itself, and not the dots that hide it"},
+		{"the dots that hide a secret", "••••••••", "secret 1: must be the secret itself, not the dots that hide it"},
+		{"the asterisks that hide a secret", "********", "secret 1: must be the secret itself, not the dots that hide it"},
 		{"a line of a dotenv file", "INKIT_WEBHOOK_SECRET=" + confidential, alone + "NAME=value"},
 		{"a line for a shell", "export INKIT=" + confidential, alone + "NAME=value"},
 	} {
@@ -204,7 +204,7 @@ func TestTextThatIsNoSecret(t *testing.T) {
 			if _, ok := placeholder.Name(tt.text); !ok {
 				require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: tt.text}}}), tt.message, "as a literal, too")
 			}
-			// and at every later reading, where the last good one stays
+			// and at every later reload, where the last good secret stays
 			inBubble(t, func(t *testing.T) {
 				path := writeFile(t, filepath.Join(t.TempDir(), "secret"), testSecret)
 				h, logs := provision(t, &Handler{Secrets: []Secret{{Value: "{file." + path + "}"}}})
@@ -221,7 +221,7 @@ func TestTextThatIsNoSecret(t *testing.T) {
 	}
 }
 
-// Each rule has examples that it refuses, and similar ones that it lets through.
+// Each rule has examples that it refuses, and similar ones that it accepts.
 func TestRules(t *testing.T) {
 	examples := map[string]struct{ refused, passes []string }{
 		"not UTF-8":                          {[]string{"a\xff", "a\ufffdb"}, []string{"gehëim"}},
@@ -261,7 +261,7 @@ func TestRules(t *testing.T) {
 }
 
 func TestReferenceWithoutBracesIsNoSecret(t *testing.T) {
-	const message = "secret 1: stands for a secret in a way that Caddy does not know: write {env.NAME} or {file./path}"
+	const message = "secret 1: refers to a secret in a form that Caddy does not know: write {env.NAME} or {file./path}"
 	for _, value := range []string{
 		"env.INKIT_WEBHOOK_SECRET", "file./run/secrets/inkit", "$INKIT_WEBHOOK_SECRET", "${INKIT_WEBHOOK_SECRET}",
 		"${INKIT_WEBHOOK_SECRET:-none}", "$(cat /run/secrets/inkit)", "$env:INKIT_WEBHOOK_SECRET", "%INKIT_WEBHOOK_SECRET%",
@@ -281,7 +281,7 @@ func FuzzResolve(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, value string) {
 		if strings.Contains(value, "{file.") {
-			return // it would read files of this machine
+			return // it would read this machine's files
 		}
 		secret, err := resolve(value)
 		if err != nil {

@@ -16,51 +16,51 @@ import (
 	"sync"
 )
 
-// The ways in which a signature or a secret is refused. The errors carry no
-// data of the request and no part of a secret, so they are safe to log.
+// The errors for a refused signature or secret. They contain no data of the request and
+// no part of a secret, so they are safe to log.
 var (
-	// ErrSignatureMissing says that there is no signature: the empty string.
+	// ErrSignatureMissing means that there is no signature, or an empty one.
 	ErrSignatureMissing = errors.New("signature is missing")
-	// ErrSignatureMalformed says that no secret can have made the signature.
+	// ErrSignatureMalformed means that no secret can make such a signature.
 	ErrSignatureMalformed = errors.New("signature is not 64 lower-case hexadecimal digits")
-	// ErrSignatureMismatch says that none of the secrets made it for this body.
+	// ErrSignatureMismatch means that none of the secrets made the signature for this body.
 	ErrSignatureMismatch = errors.New("signature does not match the body under any secret")
-	// ErrEmptySecret says that a secret is empty, so that anybody can sign, or that there is none.
+	// ErrEmptySecret means that there is no secret, or an empty one, with which anybody can sign.
 	ErrEmptySecret = errors.New("must not be empty")
 )
 
-// Secret is one signing secret and the name it goes by.
+// Secret is a signing secret and its name.
 type Secret struct {
 	// The secret, exactly as Inkit's web app shows it: its UTF-8 bytes are the
-	// key, and hex or base64 are not decoded. In the configuration of a Handler
-	// it is either one global placeholder, such as `{env.INKIT_WEBHOOK_SECRET}`
-	// or `{file./run/secrets/inkit}`, or the secret itself, which then shows in
-	// the admin API and on disk. Required.
+	// key, and hex or base64 are not decoded. In the configuration of a Handler,
+	// write one global placeholder, such as `{env.INKIT_WEBHOOK_SECRET}` or
+	// `{file./run/secrets/inkit}`, or the secret itself. The admin API and the disk
+	// show a secret that is written here. Required.
 	Value string `json:"value"`
 
-	// What logs, metrics and the placeholder `{http.inkit_webhook.secret_name}`
-	// call this secret: 1 to 64 of letters, digits, `.`, `_` and `-`. Each name
-	// must be unique within the handler, and should reveal nothing.
+	// The name of this secret in logs, metrics and the placeholder
+	// `{http.inkit_webhook.secret_name}`: 1 to 64 of letters, digits, `.`, `_` and
+	// `-`. It must be unique within the handler, and should not reveal the secret.
 	// Default: the position of the secret, starting at `1`.
 	Name string `json:"name,omitempty"`
 }
 
-// Verifier tells whether one of its secrets signed a body.
+// Verifier checks whether one of its secrets signed a body.
 //
 // A signature is genuine if it is the HMAC-SHA256 of the body's bytes, keyed
 // with the bytes of one of the secrets, written as 64 lower-case hexadecimal
 // digits. The listener in Inkit's documentation compares the same strings
-// (docs.inkit.com/docs/connecting-webhooks). Other than there, the time does not
-// tell which digits differ, nor which of several secrets matched. It does tell how
-// many secrets there are, and how long the body is.
+// (docs.inkit.com/docs/connecting-webhooks). Unlike there, the time of a check does not
+// reveal which digits differ, nor which secret matched. It reveals only the number of
+// secrets and the length of the body.
 //
-// A Verifier is safe for concurrent use. It does not change.
+// A Verifier never changes, and is safe for concurrent use.
 type Verifier struct {
 	keys []key
 }
 
-// key is a secret that is ready to hash with. A hash that was used once starts again
-// from the state that the secret leads to, hence a pool of them for each secret.
+// key is a secret, with a pool of hashes that have already processed it. A Reset returns
+// a hash to that state, so the next body does not process the secret again.
 type key struct {
 	name string
 	macs *sync.Pool // of *mac
@@ -68,13 +68,13 @@ type key struct {
 
 type mac struct {
 	hash.Hash
-	sum [sha256.Size]byte // what Sum writes to, so that it allocates nothing
+	sum [sha256.Size]byte // memory for Sum, so that Sum allocates nothing
 }
 
-// NewVerifier returns a Verifier for one secret or more, any one of which may
-// have signed. If there is none, or one is empty, the error is an ErrEmptySecret,
-// with the name of that secret or else its position, starting at 1. One of NUL
-// bytes alone counts as empty, because HMAC fills every key up with NULs.
+// NewVerifier returns a Verifier for one or more secrets, any of which may sign. If there
+// is no secret, or one is empty, the error is an ErrEmptySecret, with the name of that
+// secret or its position, starting at 1. A secret of only NUL bytes counts as empty,
+// because HMAC pads every key with NULs.
 func NewVerifier(secrets ...Secret) (*Verifier, error) {
 	if len(secrets) == 0 {
 		return nil, fmt.Errorf("secrets: %w", ErrEmptySecret)
@@ -85,7 +85,7 @@ func NewVerifier(secrets ...Secret) (*Verifier, error) {
 		if strings.Trim(secret.Value, "\x00") == "" {
 			return nil, fmt.Errorf("secret %s: %w", name, ErrEmptySecret)
 		}
-		// FIPS 140-3 wants HMAC keys of 112 bits (SP 800-131A), and under
+		// FIPS 140-3 requires HMAC keys of 112 bits (SP 800-131A), and under
 		// GODEBUG=fips140=only crypto/hmac panics on anything shorter.
 		if fips140.Enforced() && len(secret.Value) < 14 {
 			return nil, fmt.Errorf("secret %s: must be at least 14 bytes long in FIPS 140-only mode", name)
@@ -101,11 +101,11 @@ func NewVerifier(secrets ...Secret) (*Verifier, error) {
 // Verify returns the name of the secret that made the signature for body.
 //
 // The signature is the value of the one Inkit-Signature field of the request,
-// and the body is what was on the wire, before any decoding or parsing. The
+// and the body is the bytes on the wire, before any decoding or parsing. The
 // error is ErrSignatureMissing, ErrSignatureMalformed or ErrSignatureMismatch.
 //
-// What Verify cannot tell is when the body was signed, for which URL, and how
-// often it was seen before: see the package documentation.
+// Verify cannot check when and for which URL Inkit signed the body, nor whether the
+// body arrived before: see the package documentation.
 func (v *Verifier) Verify(body []byte, signature string) (name string, err error) {
 	sig, err := parseSignature(signature)
 	if err != nil {
@@ -118,8 +118,8 @@ func (v *Verifier) Verify(body []byte, signature string) (name string, err error
 	return v.keys[i].name, nil
 }
 
-// match returns the index of the secret that made sig for body, the first one if
-// there are several. It tries every secret, whether or not one has matched.
+// match returns the index of the first secret that made sig for body. It always tries
+// every secret, so that the time does not reveal the match.
 func (v *Verifier) match(sig *[sha256.Size]byte, body []byte) (matched int, err error) {
 	err = ErrSignatureMismatch
 	for i, key := range slices.Backward(v.keys) {
@@ -134,8 +134,8 @@ func (v *Verifier) match(sig *[sha256.Size]byte, body []byte) (matched int, err 
 	return matched, err
 }
 
-// parseSignature decodes the only form that Inkit sends. encoding/hex also accepts
-// upper case, which Inkit's listener does not.
+// parseSignature decodes the only form that Inkit sends. Unlike Inkit's own listener,
+// encoding/hex also accepts upper case.
 func parseSignature(s string) (sig [sha256.Size]byte, err error) {
 	if s == "" {
 		return sig, ErrSignatureMissing
@@ -149,10 +149,10 @@ func parseSignature(s string) (sig [sha256.Size]byte, err error) {
 	return sig, nil
 }
 
-// Sign returns the signature that Inkit sends with body: the HMAC-SHA256 keyed
-// with secret, in lower-case hexadecimal digits. It is for tests and tools. A
-// receiver that compares it with == tells an attacker, by the time it takes, how
-// many digits are right: use a Verifier.
+// Sign returns the signature that Inkit sends with body: the HMAC-SHA256 with secret as
+// the key, in lower-case hexadecimal digits. It is for tests and tools. In a receiver,
+// use a Verifier: the time of a comparison with == shows an attacker how many digits
+// are right.
 func Sign(secret, body []byte) string {
 	m := hmac.New(sha256.New, secret)
 	m.Write(body)

@@ -76,7 +76,7 @@ func TestVectors(t *testing.T) {
 		})
 	}
 
-	// The RFC prints 128 bits of this one, and what is truncated is refused.
+	// The RFC prints only 128 bits of this one, and a truncated signature is refused.
 	t.Run("RFC 4231, 4.6, a truncated output", func(t *testing.T) {
 		v, err := NewVerifier(Secret{Value: strings.Repeat("\x0c", 20)})
 		require.NoError(t, err)
@@ -85,8 +85,8 @@ func TestVectors(t *testing.T) {
 	})
 }
 
-// TestWycheproof plays the cases of Project Wycheproof, which are read from where
-// they are and not copied here.
+// TestWycheproof runs the cases of Project Wycheproof. It reads them from a folder outside
+// of this repository.
 func TestWycheproof(t *testing.T) {
 	path := os.Getenv("WYCHEPROOF_HMAC_SHA256")
 	if path == "" {
@@ -180,7 +180,7 @@ func TestVerify(t *testing.T) {
 		{"the character before 0", compactBody, "/" + compactSignature[1:], "", ErrSignatureMalformed},
 		{"the character after 9", compactBody, ":" + compactSignature[1:], "", ErrSignatureMalformed},
 		{"the character before a", compactBody, "`" + compactSignature[1:], "", ErrSignatureMalformed},
-		{"64 bytes that are no digits", compactBody, strings.Repeat("\x00", 64), "", ErrSignatureMalformed},
+		{"64 bytes, not digits", compactBody, strings.Repeat("\x00", 64), "", ErrSignatureMalformed},
 		{"one character", compactBody, "f", "", ErrSignatureMalformed},
 
 		{"another digit at the start", compactBody, flipped(0), "", ErrSignatureMismatch},
@@ -202,9 +202,9 @@ func TestVerify(t *testing.T) {
 	}
 }
 
-// The time that match takes must not depend on which digits differ, nor on which
-// secret matched. Clocks are too coarse to see that in a test, so this one reads
-// the code: sums are compared by crypto/subtle alone, and no secret is left out.
+// The time of match must not depend on which digits differ, nor on which secret matched.
+// Clocks are too coarse for such a test, so this test reads the code: only crypto/subtle
+// compares sums, and match skips no secret.
 func TestComparesInConstantTime(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), "verifier.go", nil, 0)
 	require.NoError(t, err)
@@ -251,7 +251,7 @@ func TestNewVerifierRefusesTheEmptySecret(t *testing.T) {
 		{"the only one", []Secret{{}}, "secret 1: must not be empty"},
 		{"one that has a name", []Secret{{Name: "a"}}, "secret a: must not be empty"},
 		{"one NUL", []Secret{{Value: "\x00"}}, "secret 1: must not be empty"},
-		{"33 NULs, which are the empty key to HMAC", []Secret{{Value: strings.Repeat("\x00", 33)}}, "secret 1: must not be empty"},
+		{"33 NULs, the empty key for HMAC", []Secret{{Value: strings.Repeat("\x00", 33)}}, "secret 1: must not be empty"},
 		{"65 NULs", []Secret{{Value: strings.Repeat("\x00", 65)}}, "secret 1: must not be empty"},
 		{"one of several", []Secret{{Value: "x"}, {}}, "secret 2: must not be empty"},
 	} {
@@ -263,8 +263,8 @@ func TestNewVerifierRefusesTheEmptySecret(t *testing.T) {
 	}
 }
 
-// In FIPS 140-only mode, which is chosen when the process starts, crypto/hmac
-// panics on short keys. The test runs itself in that mode.
+// In FIPS 140-only mode, crypto/hmac panics on short keys. A process chooses this mode at
+// its start, so the test starts itself again in that mode.
 func TestShortSecretInFIPSMode(t *testing.T) {
 	if os.Getenv("TEST_FIPS") == "" {
 		cmd := exec.Command(os.Args[0], "-test.run=^TestShortSecretInFIPSMode$", "-test.v")

@@ -3,14 +3,22 @@
 package docs
 
 import (
+	"cmp"
+	"flag"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"go/types"
 	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"path"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -264,4 +272,88 @@ func TestImportsRunAlongTheArrows(t *testing.T) {
 			}
 		}
 	}
+}
+
+var verb = regexp.MustCompile(`%[a-z]`)
+
+var update = flag.Bool("update", false, "write testdata/messages.txt")
+
+// TestMessages compares all log lines and errors of the module with testdata/messages.txt,
+// where you can read them in one go.
+func TestMessages(t *testing.T) {
+	var messages []string
+	parsed := make(map[string]*ast.File)
+	constants := make(map[string]string) // by folder and name
+	for name, source := range files(t, "*.go") {
+		if !strings.HasSuffix(name, "_test.go") && !regexp.MustCompile(`^(bench|examples|internal/(e2e|pgtest|powercut))/|/storetest/`).MatchString(name) {
+			file, err := parser.ParseFile(token.NewFileSet(), name, source, 0)
+			require.NoError(t, err)
+			parsed[name] = file
+			ast.Inspect(file, func(node ast.Node) bool {
+				if spec, ok := node.(*ast.ValueSpec); ok && len(spec.Values) == len(spec.Names) {
+					for i, value := range spec.Values {
+						if literal, ok := value.(*ast.BasicLit); ok {
+							constants[path.Dir(name)+"."+spec.Names[i].Name] = text(literal, nil, "")
+						}
+					}
+				}
+				return true
+			})
+		}
+	}
+	for name, file := range parsed {
+		ast.Inspect(file, func(node ast.Node) bool {
+			if call, ok := node.(*ast.CallExpr); ok {
+				if kind, argument := message(call); kind != "" {
+					if found := text(argument, constants, path.Dir(name)); strings.ContainsAny(verb.ReplaceAllString(found, ""), "abcdefghijklmnopqrstuvwxyz") {
+						messages = append(messages, fmt.Sprintf("%-24s %-5s %s", path.Dir(name), kind, found))
+					}
+				}
+			}
+			return true
+		})
+	}
+	slices.Sort(messages)
+	got := strings.Join(slices.Compact(messages), "\n") + "\n"
+	if *update {
+		require.NoError(t, os.WriteFile("testdata/messages.txt", []byte(got), 0o600))
+	}
+	want, err := os.ReadFile("testdata/messages.txt")
+	require.NoError(t, err)
+	assert.Equal(t, string(want), got, "go test ./docs -run TestMessages -update")
+}
+
+// message returns the argument of a call that logs or makes an error, and the level.
+func message(call *ast.CallExpr) (kind string, argument ast.Expr) {
+	function := types.ExprString(call.Fun)
+	receiver, method := function[:max(0, strings.LastIndex(function, "."))], function[strings.LastIndex(function, ".")+1:]
+	log := strings.HasSuffix(strings.ToLower(strings.TrimSuffix(receiver, ".Load()")), "logger")
+	switch {
+	case len(call.Args) == 0:
+	case slices.Contains([]string{"errors.New", "fmt.Errorf", "d.Err", "d.Errf"}, function):
+		return "error", call.Args[0]
+	case log && slices.Contains([]string{"Debug", "Info", "Warn", "Error"}, method):
+		return strings.ToUpper(method), call.Args[0]
+	case log && method == "Check":
+		level, constant := strings.CutSuffix(strings.TrimPrefix(types.ExprString(call.Args[0]), "zapcore."), "Level")
+		if !constant {
+			level = "ANY"
+		}
+		return strings.ToUpper(level), call.Args[1]
+	}
+	return "", nil
+}
+
+// text returns the constant text of an expression, with "..." for its other parts.
+func text(expr ast.Expr, constants map[string]string, folder string) string {
+	switch e := expr.(type) {
+	case *ast.BasicLit:
+		unquoted, _ := strconv.Unquote(e.Value)
+		return unquoted
+	case *ast.BinaryExpr:
+		return text(e.X, constants, folder) + text(e.Y, constants, folder)
+	case *ast.Ident:
+		return cmp.Or(constants[folder+"."+e.Name], "...")
+	}
+	return "..."
 }

@@ -1,5 +1,5 @@
-// Caddy has verified each request. All that is left is to use it. Any status but 2xx has
-// Caddy send the event again.
+// Caddy has verified each request, so only use the event here. After any status except
+// 2xx, Caddy sends the event again.
 const http = require('node:http');
 
 http.createServer(async (req, res) => {

@@ -1,6 +1,5 @@
-// Package manifests checks the examples that nothing here can run: no container engine
-// and no cluster is needed. It is a module of its own, so that nobody else needs what it
-// needs.
+// Package manifests checks the examples for a container engine and a cluster, without
+// either. It is a separate module, so that nothing else needs its dependencies.
 package manifests
 
 import (
@@ -36,11 +35,10 @@ func loadCompose(t *testing.T, file string) (*types.Project, error) {
 	return options.LoadProject(context.Background())
 }
 
-// images is what the documentation of the images says of their paths, ports and
-// variables: docs/README of caddy and python, the Dockerfile of Prometheus, and
-// "Configure a Grafana Docker image" with "Provision Grafana".
+// images has the paths, ports and variables from the documentation of the images:
+// docs/README of caddy and python, the Dockerfile of Prometheus, and "Configure a Grafana Docker image" with "Provision Grafana".
 var images = map[string]struct {
-	paths     []string // where something can be mounted, or a folder of that
+	paths     []string // mount points, or folders that contain them
 	ports     []uint32
 	variables []string
 }{
@@ -106,8 +104,8 @@ func TestCompose(t *testing.T) {
 	}
 }
 
-// existing returns a file that is there if the path is: a folder stands for one of its
-// files.
+// existing returns the path, or for a folder one of its files. The file exists only if
+// the path does.
 func existing(path string) string {
 	if files, err := filepath.Glob(path + "/*"); err == nil && len(files) > 0 {
 		return files[0]
@@ -115,7 +113,7 @@ func existing(path string) string {
 	return path
 }
 
-// Grafana's files of provisioning, by the fields that its documentation names.
+// TestGrafanaProvisioning checks the provisioning files: their fields must be documented.
 func TestGrafanaProvisioning(t *testing.T) {
 	var datasources struct {
 		APIVersion  int `json:"apiVersion"`
@@ -130,7 +128,7 @@ func TestGrafanaProvisioning(t *testing.T) {
 	require.NoError(t, yaml.UnmarshalStrict([]byte(read(t, "../docker/grafana/datasource.yml")), &datasources))
 	require.Len(t, datasources.Datasources, 1)
 	assert.Equal(t, 1, datasources.APIVersion)
-	assert.True(t, datasources.Datasources[0].IsDefault, "which the dashboard takes")
+	assert.True(t, datasources.Datasources[0].IsDefault, "the dashboard uses it")
 	var dashboards struct {
 		APIVersion int `json:"apiVersion"`
 		Providers  []struct {
@@ -146,15 +144,15 @@ func TestGrafanaProvisioning(t *testing.T) {
 	assert.Contains(t, read(t, "../docker/compose.yaml"), ":"+dashboards.Providers[0].Options.Path+"/inkit.json:ro")
 }
 
-// What is wrong must be found: the check is worth nothing otherwise.
+// TestComposeIsChecked checks that the check of compose.yaml finds mistakes.
 func TestComposeIsChecked(t *testing.T) {
 	compose := read(t, "../docker/compose.yaml")
 	for _, tt := range []struct{ name, old, new string }{
-		{"an option that is not known", "restart: unless-stopped", "restarts: unless-stopped"},
-		{"a duration that is none", "stop_grace_period: 30s", "stop_grace_period: 30 seconds"},
-		{"a volume that is not declared", "  caddy_data:\n", ""},
-		{"a secret that is not declared", "secrets:\n  inkit_webhook:\n    file: ./inkit_webhook.secret\n", ""},
-		{"a port that is none", `"8080:8080"`, `"8080:http"`},
+		{"an unknown option", "restart: unless-stopped", "restarts: unless-stopped"},
+		{"a malformed duration", "stop_grace_period: 30s", "stop_grace_period: 30 seconds"},
+		{"an undeclared volume", "  caddy_data:\n", ""},
+		{"an undeclared secret", "secrets:\n  inkit_webhook:\n    file: ./inkit_webhook.secret\n", ""},
+		{"a malformed port", `"8080:8080"`, `"8080:http"`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			require.Contains(t, compose, tt.old)
@@ -166,7 +164,7 @@ func TestComposeIsChecked(t *testing.T) {
 	}
 }
 
-// manifest is what examples/kubernetes has.
+// manifest has the documents of examples/kubernetes.
 type manifest struct {
 	configMap   corev1.ConfigMap
 	service     corev1.Service

@@ -10,8 +10,8 @@ class Backend(BaseHTTPRequestHandler):
 
     def do_POST(self):
         event = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        # A backend that does its work here does it once for each key: the same event
-        # may come twice.
+        # The same event may come twice, so a real backend does its work once for
+        # each key.
         print(event["resource_id"], self.headers["Idempotency-Key"], flush=True)
         self.send_response(204)
         self.end_headers()

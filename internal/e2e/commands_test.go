@@ -93,7 +93,7 @@ func TestCommandSign(t *testing.T) {
 		{"standard input", secret, body, []string{"sign"}, want, ""},
 		{"standard input, by name", secret, body, []string{"sign", "-"}, want, ""},
 		{"a secret file that ends as Windows has it", "other", body, []string{"sign", "--secret-file", windows}, want, ""},
-		{"no secret", "", body, []string{"sign"}, "", "INKIT_WEBHOOK_SECRET is unset or empty, and no --secret-file is given"},
+		{"no secret", "", body, []string{"sign"}, "", "no secret: set INKIT_WEBHOOK_SECRET, or use --secret-file"},
 		{"an empty secret file", "other", body, []string{"sign", "--secret-file", empty}, "", "secret-file: " + empty + ": file is empty"},
 		{"a secret file above 1 MiB", "other", body, []string{"sign", "--secret-file", large}, "", "secret-file: " + large + ": file is larger than 1 MiB"},
 		{"a missing secret file", "other", body, []string{"sign", "--secret-file", dir + "/none"}, "", "no such file or directory"},
@@ -129,9 +129,9 @@ func TestCommandVerify(t *testing.T) {
 	}{
 		{"a secret in the environment", secret, "", []string{"--signature", signature, file}, 0, "INKIT_WEBHOOK_SECRET\n"},
 		{"the second of two files", "other", body, []string{"--signature", signature, "--secret-file", old, "--secret-file", current}, 0, current + "\n"},
-		{"a body with a newline", secret, body + "\n", []string{"--signature", signature, "-"}, 1, "the body has got a newline at its end that was not signed\n"},
+		{"a body with a newline", secret, body + "\n", []string{"--signature", signature, "-"}, 1, "a newline was added at the end of the body\n"},
 		{"upper case", secret, "", []string{"--signature", strings.ToUpper(signature), file}, 1, "the signature is in upper-case hexadecimal digits, and Inkit sends lower case\n"},
-		{"an empty signature", secret, "", []string{"--signature", "", file}, 1, "the request has no Inkit-Signature, or it is empty: it is not from Inkit, or something on the way removed the header field\n"},
+		{"an empty signature", secret, "", []string{"--signature", "", file}, 1, "Inkit-Signature is missing or empty: the request is not from Inkit, or a program on the way removed the header field\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			stdout, stderr, status := webhookCommand(t, tt.secret, tt.stdin, append([]string{"verify"}, tt.args...)...)

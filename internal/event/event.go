@@ -1,5 +1,5 @@
-// Package event holds what the handlers of this module know of the webhook in a
-// request: inkit_webhook writes it, and inkit_queue keeps it.
+// Package event has the webhook in a request as the handlers of this module see it:
+// inkit_webhook creates it, and inkit_queue stores it.
 package event
 
 import (
@@ -13,19 +13,19 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// Verified is the outcome of a request whose body one of the secrets signed. It
-// is the only one with which a request may reach a backend.
+// Verified is the outcome of a request whose body one of the secrets signed. Only such a
+// request may reach a backend.
 const Verified = "verified"
 
-// Event is a webhook once inkit_webhook has judged it. Unless the outcome is
-// Verified, the other fields are empty: what an attacker wrote stays out.
+// Event is a webhook after the checks of inkit_webhook. Unless the outcome is Verified,
+// the other fields are empty: they never contain an attacker's data.
 type Event struct {
-	Outcome        string // Verified, or the word for why the request was rejected
-	Body           []byte // what was signed; nobody may write to it
+	Outcome        string // Verified, or a word for the cause of the rejection
+	Body           []byte // the signed bytes; no code may change them
 	SecretName     string // of the secret that signed
-	IdempotencyKey string // the value of that header field; empty if there is to be none
+	IdempotencyKey string // the value of the header field; empty for no field
 
-	parsed atomic.Pointer[[2]string] // event_type and resource_id, once somebody asks
+	parsed atomic.Pointer[[2]string] // event_type and resource_id; nil until the first use
 	vars   map[string]any            // of the request
 }
 
@@ -37,14 +37,13 @@ func (e *Event) Type() string { return e.members()[0] }
 func (e *Event) ResourceID() string { return e.members()[1] }
 
 // members returns the two members of the JSON object that Inkit documents
-// (docs.inkit.com/docs/inkit-webhook-events). One that is absent, no string, or
-// holds a control character, with which no header field can carry it, is empty.
+// (docs.inkit.com/docs/inkit-webhook-events). A member is empty if it is absent, no
+// string, or contains a control character, which no header field can contain.
 func (e *Event) members() *[2]string {
 	if parsed := e.parsed.Load(); parsed != nil {
 		return parsed
 	}
-	// A map and not a struct, for whose fields encoding/json would accept the
-	// names in any case.
+	// A map, because for a struct encoding/json would accept the names in any case.
 	var object map[string]json.RawMessage
 	_ = json.Unmarshal(e.Body, &object)
 	var members [2]string
@@ -58,17 +57,16 @@ func (e *Event) members() *[2]string {
 	return &members
 }
 
-// varName is where Caddy keeps the event among the variables of the request. They
-// are the same for all copies of a request; a value of its context would be lost
-// for error routes once a handler such as timeouts or tracing has made a copy.
+// varName is the event's name among Caddy's variables of the request. All copies of a
+// request share these variables. Error routes would lose a value of the context when a
+// handler such as timeouts or tracing copies the request.
 const varName = "inkit_webhook"
 
-// String is what {http.vars.inkit_webhook} shows.
+// String returns the text of {http.vars.inkit_webhook}.
 func (e *Event) String() string { return e.Outcome }
 
-// Attach makes e the event of the request with this context: what FromContext
-// returns from now on, and what the placeholders show. It returns the verified
-// event in whose place e comes, or nil.
+// Attach makes e the event of the request with this context: FromContext returns it, and
+// the placeholders show it. Attach returns the verified event that e replaces, or nil.
 func (e *Event) Attach(ctx context.Context) (earlier *Event) {
 	e.vars = ctx.Value(caddyhttp.VarsCtxKey).(map[string]any)
 	earlier = verified(e.vars)
@@ -90,11 +88,11 @@ func verified(vars map[string]any) *Event {
 	return nil
 }
 
-// Unhandled reports whether the request has come to the end of its handlers, where
-// Caddy answers 200 if none of them has written a status.
+// Unhandled reports whether the request reached the end of its handlers. There, Caddy
+// answers 200 if no handler wrote a status.
 func (e *Event) Unhandled() bool { return e.vars["unhandled"] == true }
 
-// placeholder answers for the event that is attached now, which may be a later one.
+// placeholder answers for the request's current event, which may be a later one than e.
 func (e *Event) placeholder(name string) (any, bool) {
 	now, ok := e.vars[varName].(*Event)
 	if !ok {

@@ -28,11 +28,11 @@ func TestMembers(t *testing.T) {
 		{"the other order, with line breaks", "\n{\"resource_id\": \"r\",\r\n\t\"event_type\": \"E\"}\n", "E", "r"},
 		{"further members", `{"event_type":"E","resource_id":"r","x":{"event_type":"no"},"y":[1]}`, "E", "r"},
 		{"escapes", `{"event\u005ftype":"\u0045","resource_id":"\"\\"}`, "E", `"\`},
-		{"repeated members, the last of which counts", `{"event_type":"A","event_type":"B","resource_id":"r"}`, "B", "r"},
+		{"repeated members: the last one counts", `{"event_type":"A","event_type":"B","resource_id":"r"}`, "B", "r"},
 
 		{"names in another case", `{"Event_Type":"E","RESOURCE_ID":"r"}`, "", ""},
 		{"another case after the exact name", `{"event_type":"E","EVENT_TYPE":"no","resource_id":"r"}`, "E", "r"},
-		{"a name that only folds to it", `{"reſource_id":"r","event_type":"E"}`, "E", ""},
+		{"a name with a letter that only folds to s", `{"reſource_id":"r","event_type":"E"}`, "E", ""},
 		{"a number", `{"event_type":1,"resource_id":"r"}`, "", "r"},
 		{"null", `{"event_type":null,"resource_id":"r"}`, "", "r"},
 		{"an object", `{"event_type":{"a":"b"},"resource_id":["r"]}`, "", ""},
@@ -69,8 +69,8 @@ func prepare(tb testing.TB) (*http.Request, *caddy.Replacer) {
 	return caddyhttp.PrepareRequest(httptest.NewRequest(http.MethodPost, "/", nil), repl, nil, nil), repl
 }
 
-// A handler such as timeouts hands a copy of the request on, and an error route
-// gets the original.
+// A handler such as timeouts passes on a copy of the request, and an error route gets the
+// original.
 func TestEventIsThatOfAllCopiesOfARequest(t *testing.T) {
 	r, repl := prepare(t)
 	type key struct{}

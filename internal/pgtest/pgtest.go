@@ -25,11 +25,11 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Password is that of the role postgres.
+// Password is the password of the role postgres.
 const Password = "c0nf1d3nt1al-pw"
 
-// program returns the path of one of PostgreSQL's programs, and skips the test if it
-// is not there.
+// program returns the path of one of PostgreSQL's programs, and skips the test if it is
+// not installed.
 func program(t testing.TB, name string) string {
 	t.Helper()
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/" + name)
@@ -37,13 +37,13 @@ func program(t testing.TB, name string) string {
 		if path, err := exec.LookPath(name); err == nil {
 			return path
 		}
-		t.Skip(name + " of PostgreSQL is not there")
+		t.Skip(name + " of PostgreSQL is not installed")
 	}
 	slices.Sort(found)
 	return found[len(found)-1]
 }
 
-// Server is a server with a folder of its own. It ends with the test.
+// Server is a server with its own folder. It ends with the test.
 type Server struct {
 	Dir  string
 	Port string
@@ -74,7 +74,7 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
-// unprivileged has a program run as another user than root, which it refuses to.
+// unprivileged runs a program as another user if we are root, because it refuses root.
 func unprivileged(t testing.TB, cmd *exec.Cmd, dir string) {
 	t.Helper()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -83,7 +83,7 @@ func unprivileged(t testing.TB, cmd *exec.Cmd, dir string) {
 	}
 	u, err := user.Lookup("postgres")
 	if err != nil {
-		t.Skip("there is no user postgres, and root may not run it")
+		t.Skip("PostgreSQL refuses to run as root, and there is no user postgres")
 	}
 	uid, err := strconv.Atoi(u.Uid)
 	require.NoError(t, err)
@@ -94,14 +94,14 @@ func unprivileged(t testing.TB, cmd *exec.Cmd, dir string) {
 	require.NoError(t, os.Chown(dir, uid, gid))
 	entries, err := os.ReadDir(dir)
 	require.NoError(t, err)
-	for _, entry := range entries { // what the test has put there
+	for _, entry := range entries { // files of the test
 		require.NoError(t, os.Chown(filepath.Join(dir, entry.Name()), uid, gid))
 	}
 }
 
 func newDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "pgtest") // where the user postgres may go, as it may not in t.TempDir
+	dir, err := os.MkdirTemp("", "pgtest") // the user postgres may not enter t.TempDir
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	return dir
@@ -109,11 +109,11 @@ func newDir(t testing.TB) string {
 
 var lastPort atomic.Uint32
 
-// Another process that tests begins elsewhere, so that they do not try the same ports.
+// Each test process begins at another port, so that they do not try the same ones.
 func init() { lastPort.Store(uint32(os.Getpid()*97) % 10_000) }
 
-// freePort returns a port on which nothing listens, and never the same again: a server
-// that is stopped keeps its own. It is below those of the end-to-end tests.
+// freePort returns a port on which nothing listens, and never the same port again: a
+// stopped server keeps its port. All are below the ports of the end-to-end tests.
 func freePort(t testing.TB) string {
 	t.Helper()
 	for range 1000 {
@@ -123,7 +123,7 @@ func freePort(t testing.TB) string {
 		}
 		addr := l.Addr().String()
 		require.NoError(t, l.Close())
-		for { // a program that a parallel test starts just then has it too, for a moment
+		for { // a program that a parallel test just starts may briefly inherit the listener
 			conn, err := net.Dial("tcp", addr)
 			if err != nil {
 				_, port, _ := net.SplitHostPort(addr)
@@ -137,7 +137,7 @@ func freePort(t testing.TB) string {
 	return ""
 }
 
-// Start makes a database cluster, and starts it. Options are such as "fsync=off".
+// Start creates a database cluster and starts it, with options such as "fsync=off".
 func Start(t testing.TB, options ...string) *Server {
 	t.Helper()
 	initdb := program(t, "initdb")
@@ -152,8 +152,8 @@ func Start(t testing.TB, options ...string) *Server {
 	return s
 }
 
-// Standby makes a copy of a server that follows it, starts it, and has each commit wait
-// until it is on the disks of both.
+// Standby starts a standby of the server. From then on, each commit waits until it is on
+// the disks of both.
 func (s *Server) Standby(t testing.TB) *Server {
 	t.Helper()
 	standby := &Server{t: t, Dir: newDir(t), options: s.options}
@@ -212,35 +212,35 @@ func (s *Server) Run() {
 	}
 }
 
-// Log returns what the server has said since its last start.
+// Log returns the server's log since its last start.
 func (s *Server) Log() string { return s.output.String() }
 
-// Stop ends the server as an operator does, without waiting for its clients.
+// Stop shuts the server down as an operator does, without waiting for its clients.
 func (s *Server) Stop() {
 	_ = s.cmd.Process.Signal(syscall.SIGINT)
 	<-s.exited
 }
 
-// Kill ends all its processes at once.
+// Kill kills all its processes at once.
 func (s *Server) Kill() {
 	for _, pid := range s.processes() {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
 	<-s.exited
-	for _, pid := range s.processes() { // whatever was started meanwhile
+	for _, pid := range s.processes() { // processes started meanwhile
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
 }
 
-// Signal has all its processes stop or go on.
+// Signal sends a signal to all its processes.
 func (s *Server) Signal(signal syscall.Signal) {
 	for _, pid := range s.processes() {
 		_ = syscall.Kill(pid, signal)
 	}
 }
 
-// processes returns the server's process, and those that it has started, each of which
-// is in a group of its own.
+// processes returns the server's process and its child processes, each of which is in
+// its own process group.
 func (s *Server) processes() []int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -264,7 +264,7 @@ func (s *Server) DSN(database string) string {
 	return fmt.Sprintf("postgres://postgres:%s@127.0.0.1:%s/%s?sslmode=disable", Password, s.Port, database)
 }
 
-// Exec runs statements, each in a transaction of its own.
+// Exec runs statements, each in its own transaction.
 func (s *Server) Exec(t testing.TB, database string, statements ...string) {
 	t.Helper()
 	conn, err := pgx.Connect(t.Context(), s.DSN(database))
@@ -276,7 +276,7 @@ func (s *Server) Exec(t testing.TB, database string, statements ...string) {
 	}
 }
 
-// Query returns the one value that a statement gives, as text.
+// Query returns the single value of a statement as text.
 func (s *Server) Query(t testing.TB, database, statement string, args ...any) string {
 	t.Helper()
 	conn, err := pgx.Connect(context.Background(), s.DSN(database))
@@ -287,7 +287,7 @@ func (s *Server) Query(t testing.TB, database, statement string, args ...any) st
 	return value
 }
 
-// Mount makes a folder of the server's with room for as much as size says.
+// Mount creates a folder for the server on a file system of the size.
 func (s *Server) Mount(t testing.TB, dir, size string) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -296,7 +296,7 @@ func (s *Server) Mount(t testing.TB, dir, size string) {
 	require.NoError(t, os.Mkdir(dir, 0o755))
 	out, err := exec.Command("mount", "-t", "tmpfs", "-o", "size="+size, "none", dir).CombinedOutput()
 	if err != nil {
-		t.Skipf("nothing can be mounted here: %s", out)
+		t.Skipf("mounting fails here: %s", out)
 	}
 	t.Cleanup(func() {
 		s.Kill()
@@ -310,10 +310,10 @@ var databases struct {
 	last int
 }
 
-// NewDatabase makes a database, and returns its name.
+// NewDatabase creates a database, and returns its name.
 func (s *Server) NewDatabase(t testing.TB) string {
 	t.Helper()
-	databases.Lock() // the template can be copied by one at a time
+	databases.Lock() // only one copy of the template at a time is possible
 	defer databases.Unlock()
 	databases.last++
 	name := fmt.Sprintf("test%d", databases.last)
@@ -321,14 +321,14 @@ func (s *Server) NewDatabase(t testing.TB) string {
 	return name
 }
 
-// Bouncer starts pgbouncer in front of the server, in the mode that gives a connection
-// to each transaction, and returns its port.
+// Bouncer starts pgbouncer in front of the server, in transaction mode, and returns its
+// port.
 func (s *Server) Bouncer(t testing.TB) (port string) {
 	t.Helper()
 	path, err := exec.LookPath("pgbouncer")
 	if err != nil {
 		if path = "/usr/sbin/pgbouncer"; !exists(path) {
-			t.Skip("pgbouncer is not there")
+			t.Skip("pgbouncer is not installed")
 		}
 	}
 	dir, port := newDir(t), freePort(t)

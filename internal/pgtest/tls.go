@@ -29,7 +29,7 @@ type Authority struct {
 	key         *ecdsa.PrivateKey
 }
 
-// NewAuthority makes one, in a folder that ends with the test.
+// NewAuthority creates an Authority, in a folder that the test removes at its end.
 func NewAuthority(t testing.TB) *Authority {
 	t.Helper()
 	a := &Authority{File: filepath.Join(t.TempDir(), "root.crt")}
@@ -45,7 +45,7 @@ func NewAuthority(t testing.TB) *Authority {
 	return a
 }
 
-// sign makes a key, and a certificate of it, which is its own authority if a has none.
+// sign creates a key and its certificate, self-signed if a has no certificate yet.
 func (a *Authority) sign(t testing.TB, template *x509.Certificate) (der []byte, key *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -61,8 +61,8 @@ func (a *Authority) sign(t testing.TB, template *x509.Certificate) (der []byte, 
 	return der, key
 }
 
-// Issue makes a certificate for a role, or a server's for the address of the tests'
-// servers if there is none. Whoever runs the tests may read the files.
+// Issue creates a client certificate for a role, or without a role a server certificate
+// for 127.0.0.1. Only the user who runs the tests may read the files.
 func (a *Authority) Issue(t testing.TB, role string) (certificateFile, keyFile string) {
 	t.Helper()
 	template := &x509.Certificate{Subject: pkix.Name{CommonName: role}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
@@ -85,14 +85,13 @@ func writePEM(t testing.TB, file, kind string, der []byte) {
 	require.NoError(t, os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
 }
 
-// TLS has the server take connections by TLS, with a certificate of the authority, and
-// lets roles in by the lines of pg_hba.conf that are given. The role postgres can
-// connect as before.
+// TLS turns on TLS in the server, with a certificate of the authority, and adds lines to
+// pg_hba.conf for further roles. The role postgres can connect as before.
 func (s *Server) TLS(t testing.TB, a *Authority, hba ...string) {
 	t.Helper()
 	certificate, key := a.Issue(t, "")
 	write := func(name string, content []byte) {
-		require.NoError(t, os.WriteFile(filepath.Join(s.data(), name), content, 0o600)) //nolint:gosec // names of this function's own
+		require.NoError(t, os.WriteFile(filepath.Join(s.data(), name), content, 0o600)) //nolint:gosec // this function's own file names
 	}
 	for _, file := range [][2]string{{"server.crt", certificate}, {"server.key", key}, {"root.crt", a.File}} {
 		content, err := os.ReadFile(file[1])

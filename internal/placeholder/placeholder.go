@@ -1,5 +1,5 @@
-// Package placeholder reads secrets from where a configuration says they are. No error
-// shows a part of one.
+// Package placeholder reads secrets from their files and variables. No error shows a part
+// of a secret.
 package placeholder
 
 import (
@@ -14,32 +14,31 @@ import (
 
 const maxFile = 1 << 20 // in bytes
 
-// Name returns what stands between the braces if value is exactly one
-// placeholder.
+// Name returns the text between the braces if value is exactly one placeholder.
 func Name(value string) (name string, ok bool) {
 	name = strings.TrimSuffix(strings.TrimPrefix(value, "{"), "}")
 	return name, value == "{"+name+"}" && name != "" && !strings.ContainsAny(name, "{}")
 }
 
-// Value returns the value of a placeholder. The replacer alone takes a variable that
-// is unset and a file that is missing for known, and cuts a file that is too large.
+// Value returns the value of a placeholder. Caddy's replacer alone would accept an unset
+// variable and a missing file, and cut off a large file.
 func Value(name string) (string, error) {
 	if strings.HasPrefix(name, "http.") {
-		return "", errors.New("placeholder belongs to a request, and secrets are resolved before there is one")
+		return "", errors.New("placeholder belongs to a request, and secrets are resolved before any request")
 	}
 	if strings.HasPrefix(name, "time.") || strings.HasPrefix(name, "system.") {
-		return "", errors.New("placeholder is no secret: anybody can guess what it stands for")
+		return "", errors.New("placeholder is not secret: anybody can guess its value")
 	}
 	if file, ok := strings.CutPrefix(name, "file."); ok {
-		if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() { // a pipe would have it wait
-			return "", errors.New("file cannot be read: is not a regular file")
+		if info, err := os.Stat(file); err == nil && !info.Mode().IsRegular() { // reading a pipe would wait
+			return "", errors.New("file cannot be read: not a regular file")
 		}
 		return ReadFile(file)
 	}
 	secret, known := caddy.NewReplacer().GetString(name)
 	switch {
 	case !known:
-		return "", errors.New("placeholder is not known")
+		return "", errors.New("placeholder is unknown")
 	case strings.Trim(secret, "\r\n") != "":
 		return secret, nil
 	case strings.HasPrefix(name, "env."):
@@ -48,8 +47,8 @@ func Value(name string) (string, error) {
 	return "", errors.New("placeholder is empty")
 }
 
-// ReadFile returns what a file holds, without the newline at its end, as
-// the placeholder {file.*} does. The errors do not show the file's name.
+// ReadFile returns the content of a file without the newline at its end, as the
+// placeholder {file.*} does. The errors do not show the file's name.
 func ReadFile(name string) (string, error) {
 	var content []byte
 	file, err := os.Open(name)
