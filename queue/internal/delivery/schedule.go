@@ -71,6 +71,9 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 	}
 	look := Look{Limit: oldLimit(s.Limits.Limit()), Running: int(s.running.Load())}
 	s.Breaker.look(&look)
+	if look.Down && look.Probe > 0 { // each new event wakes this: the database need not be asked
+		return min(look.Probe, pollInterval)
+	}
 	peek, err := s.Source.Peek()
 	look.Failed, look.Empty, look.Wait = err != nil, peek.Empty, peek.Wait
 	if err == nil && s.Breaker.Empty(peek.Empty) {

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
@@ -42,6 +43,8 @@ type Dialect struct {
 type DB struct {
 	Dialect
 	Write, Read *sql.DB
+
+	adds sync.Map // a prepared statement for each number of events that one adds, if Plain
 }
 
 func (d *DB) text(query string) string {

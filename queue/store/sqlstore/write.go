@@ -14,6 +14,9 @@ import (
 // Apply is of store.Store.
 func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 	b.Left = nil
+	if err := d.prepareAdd(ctx, len(b.Add)); err != nil {
+		return d.Wrap(err)
+	}
 	tx, err := d.BeginTx(ctx)
 	if err != nil {
 		return d.Wrap(err)
@@ -88,6 +91,32 @@ func (d *DB) rows(n int, pattern string) string {
 	return values(n, pattern)
 }
 
+// prepareAdd prepares the statements that add n events: SQLite takes as long to parse one
+// as to run it. In a transaction, the one connection would be taken.
+func (d *DB) prepareAdd(ctx context.Context, n int) error {
+	if !d.Plain {
+		return nil
+	}
+	for _, rows := range []int{min(n, d.Rows), n % d.Rows} {
+		if _, ok := d.adds.Load(rows); !ok && rows > 0 {
+			stmt, err := d.Write.PrepareContext(ctx, d.addQuery(rows))
+			if err != nil {
+				return err
+			}
+			d.adds.Store(rows, stmt)
+		}
+	}
+	return nil
+}
+
+func (d *DB) addQuery(n int) string {
+	return d.text(`
+		INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
+			attempts, last_error, event_type, resource_id, request, checksum) VALUES ` +
+		d.rows(n, `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`) + `
+		ON CONFLICT (id) DO NOTHING`)
+}
+
 func (d *DB) add(ctx context.Context, tx *sql.Tx, batchOwner string, added []*store.Record) error {
 	for records := range slices.Chunk(added, d.Rows) {
 		args := make([]any, 0, 12*len(records))
@@ -100,11 +129,12 @@ func (d *DB) add(ctx context.Context, tx *sql.Tx, batchOwner string, added []*st
 			args = append(args, r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
 				r.Attempts, plain(r.LastError), plain(r.EventType), plain(r.ResourceID), r.Request, r.Checksum)
 		}
-		_, err := tx.ExecContext(ctx, d.text(`
-			INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
-				attempts, last_error, event_type, resource_id, request, checksum) VALUES `+
-			d.rows(len(records), `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)+`
-			ON CONFLICT (id) DO NOTHING`), args...)
+		var err error
+		if stmt, ok := d.adds.Load(len(records)); ok {
+			_, err = tx.StmtContext(ctx, stmt.(*sql.Stmt)).ExecContext(ctx, args...)
+		} else {
+			_, err = tx.ExecContext(ctx, d.addQuery(len(records)), args...)
+		}
 		if err != nil {
 			return err
 		}
