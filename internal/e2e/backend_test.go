@@ -54,7 +54,7 @@ const (
 	modeDieReading  = "die-reading"  // ends in the middle of reading the body, one time in two
 	modeDieWriting  = "die-writing"  // ends in the middle of the answer, one time in two
 	modeDiscard     = "discard"      // reads each request, and writes nothing down
-	modeUpgrade     = "upgrade"      // changes to any protocol that it is asked for, and writes down what comes
+	modeUpgrade     = "upgrade"      // changes to any requested protocol, and records all bytes
 	modeHang        = "hang"         // writes down that a request has arrived, never answers, and writes down its end
 	modeEarly413    = "early-413"    // answers every request that has ?early before it reads it
 )

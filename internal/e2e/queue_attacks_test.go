@@ -107,7 +107,7 @@ func TestQueueWhoseDatabaseIsALink(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			backend, up := switchable(t)
-			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // and 2 s are what a kill costs
+			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // a kill costs 2 s more
 			target := t.TempDir() + "/real.db"
 			tt.make(t, target)
 			require.NoError(t, os.Mkdir(c.path("queue"), 0o700))
