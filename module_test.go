@@ -57,7 +57,7 @@ import (
 //  21. a name that becomes the secret when a variable is unset: TestUnsetVariableMakesNoSecret
 //  22. a secret of NULs: TestTextThatIsNoSecret, TestNewVerifierRefusesTheEmptySecret
 //  23. a rejected body that reaches an error route: TestRejectedRequestHasNoBody, and internal/e2e TestErrorRouteGetsNothingForged
-//  24. fields that strip what the guard set, or open a tunnel: TestSenderDoesNotSteer, and internal/e2e TestSenderDoesNotSteerTheProxy
+//  24. fields that remove the guard's fields, or open a tunnel: TestSenderDoesNotSteer, and internal/e2e TestSenderDoesNotSteerTheProxy
 //  25. a secret on the line of the directive that is taken for a path: TestCaddyfileErrorsShowNoInput
 //  26. genuine events refused while another request reads the secrets: TestNoGenuineEventIsRefusedAfterARotation, and internal/e2e TestRotationsUnderLoad
 //  27. a running state that the next load refuses: TestEqualSecretsLoadWithOneWarning

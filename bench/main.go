@@ -1,6 +1,6 @@
-// Command bench measures what it costs to verify Inkit's webhooks in Caddy with
-// this module, and beside it, in one run, in what else may stand in that place:
-// nginx with njs, HAProxy with its hmac converter, the receiver webhook, and a
+// Command bench measures the cost of verifying Inkit's webhooks in Caddy with this
+// module and, in the same run, in other programs for that purpose: nginx with njs,
+// HAProxy with its hmac converter, the receiver webhook, and a
 // Flask listener as Inkit's documentation shows one. Each of them is measured with
 // and without verification, on the loopback interface, with the same backend and
 // the same signed events. It prints the tables of docs/performance.md:
@@ -12,8 +12,8 @@
 // the same with other binaries, such as one of an older commit, and with -dsn the queue is
 // in PostgreSQL.
 //
-// It installs nothing, but builds cmd/caddy, and prints what is missing. The
-// programs are those of Debian's packages nginx-light, libnginx-mod-http-js,
+// It builds cmd/caddy, installs nothing, and prints the missing programs. They are
+// in Debian's packages nginx-light, libnginx-mod-http-js,
 // haproxy, webhook, gunicorn and python3-flask.
 package main
 
@@ -104,7 +104,7 @@ func run(rounds int, each time.Duration, queue bool, beside []string, dsn string
 	return nil
 }
 
-// missing returns what the rows need and what is not here.
+// missing returns the programs that the rows need and that are not installed.
 func missing() (names []string) {
 	for _, name := range []string{"go", "nginx", "haproxy", "webhook", "gunicorn"} {
 		if _, err := exec.LookPath(name); err != nil {
@@ -120,7 +120,7 @@ func missing() (names []string) {
 	return names
 }
 
-// spread is what a figure came to in the rounds.
+// spread has the values of a figure in the rounds.
 type spread []float64
 
 func (s spread) median() float64 {
@@ -192,7 +192,7 @@ func print(rows []*row, rounds int, each time.Duration) {
 	}
 }
 
-// figure is what another one came to, and this module. Less is better.
+// figure has the values of another program and of this module. Less is better.
 type figure struct {
 	name         string
 	theirs, ours float64
@@ -211,7 +211,7 @@ func better(figures ...figure) string {
 
 func mib(bytes int64) string { return fmt.Sprintf("%.0f", float64(bytes)/(1<<20)) }
 
-// versions says what was measured, as each program has it.
+// versions returns the versions of the programs.
 func versions() string {
 	first := func(name string, args ...string) string {
 		out, err := exec.Command(name, args...).CombinedOutput()

@@ -66,7 +66,7 @@ func newClient() *http.Client {
 	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 }
 
-// check makes sure that a row does what is measured.
+// check makes sure that a row verifies or not, as it should.
 func (r *row) check(dir string) error {
 	p, err := r.start(dir)
 	if err != nil {

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// binary is a Caddy whose queue is measured, and what is known of it.
+// binary is a Caddy whose queue is measured, and its figures.
 type binary struct {
 	name, path string
 	dir        string

@@ -12,12 +12,12 @@ import (
 
 const secret = "test_inkit_webhook_secret"
 
-// path is where all of them answer, since webhook takes no other.
+// path is the path of all programs, because webhook takes no other.
 const path = "/hooks/inkit"
 
 const njsModule = "/usr/lib/nginx/modules/ngx_http_js_module.so"
 
-// rows returns what is measured, in pairs: without verification, and with it.
+// rows returns the measured programs in pairs: without and with verification.
 // caddy is the binary, and backend the address to hand events to.
 func rows(caddy, backend string) (all []*row) {
 	pair := func(proxy string, files func(addr string, verifies bool) map[string]string, command func(dir, addr string) *exec.Cmd) {
@@ -156,7 +156,7 @@ def webhook():
 	return all
 }
 
-// row is a program in one of two configurations, and what is known of it.
+// row is a program in one of two configurations, and its figures.
 type row struct {
 	proxy    string
 	verifies bool
@@ -176,7 +176,7 @@ func (r *row) name() string {
 	return name + ", not verifying"
 }
 
-// start runs the program in a folder of its own.
+// start runs the program in its own folder.
 func (r *row) start(parent string) (*process, error) {
 	dir, err := os.MkdirTemp(parent, "row")
 	if err != nil {

@@ -1,5 +1,5 @@
-// Package docs tests what the documents say, as far as it can be told without running
-// it. The rest is for internal/e2e and .ci/first-run.
+// Package docs tests the documents without running their commands. internal/e2e and
+// .ci/first-run test the rest.
 package docs
 
 import (
@@ -14,8 +14,8 @@ import (
 	"maps"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"path"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -59,7 +59,7 @@ func files(t *testing.T, patterns ...string) map[string]string {
 
 var fence = regexp.MustCompile("(?ms)^( *)```(\\w*)\n(.*?)^ *```$")
 
-// blocks returns what stands between fences of a language in a document.
+// blocks returns the code blocks of a language in a document.
 func blocks(document, language string) (blocks []string) {
 	for _, match := range fence.FindAllStringSubmatch(document, -1) {
 		if match[2] == language {
@@ -69,7 +69,7 @@ func blocks(document, language string) (blocks []string) {
 	return blocks
 }
 
-// problems says what is wrong with a Caddyfile that the project shows.
+// problems returns the faults of a Caddyfile in the project.
 func problems(t *testing.T, content string) (problems []string) {
 	t.Helper()
 	_, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(content), map[string]any{"filename": "Caddyfile"})
@@ -121,7 +121,7 @@ func TestEveryCaddyfile(t *testing.T) {
 	}
 }
 
-// What TestEveryCaddyfile asks for, it finds.
+// TestProblems checks that TestEveryCaddyfile finds faults.
 func TestProblems(t *testing.T) {
 	for _, tt := range []struct {
 		name, caddyfile string
@@ -147,7 +147,7 @@ var (
 	dropped = regexp.MustCompile(`[^\p{L}\p{N} _-]`)
 )
 
-// anchors are what GitHub calls the headings of a document.
+// anchors returns GitHub's anchors of a document's headings.
 func anchors(document string) (anchors []string) {
 	for _, match := range heading.FindAllStringSubmatch(fence.ReplaceAllString(document, ""), -1) {
 		anchors = append(anchors, strings.ReplaceAll(dropped.ReplaceAllString(strings.ToLower(match[1]), ""), " ", "-"))
@@ -155,7 +155,7 @@ func anchors(document string) (anchors []string) {
 	return anchors
 }
 
-// Links within the repository lead to a file that is there, and to a heading in it.
+// Links within the repository lead to an existing file and heading.
 func TestLinks(t *testing.T) {
 	documents, count := files(t, "*.md"), 0
 	for name, document := range documents {
@@ -180,8 +180,8 @@ func TestLinks(t *testing.T) {
 	assert.Greater(t, count, 20)
 }
 
-// The README has the grammar of the source to the letter, and the pages beside it have its
-// outcomes, metrics, placeholders and commands.
+// The README has exactly the grammar of the source, and the other pages have its outcomes,
+// metrics, placeholders and commands.
 func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 	readme := files(t, "README.md")["README.md"]
 	reference := files(t, "reference.md")["docs/reference.md"] + files(t, "monitoring.md")["docs/monitoring.md"]

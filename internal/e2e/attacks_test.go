@@ -18,8 +18,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// exchange sends bytes and returns the status of the answer, and what comes after
-// its header.
+// exchange sends bytes and returns the status of the answer, and all bytes after its
+// header.
 func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reader) {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)
@@ -33,9 +33,9 @@ func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reade
 	return resp.StatusCode, reader
 }
 
-// An error route that hands everything to a backend, as a careless one does,
-// forwards nothing that was not signed, whatever the outcome. A handler that copies
-// the request, such as timeouts, changes nothing about that.
+// A careless error route that passes everything to a backend forwards no unsigned data,
+// for every outcome. The same holds behind a handler that copies the request, such as
+// timeouts.
 func TestErrorRouteGetsNothingForged(t *testing.T) {
 	for name, before := range map[string]string{"": "", "behind timeouts": "timeouts {\n\t\tread_timeout 10s\n\t}\n\t"} {
 		t.Run("no gate "+name, func(t *testing.T) {
@@ -87,7 +87,7 @@ func TestErrorRouteGetsNothingForged(t *testing.T) {
 		assert.Equal(t, 401, post(t, webhookURL(c, "/"), body, sign("wrong", body)).status)
 		assert.Equal(t, 413, post(t, webhookURL(c, "/"), make([]byte, 70_000), sign("wrong", body)).status)
 		assert.Empty(t, fallback.records())
-		// that of the error, which says that the first backend is down
+		// the outcome of the error: the first backend is down
 		assert.Equal(t, 200, post(t, webhookURL(c, "/"), body, sign(secret, body)).status)
 		records := fallback.records()
 		require.Len(t, records, 1)
@@ -96,8 +96,8 @@ func TestErrorRouteGetsNothingForged(t *testing.T) {
 	})
 }
 
-// What a client may say about the connection neither strips what the guard has set
-// nor opens a tunnel, nor does it keep the proxy from holding the body for a retry.
+// A client's fields about the connection do not remove fields of the guard, open no
+// tunnel, and do not stop the proxy from buffering the body for a retry.
 func TestSenderDoesNotSteerTheProxy(t *testing.T) {
 	b := newBackend(t, modeUpgrade)
 	c := startCaddy(t, "", recommendedSite(t, b.addr))
@@ -149,9 +149,9 @@ func TestUnhandledEvent(t *testing.T) {
 	})
 }
 
-// What request_body sets behind the guard is what the backend gets, whole, though the
-// Transport wants to send the request again on another connection, and in error
-// routes. That it is lost then is what happens behind plain Caddy, too.
+// The backend gets the complete body that request_body sets behind the guard, also in
+// error routes. If the Transport must send the request again on another connection, the
+// event is lost, as behind plain Caddy.
 func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
 	t.Parallel()
 	b, fallback := newBackend(t, modeDropReused), newBackend(t, modeGood)
@@ -185,7 +185,7 @@ func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
 	}
 }
 
-// 200 clients that hang up leave nothing behind, and Caddy ends when it is told to.
+// 200 clients hang up: no resource leaks, and Caddy still stops on SIGTERM.
 func TestSenderThatHangsUp(t *testing.T) {
 	t.Parallel()
 	const senders = 200
@@ -210,5 +210,5 @@ func TestSenderThatHangsUp(t *testing.T) {
 		}
 		return arrived > 0 && arrived == gone
 	})
-	c.stop(t, syscall.SIGTERM) // which fails the test if Caddy does not end
+	c.stop(t, syscall.SIGTERM) // fails the test if Caddy does not end
 }

@@ -23,7 +23,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// record is a request as the backend received it, whole.
+// record is a complete request, as the backend received it.
 type record struct {
 	Body           []byte
 	SHA256         string
@@ -35,9 +35,8 @@ type record struct {
 	Note           string `json:",omitempty"`
 }
 
-// backend is a process that writes down each request that it read to its end, and
-// then answers 200 with the hash of the body. It is this test binary, which finds
-// out from its environment that it is to be one.
+// backend is a process that records each complete request, and then answers 200 with the
+// hash of the body. It is this test binary with a variable in its environment.
 type backend struct {
 	*process
 	t    *testing.T
@@ -46,7 +45,7 @@ type backend struct {
 	file string
 }
 
-// The ways in which a backend may behave badly. What it wrote down stays.
+// The ways in which a backend may behave badly. Its records stay.
 const (
 	modeGood        = "good"
 	modeDropReused  = "drop-reused"  // closes a connection once a second request has arrived on it
@@ -55,7 +54,7 @@ const (
 	modeDieReading  = "die-reading"  // ends in the middle of reading the body, one time in two
 	modeDieWriting  = "die-writing"  // ends in the middle of the answer, one time in two
 	modeDiscard     = "discard"      // reads each request, and writes nothing down
-	modeUpgrade     = "upgrade"      // changes to any protocol that it is asked for, and writes down what comes
+	modeUpgrade     = "upgrade"      // changes to any requested protocol, and records all bytes
 	modeHang        = "hang"         // writes down that a request has arrived, never answers, and writes down its end
 	modeEarly413    = "early-413"    // answers every request that has ?early before it reads it
 )
@@ -73,8 +72,8 @@ func (b *backend) start() {
 	waitFor(b.t, "the backend listens", b.process, listening(b.addr))
 }
 
-// run starts the process and does not wait for it: one that is to die may have
-// listened, taken an event and died before anybody looked.
+// run starts the process and does not wait for it: it may listen, take an event and die
+// before the test looks.
 func (b *backend) run() {
 	b.t.Helper()
 	cmd := exec.Command(os.Args[0])

@@ -16,7 +16,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// What a client does once it has sent what it has to send.
+// The actions of a client after it has sent its bytes.
 type then int
 
 const (
@@ -25,8 +25,8 @@ const (
 	reset                 // the connection
 )
 
-// TestBrokenClients speaks HTTP/1.1 badly. None of what it sends may reach the
-// backend, but for the rows that say so.
+// TestBrokenClients speaks broken HTTP/1.1. No request may reach the backend, except in
+// the rows that say so.
 func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share a Caddy
 	t.Parallel()
 	b := newBackend(t, modeGood)
@@ -62,7 +62,7 @@ func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share 
 		send    string
 		then    then
 		status  int    // 0: no answer
-		outcome string // "": it does not get as far as the handler
+		outcome string // "": it does not reach the handler
 		atOnce  bool   // and not after the 5 s for which a body is discarded
 	}{
 		{"good, with a length", head(signature, length) + body, wait, 200, "verified", false},

@@ -20,8 +20,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// webhookCommand runs caddy inkit-webhook with a secret in the environment, none if it
-// is empty, and returns what it prints and the status that it exits with.
+// webhookCommand runs caddy inkit-webhook with a secret in the environment, or none if
+// secret is empty, and returns its output and exit status.
 func webhookCommand(t *testing.T, secret, stdin string, args ...string) (stdout, stderr string, status int) {
 	t.Helper()
 	cmd := exec.Command(caddyPath, append([]string{"inkit-webhook"}, args...)...)
@@ -161,7 +161,7 @@ func TestCommandUsage(t *testing.T) {
 	assert.Contains(t, stdout, "Signs bodies as Inkit does")
 }
 
-// A response may be that of a hostile server, and its status too.
+// A response, including its status, may come from a hostile server.
 func TestCommandSendPrintsNothingThatATerminalObeys(t *testing.T) {
 	l, err := net.Listen("tcp", freeAddr(t))
 	require.NoError(t, err)
@@ -253,7 +253,7 @@ func TestCommandSend(t *testing.T) {
 	}
 }
 
-// TestCommandHelp plays the example that each help text ends with.
+// TestCommandHelp runs the example at the end of each help text.
 func TestCommandHelp(t *testing.T) {
 	options, site := split(strings.Replace(readFile(t, "../../example.Caddyfile"), "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", 1))
 	c := startCaddy(t, options, site, "INKIT_WEBHOOK_SECRET=demo")

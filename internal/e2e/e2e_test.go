@@ -1,7 +1,7 @@
 //go:build unix
 
 // Package e2e runs a real Caddy with this module in front of real backends, each
-// a process of its own, and sends them real requests on the loopback interface.
+// in its own process, and sends them real requests on the loopback interface.
 package e2e
 
 import (
@@ -33,12 +33,12 @@ import (
 
 const secret = "test_inkit_webhook_secret"
 
-// long is whether the rows run at full length that take minutes: E2E_LONG=1, as
-// .ci/run has it.
+// long is whether the rows that take minutes run at full length: E2E_LONG=1, as in
+// .ci/run.
 var long = os.Getenv("E2E_LONG") != ""
 
-// caddyPath is the binary under test: that of E2E_CADDY if there is one, such as
-// one that xcaddy built with another version of Caddy, or else cmd/caddy.
+// caddyPath is the binary under test: E2E_CADDY, such as one that xcaddy built with
+// another version of Caddy, or else cmd/caddy.
 var caddyPath string
 
 func TestMain(m *testing.M) {
@@ -87,7 +87,7 @@ type process struct {
 	exited chan struct{}
 }
 
-// A group of its own, so that its children can be ended with it.
+// Its own process group, so that its children can be ended with it.
 var sysProcAttr = syscall.SysProcAttr{Setpgid: true}
 
 func start(t *testing.T, cmd *exec.Cmd) *process {
@@ -152,11 +152,11 @@ func (b *lockedBuffer) String() string {
 
 var lastPort atomic.Uint32
 
-// Another process that tests begins elsewhere, so that they do not try the same ports.
+// Each test process begins at another port, so that they do not try the same ones.
 func init() { lastPort.Store(uint32(os.Getpid()*97) % 12_000) }
 
-// freeAddr returns an address on which nothing listens. Its port is below those that
-// outgoing connections get, one of which could otherwise have it a moment later.
+// freeAddr returns an address on which nothing listens. Its port is below the ports of
+// outgoing connections, so that none of them can take it.
 func freeAddr(t *testing.T) string {
 	t.Helper()
 	for range 1000 {
@@ -220,9 +220,9 @@ type caddy struct {
 	wrapper []string // the command that runs it, if another one does
 }
 
-// startCaddy runs Caddy with a Caddyfile, in which {{addr}} and {{port}} stand for where
-// the site is, and {{dir}} for a folder of its own. The global options say where the admin API is, and what more
-// options says.
+// startCaddy runs Caddy with a Caddyfile. {{addr}} and {{port}} are the address and port
+// of the site, and {{dir}} is a folder for this Caddy. The global options set the
+// address of the admin API, followed by options.
 func startCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	t.Helper()
 	c := newCaddy(t, options, sites, env...)
@@ -242,11 +242,10 @@ func newCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	return c
 }
 
-// lookAtSources has go test run these tests again when the code changes that is in the
-// binary: it keeps a result for as long as the files are the same that a test has looked
-// at.
+// lookAtSources opens the sources of the binary: go test caches a result only until a
+// file changes that a test has opened.
 var lookAtSources = sync.OnceFunc(func() {
-	for _, name := range []string{"E2E_LONG", "E2E_CADDY"} { // which was asked for too early to be noticed
+	for _, name := range []string{"E2E_LONG", "E2E_CADDY"} { // they were read too early for go test to notice
 		_ = os.Getenv(name)
 	}
 	for _, pattern := range []string{"../../*.go", "../../cmd/*/*.go", "../../queue/*.go", "../../queue/*/*.go", "../../queue/*/*/*.go", "../../internal/*/*.go", "../../go.sum"} {
@@ -287,7 +286,7 @@ func (c *caddy) configure(options, sites string) {
 	require.NoError(c.t, os.WriteFile(c.path("Caddyfile"), []byte(config), 0o600))
 }
 
-// reload is what an operator types.
+// reload runs the command of an operator.
 func (c *caddy) reload() {
 	c.t.Helper()
 	cmd := exec.Command(caddyPath, "reload", "--config", c.path("Caddyfile"), "--adapter", "caddyfile", "--address", c.admin, "--force")
@@ -297,9 +296,9 @@ func (c *caddy) reload() {
 	c.settled()
 }
 
-// settled waits until the configuration before listens no longer, which may be a moment
-// after Caddy says that it has loaded the new one. The kernel resets a connection that
-// came to it and was not accepted.
+// settled waits until the old configuration has closed its listeners, which may be a
+// moment after Caddy reports the new one as loaded. The kernel resets connections that
+// the old configuration did not accept.
 func (c *caddy) settled() {
 	c.t.Helper()
 	waitFor(c.t, "the old configuration listens no longer", c.process, func() bool {
@@ -307,7 +306,7 @@ func (c *caddy) settled() {
 	})
 }
 
-// listeners returns how many sockets listen on a port, as far as Linux says it.
+// listeners returns how many sockets listen on a port, according to Linux.
 func listeners(port string) (n int) {
 	number, _ := strconv.Atoi(port)
 	suffix := fmt.Sprintf(":%04X", number)
@@ -349,7 +348,7 @@ func sign(key string, body []byte) string {
 	return hex.EncodeToString(m.Sum(nil))
 }
 
-// answer is what a client got.
+// answer is the answer to a client.
 type answer struct {
 	status int
 	header http.Header
@@ -385,7 +384,7 @@ func post(t *testing.T, url string, body []byte, signatures ...string) answer {
 	t.Helper()
 	client := &http.Client{Timeout: 60 * time.Second, Transport: new(http.Transport)}
 	// and not DisableKeepAlives: when the client asks for it, net/http closes the
-	// connection without waiting for what is on its way, and the answer may be lost
+	// connection without waiting for bytes on their way, and the answer may be lost
 	defer client.CloseIdleConnections()
 	got, err := send(t.Context(), client, url, body, int64(len(body)), signatures...)
 	require.NoError(t, err)
@@ -409,7 +408,7 @@ func readFile(t *testing.T, path string) string {
 	return string(content)
 }
 
-// killHard ends a Caddy as a machine that dies does.
+// killHard ends a Caddy as the death of its machine does.
 func killHard(c *caddy) {
 	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
 	<-c.exited

@@ -17,9 +17,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// No container engine, no cluster and no systemd is here. These tests run what they
-// would: the Caddyfiles, the backend, Prometheus, and the commands of each README without
-// what leads into a container. The manifests are checked by examples/test.
+// These tests have no container engine, no cluster and no systemd. They run the
+// Caddyfiles, the backend, Prometheus, and the commands of each README without the part
+// that enters a container. examples/test checks the manifests.
 
 // replaceEach replaces pairs of texts, each of which must be there.
 func replaceEach(t *testing.T, text string, pairs ...string) string {
@@ -31,7 +31,7 @@ func replaceEach(t *testing.T, text string, pairs ...string) string {
 	return text
 }
 
-// deployed is a Caddy as a container would have it, and a shell outside.
+// deployed is a Caddy as in a container, and a shell outside.
 type deployed struct {
 	*caddy
 	metrics, secretFile string
@@ -57,7 +57,7 @@ func deploy(t *testing.T, caddyfile, secretPath string, pairs ...string) *deploy
 	return d
 }
 
-// shell runs a script in which a program, docker or kubectl, is what stands in for it.
+// shell runs a script with a replacement for the program docker or kubectl.
 func (d *deployed) shell(program, standIn, script string) string {
 	d.t.Helper()
 	bin := d.t.TempDir()

@@ -14,7 +14,7 @@ import (
 )
 
 // TestExamplesKeepSignaturesOutOfLogs: each Caddyfile that people copy has the filter of
-// Caddy's own log. TestRecipeSignatureInLogs shows what it is for.
+// Caddy's own log. TestRecipeSignatureInLogs shows its purpose.
 func TestExamplesKeepSignaturesOutOfLogs(t *testing.T) {
 	t.Parallel()
 	paths := []string{"../../example.Caddyfile"}

@@ -21,8 +21,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// example is a copy of a folder of examples, in which a free port stands for each port
-// that its files and its commands name.
+// example is a copy of a folder of examples, with free ports in place of the ports in its
+// files and commands.
 type example struct {
 	t                      *testing.T
 	dir                    string
@@ -67,7 +67,7 @@ func (e *example) command(text string) *exec.Cmd {
 	return cmd
 }
 
-// send runs the command that sends an event, and returns what it prints.
+// send runs the command that sends an event, and returns its output.
 func (e *example) send(resource, secret string) string {
 	e.t.Helper()
 	require.Contains(e.t, e.sender, "=demo ")
@@ -77,13 +77,13 @@ func (e *example) send(resource, secret string) string {
 	return string(out)
 }
 
-// url is where that command sends an event to.
+// url is the URL of that command.
 func (e *example) url() string {
 	fields := strings.Fields(e.replacer.Replace(e.sender))
 	return fields[len(fields)-1]
 }
 
-// list is what waits in the queue.
+// list returns the events in the queue.
 func (e *example) list() string {
 	e.t.Helper()
 	out, err := e.command("caddy inkit-queue list").Output()
@@ -98,7 +98,7 @@ func (e *example) startBackend() *process {
 	return p
 }
 
-// backends are the examples of a backend, what each needs, and what it answers.
+// backends are the examples of a backend, with the required program and the answer.
 var backends = []struct {
 	name, needs, answer string
 }{
@@ -113,7 +113,7 @@ func backendExample(t *testing.T, name, needs string) *example {
 		t.Skip(needs + " is not installed")
 	}
 	e := newExample(t, name)
-	if name == "php" && os.Getuid() == 0 { // which php-fpm refuses, and nobody should do
+	if name == "php" && os.Getuid() == 0 { // php-fpm refuses to run as root
 		e.backend = strings.TrimSpace(e.backend) + " --allow-to-run-as-root"
 		config := strings.Replace(readFile(t, e.dir+"/php-fpm.conf"), "[inkit]\n", "[inkit]\nuser = root\ngroup = root\n", 1)
 		writeFile(t, e.dir+"/php-fpm.conf", config)
@@ -122,7 +122,7 @@ func backendExample(t *testing.T, name, needs string) *example {
 }
 
 // TestExamples runs each folder of examples as its README says: its backend, its
-// Caddyfile, the command that sends an event, and a backend that is away.
+// Caddyfile, the command that sends an event, and a backend that is down.
 func TestExamples(t *testing.T) {
 	t.Parallel()
 	for _, tt := range backends {
@@ -178,7 +178,7 @@ func TestExamples(t *testing.T) {
 }
 
 // TestExamplesLoseNothing stops each backend under load for a while, half a minute at
-// full length: what was answered 2xx has to arrive.
+// full length: each event that was answered 2xx must arrive.
 func TestExamplesLoseNothing(t *testing.T) {
 	t.Parallel()
 	outage := time.Second
@@ -237,7 +237,7 @@ func TestExamplesLoseNothing(t *testing.T) {
 			accepts(50)
 			cancel()
 			senders.Wait()
-			// what waits is attempted again after about as long as it has waited
+			// the pause before the next attempt is about the age of the event
 			for deadline := time.Now().Add(20*time.Second + 2*outage); strings.Contains(e.list(), " load_") && time.Now().Before(deadline); {
 				time.Sleep(100 * time.Millisecond)
 			}
@@ -261,7 +261,7 @@ func TestExamplesLoseNothing(t *testing.T) {
 }
 
 // TestPHPPool runs php-fpm with pool.conf, as a service of Debian would, and looks for
-// what the README says of its socket and its log.
+// the socket and the log that the README describes.
 func TestPHPPool(t *testing.T) {
 	t.Parallel()
 	const fpm = "/usr/sbin/php-fpm8.2"

@@ -20,7 +20,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The sites of this suite, in which UPSTREAMS stands for the backends.
+// The sites of this suite. UPSTREAMS is replaced by the backends.
 const (
 	plainSite = `http://:{{port}} {
 	reverse_proxy UPSTREAMS
@@ -33,15 +33,15 @@ const (
 `
 )
 
-// recommendedSite is the one of the recipe.
+// recommendedSite is the site of the recipe.
 func recommendedSite(t *testing.T, upstreams ...string) string {
 	t.Helper()
 	_, site := recipe(t, "Nothing verified gets lost", "localhost:9000", strings.Join(upstreams, " "))
 	return site
 }
 
-// load sends signed events, each with an id of its own, among forged ones, and
-// keeps what became of each.
+// load sends signed events, each with its own id, among forged ones, and records the
+// result of each.
 type load struct {
 	t       *testing.T
 	url     string
@@ -132,7 +132,7 @@ func (l *load) atRate(perSecond int, during func()) {
 	}
 }
 
-// tally is what the verdicts of the sender and the records of the backends come to.
+// tally compares the answers that the sender got with the records of the backends.
 type tally struct {
 	sent       int
 	accepted   int // answered 2xx
@@ -185,8 +185,8 @@ func (l *load) tally(backends ...*backend) (sum tally) {
 
 // A backend closes each connection that it kept alive just as the next request
 // arrives on it. If it does so between header and body, net/http's Transport fails
-// to write the body, and does not send such a request again whatever its header
-// says: with bare reverse_proxy, those are lost.
+// to write the body, and does not send such a request again, with any header: with
+// bare reverse_proxy, these events are lost.
 func TestKeptAliveConnectionsThatClose(t *testing.T) {
 	events := 1000
 	if raceEnabled {
@@ -195,7 +195,7 @@ func TestKeptAliveConnectionsThatClose(t *testing.T) {
 	for _, tt := range []struct {
 		mode string
 		site string
-		lost int // at most; -1 for as many as it comes to
+		lost int // at most; -1 for any number
 	}{
 		{modeDropReused, plainSite, -1},
 		{modeDropReused, bareSite, events * 5 / 100},
@@ -214,7 +214,7 @@ func TestKeptAliveConnectionsThatClose(t *testing.T) {
 			lost := 0
 			client := new(http.Client)
 			l := newLoad(t, webhookURL(c, "/webhook"))
-			if tt.site == plainSite { // which has no idea what is forged
+			if tt.site == plainSite { // it lets forged events through
 				for range events {
 					body := event("doc")
 					got, err := send(t.Context(), client, webhookURL(c, "/webhook"), body, int64(len(body)))
@@ -301,9 +301,9 @@ func TestBackendDies(t *testing.T) {
 // costs nothing. Over HTTP/1.1, a server that shuts down closes connections that are
 // idle, and those whose next request it has just read (conn.serve of net/http), and
 // the kernel resets those that wait in the backlog of a listener that is closed, with
-// or without this module (plain Caddy is measured beside it). No handler sees those,
-// so what is asserted for HTTP/1.1 is all that one can do: nothing is refused, what
-// is answered is there, and a sender that gets no answer knows that.
+// or without this module (the test also measures plain Caddy). No handler sees these
+// requests. So for HTTP/1.1 the test only asserts that no event is refused, that each
+// answered event arrived, and that the other senders see that they got no answer.
 func TestReloadUnderLoad(t *testing.T) {
 	reloads := 20
 	if raceEnabled {

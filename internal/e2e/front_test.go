@@ -18,9 +18,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// A proxy in front of two guards takes one out for which it gets no answer. Unsigned
-// bodies, which a guard does not want, must not have it do so: they would cost the
-// genuine events that come meanwhile.
+// A proxy in front of two guards skips a guard that does not answer. Unsigned bodies must
+// not cause this: genuine events would be lost during that time.
 func TestNginxInFront(t *testing.T) {
 	t.Parallel()
 	nginx, err := exec.LookPath("nginx")

@@ -59,8 +59,8 @@ func raiseFileLimit(t *testing.T) {
 	}
 }
 
-// guardedSite and plainReader are the same but for the guard: what answers has to
-// read the body first.
+// guardedSite and plainReader are the same except for the guard: the handler that answers
+// must read the body first.
 const guardedSite = `http://:{{port}} {
 	inkit_webhook {
 		secret {env.INKIT_WEBHOOK_SECRET}
@@ -70,8 +70,8 @@ const guardedSite = `http://:{{port}} {
 }
 `
 
-// hold opens connections that send a part of a request and no more, and returns
-// what all of them cost Caddy, in bytes.
+// hold opens connections that send only a part of a request, and returns the memory that
+// they cost Caddy, in bytes.
 func hold(t *testing.T, c *caddy, connections int, request string) int64 {
 	t.Helper()
 	before := c.status(t, "VmRSS")
@@ -92,7 +92,7 @@ func hold(t *testing.T, c *caddy, connections int, request string) int64 {
 	return c.status(t, "VmRSS") - before
 }
 
-// Memory is paid for what arrived, and not for what was declared.
+// Memory grows with the bytes that arrive, not with the declared length.
 func TestMemoryOfSlowConnections(t *testing.T) {
 	skipUnlessMemoryCounts(t)
 	raiseFileLimit(t)
@@ -168,7 +168,7 @@ func TestMemoryOfLargeUploads(t *testing.T) {
 		posts, size>>20, plain>>20, unsigned>>20, tooLarge>>20, forged>>20)
 	assert.Less(t, float64(unsigned), 1.2*float64(plain))
 	assert.Less(t, float64(tooLarge), 1.2*float64(plain))
-	// what a body has outgrown, a third of it, may not be collected yet
+	// a body's smaller buffers, a third of it, may not be collected yet
 	assert.Less(t, float64(forged-plain), 1.35*posts*size)
 }
 
@@ -230,7 +230,7 @@ func TestDribblingClients(t *testing.T) {
 }
 
 // TestSameVerdictAsInkitsListener sends random requests to Caddy, and to a
-// listener that is written in Python after what Inkit's documentation shows.
+// listener in Python that follows Inkit's documentation.
 func TestSameVerdictAsInkitsListener(t *testing.T) {
 	python, err := exec.LookPath("python3")
 	if err != nil {
@@ -275,7 +275,7 @@ func TestSameVerdictAsInkitsListener(t *testing.T) {
 }
 
 // randomRequest returns a request with a random body, signature, method and
-// framing, each of them right more often than not, and whether all of it is there.
+// framing, each of them right more often than not, and whether it is complete.
 func randomRequest(r *rand.Rand) (request []byte, whole bool) {
 	whole = true
 	pick := func(values ...string) string { return values[r.IntN(len(values))] }

@@ -55,7 +55,7 @@ func TestAlertRules(t *testing.T) {
 		}
 		return lines
 	}
-	// broken returns what the tests say of rules whose expressions are changed
+	// broken returns the output of the tests for rules with changed expressions
 	broken := func(change func(lines []string) []string) string {
 		changed := rules
 		for _, alert := range alerts {
@@ -184,7 +184,7 @@ http://:{{port}} {
 }
 `
 
-// panel is one of the dashboard's.
+// panel is a panel of the dashboard.
 type panel struct {
 	Type, Title string
 	GridPos     struct{ X, Y, W, H int }
@@ -198,14 +198,14 @@ type panel struct {
 	Targets []struct{ Expr, LegendFormat string }
 }
 
-// prometheus is one that runs.
+// prometheus is a running Prometheus.
 type prometheus struct {
 	*process
 	t    *testing.T
 	addr string
 }
 
-// startPrometheus has one scrape Caddys, with the configuration of the example.
+// startPrometheus starts a Prometheus that scrapes Caddys, with the example's configuration.
 func startPrometheus(t *testing.T, caddys ...*caddy) *prometheus {
 	t.Helper()
 	path, err := exec.LookPath("prometheus")
@@ -236,13 +236,13 @@ func startPrometheus(t *testing.T, caddys ...*caddy) *prometheus {
 	return p
 }
 
-// series is one line that a query gives.
+// series is a series in the answer to a query.
 type series struct {
 	labels map[string]string
 	value  float64
 }
 
-// query returns what an expression gives at a time.
+// query returns the values of an expression at a time.
 func (p *prometheus) query(at time.Time, expr string) (result []series) {
 	p.t.Helper()
 	resp, err := http.PostForm("http://"+p.addr+"/api/v1/query", url.Values{"query": {expr}, "time": {at.Format(time.RFC3339Nano)}})
@@ -267,8 +267,8 @@ func (p *prometheus) query(at time.Time, expr string) (result []series) {
 	return result
 }
 
-// when waits for a time at which each of the expressions gives the value 2. It is two
-// seconds ago, so that no read of the metrics is still on its way.
+// when waits for a time at which each expression has the value 2. The time is two seconds
+// in the past, so that no scrape is still running.
 func (p *prometheus) when(what string, exprs ...string) (at time.Time) {
 	p.t.Helper()
 	deadline := time.Now().Add(time.Minute)
@@ -289,7 +289,7 @@ func (p *prometheus) when(what string, exprs ...string) (at time.Time) {
 	}
 }
 
-// TestDashboard asks a Prometheus, which scrapes two Caddys, what the panels ask.
+// TestDashboard sends the panels' queries to a Prometheus that scrapes two Caddys.
 func TestDashboard(t *testing.T) {
 	t.Parallel()
 	file := newSecretFile(t, "from_file")
@@ -324,10 +324,10 @@ func TestDashboard(t *testing.T) {
 		`count(caddy_inkit_queue_events{queue="documents", state="pending"} == 5)`,
 		`count(caddy_inkit_queue_events{queue="mail", state="dead"} == 1)`,
 		`count(caddy_inkit_queue_oldest_age_seconds{queue="documents"} > 1)`,
-		// or else increase, which guesses what happened after the last read, is off by more than a tenth
+		// otherwise increase, which extrapolates after the last scrape, is off by more than a tenth
 		`count(count_over_time(up[1m]) > 14)`)
 
-	// what a line must show, by its legend; those of a panel are all that it has
+	// the required value of each line, by its legend; a panel has no other lines
 	one, two := " "+c.admin, " "+other.admin
 	type lines map[string]float64
 	const some = -1 // or more than that
@@ -387,7 +387,7 @@ func TestDashboard(t *testing.T) {
 			assert.Equal(t, "stepAfter", defaults.Custom.LineInterpolation, panel.Title)
 		}
 		require.Len(t, panel.Targets, 1, panel.Title)
-		// lines is what the panel shows at a time, with a choice of the webhook and queue
+		// lines returns the panel's lines at a time, for the chosen webhook and queue
 		shown := func(at time.Time, choice string) lines {
 			got := make(lines)
 			target := panel.Targets[0]

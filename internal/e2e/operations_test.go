@@ -17,8 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The values of secrets and the signatures show nowhere, whatever the log level,
-// as long as the filter is in place that the recipe has.
+// With the filter of the recipe, no log shows secrets or signatures, at every log level.
 func TestNothingConfidentialShows(t *testing.T) {
 	t.Parallel()
 	const next = "the_next_secret"

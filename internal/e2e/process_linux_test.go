@@ -2,5 +2,5 @@ package e2e
 
 import "syscall"
 
-// On Linux, what a test has started ends with it even if it is killed.
+// On Linux, a test's processes end with it, even if the test is killed.
 func init() { sysProcAttr.Pdeathsig = syscall.SIGKILL }

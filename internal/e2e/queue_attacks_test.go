@@ -17,7 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// A sender that has ended its side of the connection still reads what it is told.
+// A sender that has closed its side of the connection still reads the answer.
 func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 	t.Parallel()
 	halfClosed := func(t *testing.T, c *caddy, id string) int {
@@ -57,8 +57,8 @@ func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 	})
 }
 
-// A backend that was found to be down gets events again when it is up, though there is no
-// database that says when to try.
+// After an outage, a backend gets events again, even without a database with the times of
+// attempts.
 func TestQueueWithoutADatabaseWhoseBackendComesBack(t *testing.T) {
 	t.Parallel()
 	backend, up := switchable(t)
@@ -77,7 +77,7 @@ func TestQueueWithoutADatabaseWhoseBackendComesBack(t *testing.T) {
 	backend.hasAll(t, s.ids(), time.Second)
 }
 
-// Events that have the backend drop the connection look as if it were down.
+// Events that make the backend drop the connection look like a dead backend.
 func TestQueueOfEventsThatLookLikeAnOutage(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, func(id string, attempt int) int {
@@ -107,7 +107,7 @@ func TestQueueWhoseDatabaseIsALink(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			backend, up := switchable(t)
-			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // and 2 s are what a kill costs
+			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // a kill costs 2 s more
 			target := t.TempDir() + "/real.db"
 			tt.make(t, target)
 			require.NoError(t, os.Mkdir(c.path("queue"), 0o700))

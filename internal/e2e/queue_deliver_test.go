@@ -25,12 +25,12 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestQueueAttemptsAreAlike has each event fail at its first attempt, kills Caddy, and
-// compares what the backend gets at the second attempt with what it got at the first.
+// TestQueueAttemptsAreAlike fails the first attempt of each event, kills Caddy, and
+// compares the backend's request of the second attempt with the first.
 func TestQueueAttemptsAreAlike(t *testing.T) {
 	rows := []struct {
 		name, before, deliver string
-		seen                  string // what the attempts must show
+		seen                  string // the expected requests
 	}{
 		{"reverse_proxy", "", "reverse_proxy {{backend}}", "X-Forwarded-For: 203.0.113.9, 127.0.0.1\r\n"},
 		{"reverse_proxy with other header fields", "", `reverse_proxy {{backend}} {
@@ -97,7 +97,7 @@ func TestQueueAttemptsAreAlike(t *testing.T) {
 	}
 
 	var mu sync.Mutex
-	attempts := make(map[string][]string) // by row, without what numbers them
+	attempts := make(map[string][]string) // by row, without the attempt's number
 	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		row, attempt := r.Header.Get("X-Row"), r.Header.Get("X-Attempt")
 		r.Header.Del("X-Attempt")
@@ -245,7 +245,7 @@ http://{{addr}} {
 	assert.NotEmpty(t, seen[0].(map[string]any)["HTTP_IDEMPOTENCY_KEY"])
 }
 
-// TestQueueOfPHPThatHangs: php_fastcgi heeds no attempt_timeout.
+// TestQueueOfPHPThatHangs: php_fastcgi ignores attempt_timeout.
 func TestQueueOfPHPThatHangs(t *testing.T) {
 	t.Parallel()
 	root, addr := startPHP(t, `<?php
@@ -371,7 +371,7 @@ func (c *caddy) list(t *testing.T, args ...string) (events []queueEvent) {
 	return events
 }
 
-// rawBackend answers whatever it gets with bytes, and closes.
+// rawBackend answers every request with the same bytes, and closes the connection.
 func rawBackend(t *testing.T, answer string) (addr string) {
 	t.Helper()
 	addr = freeAddr(t)

@@ -39,7 +39,7 @@ func (c *caddy) logged(text string) {
 	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })
 }
 
-// switchable is a backend that takes events while it is told to.
+// switchable is a backend that the test can switch on and off.
 func switchable(t *testing.T) (b *taker, up *atomic.Bool) {
 	t.Helper()
 	up = new(atomic.Bool)
@@ -67,7 +67,7 @@ func (s *sender) once(t *testing.T, id string) answer {
 	return got
 }
 
-// refused asserts what a sender is told whose event is neither kept nor taken.
+// refused asserts the answer for an event that is neither stored nor delivered.
 func refused(t *testing.T, got answer) {
 	t.Helper()
 	assert.Equal(t, http.StatusServiceUnavailable, got.status)
@@ -179,7 +179,7 @@ func TestQueueWhoseDatabaseGoesAway(t *testing.T) {
 			assert.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
 			c.logged("was deleted")
 			waitFor(t, "it accepts", c.process, func() bool { return s.once(t, "kept").status == http.StatusOK })
-			// what was acknowledged is in the file that is there now
+			// the current file has the events that were answered 2xx
 			killHard(c)
 			c.start()
 			up.Store(true)
@@ -198,7 +198,7 @@ func copyDatabase(t *testing.T, from, to string) {
 	}
 }
 
-// It is still open, and nothing is written to it any more but what the end writes.
+// The file is still open. Only the end of Caddy writes to it.
 func TestQueueWhoseDatabaseIsDeletedBeforeAStop(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, all)
@@ -239,7 +239,7 @@ func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
 	backend.hasAll(t, s.ids(), time.Minute)
 }
 
-// kept makes a database with events that wait, and returns it and their names.
+// kept creates a database with pending events, and returns it and their names.
 func kept(t *testing.T, events int) (db string, ids []string) {
 	t.Helper()
 	backend := newTaker(t, all)

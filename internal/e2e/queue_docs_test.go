@@ -53,8 +53,7 @@ func docBlocks(t *testing.T, path, language string) (blocks []docBlock) {
 	return blocks
 }
 
-// takerOrNot is a backend that answers with a status that changes, and keeps what it
-// was sent.
+// takerOrNot is a backend with a changeable status, which records its requests.
 type takerOrNot struct {
 	addr   string
 	status atomic.Int32
@@ -167,7 +166,7 @@ func (o *operator) run(script string) string {
 	return out.String()
 }
 
-// TestQueueDocs types every command of docs/queue.md, from its first line to its last.
+// TestQueueDocs runs every command of docs/queue.md, from the first line to the last.
 func TestQueueDocs(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"bash", "curl", "sqlite3"} {
@@ -417,7 +416,7 @@ func TestQueueDocs(t *testing.T) {
 	}
 }
 
-// damage puts noise in the place of the page of a database that holds a text.
+// damage overwrites the page of a database that contains a text with noise.
 func damage(t *testing.T, db, text string) {
 	t.Helper()
 	const page = 4096

@@ -109,8 +109,8 @@ func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside 
 			if tt.down {
 				backend.listen(t)
 			}
-			// What each of them keeps is delivered while it is configured. What was a probe waits
-			// for as long again as it has waited.
+			// Each queue delivers its events while it is configured. The pause after a failed probe
+			// is as long as the event's age.
 			ended := time.Now()
 			for i := 0; len(backend.missing(ids)) > 0 && time.Since(ended) < 3*time.Minute; i++ {
 				c.configure("grace_period 5s", sites[i%len(sites)])
@@ -136,7 +136,7 @@ func changedOptions(backend string) (sites []string) {
 	return sites
 }
 
-// What lists the folder of the database takes long then.
+// This makes listing the database's folder slow.
 func TestQueueBesideManyFiles(t *testing.T) {
 	backend := newTaker(t, all)
 	c := newQueueCaddy(t, backend.addr, "")
@@ -165,7 +165,7 @@ type timeline struct {
 	now    map[string]bool
 	twice  []string
 	up     atomic.Bool   // whether it takes events
-	status int           // what it answers otherwise
+	status int           // its answer while it is down
 	let    chan struct{} // closed when it answers the slow ones
 }
 
@@ -191,14 +191,14 @@ func (l *timeline) answer(id string, _ int) int {
 	return http.StatusOK
 }
 
-// The database has times by a clock that is set, back or forward, while Caddy runs,
-// or before it is started again after a kill.
+// The clock of the database's times is set back or forward while Caddy runs, or before
+// it starts again after a kill.
 func TestQueueWhoseClockIsSet(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t, "fsync=off")
 	for _, store := range []string{"SQLite", "PostgreSQL"} {
 		for _, hours := range []int{10, -10} {
-			// open starts a Caddy, and returns what shifts the times of its database
+			// open starts a Caddy, and returns a function that shifts the times of its database
 			open := func(t *testing.T, backend string) (c *caddy, shift func() (events int)) {
 				t.Helper()
 				const options = "answer_after 100ms\nmax_age 12h"

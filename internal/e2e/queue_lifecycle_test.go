@@ -130,8 +130,8 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 	s.refusedNone(t)
 }
 
-// While somebody else writes to the file, neither Caddy can note what it delivers, so
-// that both would deliver the same.
+// While another program locks the file, neither Caddy can store its deliveries, so both
+// would deliver the same events.
 func TestQueueOfTwoCaddysWhileTheFileIsLocked(t *testing.T) {
 	t.Parallel()
 	var up atomic.Bool
@@ -155,7 +155,7 @@ func TestQueueOfTwoCaddysWhileTheFileIsLocked(t *testing.T) {
 	up.Store(true)
 	one.logged(cannotBeKept)
 	two.logged(cannotBeKept)
-	time.Sleep(time.Second) // for what is not to happen
+	time.Sleep(time.Second) // time for unwanted attempts
 	require.NoError(t, tx.Rollback())
 	assert.Zero(t, backend.hasAll(t, s.ids(), time.Minute), "none twice")
 }
@@ -189,7 +189,7 @@ func TestQueueIsNotTouchedByValidate(t *testing.T) {
 	backend.hasAll(t, s.ids(), 20*time.Second)
 }
 
-// An event whose sender goes away has arrived all the same.
+// An event whose sender disconnects is still accepted.
 func TestQueueOfASenderThatHangsUp(t *testing.T) {
 	t.Parallel()
 	var up atomic.Bool
@@ -237,7 +237,7 @@ func TestQueueThatIsFull(t *testing.T) {
 	assert.NotEqual(t, "0", c.metric(`caddy_inkit_queue_stored_total{queue="default",result="refused"}`))
 	assert.Len(t, c.list(t), kept, "no older event was dropped")
 
-	c.configure("", queueSite(backend.addr, "max_events 1")) // less than what is there
+	c.configure("", queueSite(backend.addr, "max_events 1")) // fewer than the pending events
 	c.stop(t, syscall.SIGTERM)
 	c.start()
 	up.Store(true)

@@ -77,7 +77,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	t.Logf("idle: %.2f %% of a core, and beside few events %.2f %%; %d events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
 		100*idle, 100*idleBeside, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
 	if long {
-		// A probe a second takes what it takes to fetch its code and data into the caches: 0.5 %
+		// A probe a second must load its code and data into the caches: 0.5 %
 		// of a core on a quiet machine, and up to 4 % on one whose neighbours fill them. That
 		// is the same with few events, but no two are alike. BenchmarkSQLite compares storing beside few and many.
 		assert.Less(t, idle, max(0.01, 3*idleBeside))

@@ -222,7 +222,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	}
 }
 
-// An operator has a look at an event, and forgets to end the transaction.
+// An operator looks at an event in a transaction, and forgets to end it.
 func TestPostgresRowThatIsLocked(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t, "fsync=off")
@@ -267,7 +267,7 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 	const attemptTimeout = 4 * time.Second
 	backend := newTaker(t, func(id string, attempt int) int {
 		if attempt == 1 {
-			time.Sleep(attemptTimeout) // what the one Caddy has begun does not end
+			time.Sleep(attemptTimeout) // the attempts of this Caddy do not end
 			return http.StatusInternalServerError
 		}
 		return http.StatusOK
@@ -334,8 +334,8 @@ func TestPostgresExample(t *testing.T) {
 	})
 }
 
-// Whatever is wrong with the database, the other sites are served, and the log says
-// what it is.
+// With any fault of the database, Caddy serves the other sites, and the log names the
+// fault.
 func TestPostgresThatIsNotThere(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)

@@ -31,7 +31,7 @@ func size(full, quick int) int {
 	return quick
 }
 
-// taker is a backend that notes what it has taken, and what it was asked.
+// taker is a backend that records its requests and the events that it took.
 type taker struct {
 	addr   string
 	status func(id string, attempt int) int
@@ -48,7 +48,7 @@ type taker struct {
 	most     int                        // and at most
 }
 
-// newTaker starts one. The status is what it answers to an attempt at an event.
+// newTaker starts a taker. status returns its answer to an attempt.
 func newTaker(t *testing.T, status func(id string, attempt int) int) *taker {
 	t.Helper()
 	b := &taker{
@@ -77,7 +77,7 @@ func (b *taker) close() {
 	_ = b.server.Close()
 }
 
-// all is a backend that takes what comes.
+// all is a backend that takes all events.
 func all(string, int) int {
 	time.Sleep(2 * time.Millisecond)
 	return http.StatusOK
@@ -184,7 +184,7 @@ type sender struct {
 	mu       sync.Mutex
 	tries    int // how many requests were sent
 	accepted []string
-	refused  []string // answered 5xx: the id, and what the answer was
+	refused  []string // answered 5xx: the id and the answer
 	times    []time.Duration
 }
 
@@ -224,8 +224,8 @@ func (s *sender) send(ctx context.Context, id string, first int) bool {
 	return false
 }
 
-// refusedNone asserts that no event was answered 5xx. One that is, though the backend
-// is up or the event could be kept, is as good as lost.
+// refusedNone asserts that no event was answered 5xx. If the backend is up or the queue
+// can store the event, a 5xx is as bad as a loss.
 func (s *sender) refusedNone(t *testing.T) {
 	t.Helper()
 	s.mu.Lock()
@@ -392,7 +392,7 @@ func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 	const attemptTimeout = 4 * time.Second
 	backend := newTaker(t, func(id string, attempt int) int {
 		if attempt == 1 {
-			time.Sleep(attemptTimeout) // what is begun does not end
+			time.Sleep(attemptTimeout) // the attempts do not end
 			return http.StatusInternalServerError
 		}
 		return http.StatusOK
@@ -534,7 +534,7 @@ func TestQueueAsksADeadBackendSeldom(t *testing.T) {
 	}
 }
 
-// waitLong is waitFor for what takes longer.
+// waitLong is waitFor with a longer limit.
 func waitLong(t *testing.T, what string, limit time.Duration, done func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {

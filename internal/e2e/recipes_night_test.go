@@ -21,7 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// scripted is a backend that answers as a test says, and keeps what it got.
+// scripted is a backend that answers as the test sets, and records its requests.
 type scripted struct {
 	addr string
 
@@ -91,7 +91,7 @@ func TestRecipeSignatureInLogs(t *testing.T) {
 	const filter = "\t\tformat filter {\n\t\t\trequest>headers>Inkit-Signature delete\n\t\t}\n"
 	for _, tt := range []struct {
 		name                       string
-		queue, own, access, debug  bool // what there is: a queue, a filter of Caddy's own log, one of the access log, level DEBUG
+		queue, own, access, debug  bool // the parts in use: a queue, a filter of Caddy's own log, one of the access log, level DEBUG
 		inOwn, inFailure, inAccess bool // where the signature shows: Caddy's own log, while the queue has room, and when it has none
 	}{
 		{name: "a proxy, both filters", own: true, access: true},
@@ -189,7 +189,7 @@ func TestRecipeSignatureInDatabase(t *testing.T) {
 			assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, signature).status)
 			assert.Equal(t, want, <-signatures, "in the first attempt")
 
-			// as somebody sees it who takes the files of a machine that died
+			// as in the files of a machine that died
 			killHard(c)
 			database := func() (content string) {
 				files, err := filepath.Glob(c.path("queue/*"))
@@ -247,7 +247,7 @@ func TestRecipeRetryByStatus(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
 		status   func(int, *http.Request) int
-		without  string // what the recipe is without
+		without  string // the missing part of the recipe
 		requests int
 		want     int
 	}{
@@ -301,7 +301,7 @@ func TestRequestBuffers(t *testing.T) {
 	for _, tt := range []struct {
 		buffers         string
 		length          int
-		whole, answered int // how often the backend gets the body whole, and what Caddy answers
+		whole, answered int // how often the backend gets the complete body, and Caddy's answer
 	}{
 		{"128KiB", 64 << 10, 2, 200},
 		{"64KiB", 64<<10 - 1, 2, 200},
@@ -537,7 +537,7 @@ func TestRecipeAddressesBehindAProxy(t *testing.T) {
 				"2001:db8::7":            200,
 				"203.0.113.9":            403,
 				"":                       403,
-				"192.0.2.7, 203.0.113.9": tt.forged, // the second is what the proxy saw
+				"192.0.2.7, 203.0.113.9": tt.forged, // the proxy saw the second
 			} {
 				req, err := http.NewRequest(http.MethodPost, webhookURL(c, "/webhook"), strings.NewReader(string(body)))
 				require.NoError(t, err)
@@ -683,7 +683,7 @@ func TestRecipeInFront(t *testing.T) {
 			assert.Equal(t, tt.status, post(t, "http://"+front+"/good", body, sign(secret, body)).status)
 		})
 	}
-	// what the document warns of
+	// the document's warning
 	for _, tt := range []struct {
 		name, program string
 		replacements  []string
@@ -718,7 +718,7 @@ func TestRecipeInFront(t *testing.T) {
 	})
 }
 
-// TestReloadEndsTries: a reload has reverse_proxy give up, and the queue goes on.
+// TestReloadEndsTries: a reload ends the tries of reverse_proxy, and the queue continues.
 func TestReloadEndsTries(t *testing.T) {
 	t.Parallel()
 	require.Contains(t, section(t, "Reload"), "answered 502 at once")

@@ -16,13 +16,13 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// recipes holds the README and the file with what does not fit into it.
+// recipes returns the README and docs/recipes.md.
 func recipes(t *testing.T) string {
 	t.Helper()
 	return readFile(t, "../../README.md") + "\n" + readFile(t, "../../docs/recipes.md")
 }
 
-// section returns what stands under a heading of either, which no other one repeats.
+// section returns the text under a heading, which must be unique in both.
 func section(t *testing.T, heading string) string {
 	t.Helper()
 	parts := strings.Split(recipes(t), "\n### "+heading+"\n")
@@ -269,7 +269,7 @@ func TestRecipeJSON(t *testing.T) {
 	}
 }
 
-// TestQuickStart runs the example and plays what its comment says, and the README.
+// TestQuickStart runs the example and the commands in its comment and in the README.
 func TestQuickStart(t *testing.T) {
 	for _, name := range []string{"openssl", "curl", "sh"} {
 		if _, err := exec.LookPath(name); err != nil {

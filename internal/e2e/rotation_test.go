@@ -191,7 +191,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 	}
 }
 
-// TestRecipeSecretFiles has files as Docker, Kubernetes and systemd lay them out.
+// TestRecipeSecretFiles uses files in the layouts of Docker, Kubernetes and systemd.
 func TestRecipeSecretFiles(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, modeGood)
@@ -248,8 +248,8 @@ func TestRecipeSecretFiles(t *testing.T) {
 	})
 }
 
-// TestRecipeRotation plays the walk through a rotation with the Caddyfile, the
-// files and the commands of the recipe.
+// TestRecipeRotation runs a rotation with the Caddyfile, the files and the commands of
+// the recipe.
 func TestRecipeRotation(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, modeGood)
@@ -259,7 +259,7 @@ func TestRecipeRotation(t *testing.T) {
 	command := func(block, line int, stdin string) {
 		t.Helper()
 		shown := strings.Split(blocks[block], "\n")[line]
-		// as whoever runs the test, and not as root and in the group of Caddy
+		// as the user of the test, and not as root and in Caddy's group
 		script := strings.NewReplacer("sudo ", "", " -o root -g caddy", fmt.Sprintf(" -g %d", os.Getgid()), "/etc/caddy/inkit", dir).Replace(shown)
 		cmd := exec.Command("sh", "-ec", script)
 		cmd.Stdin = strings.NewReader(stdin)
@@ -288,7 +288,7 @@ func TestRecipeRotation(t *testing.T) {
 	}
 	assert.Equal(t, 200, status("old_secret"))
 
-	// a bad paste changes nothing, and the log says what the recipe says
+	// a bad paste changes nothing, and the log has the recipe's line
 	command(2, 0, " new_secret\n")
 	command(2, 1, "")
 	assert.Equal(t, 401, status("new_secret"))
@@ -415,8 +415,8 @@ func TestRotationsUnderLoad(t *testing.T) {
 	}
 }
 
-// hang returns what has a command run with a file system that hangs, once a file has
-// been opened a number of times.
+// hang returns a wrapper that runs a command with a file system that hangs after a file
+// was opened a number of times.
 func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	t.Helper()
 	strace, err := exec.LookPath("strace")
@@ -432,8 +432,8 @@ func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	}
 }
 
-// release ends the program that has p's file system hang. Under strace, a process that
-// has ended with a call on its way is there until then.
+// release ends the program that makes p's file system hang. Under strace, a process that
+// ended during a call exists until then.
 func release(t *testing.T, p *process) {
 	t.Helper()
 	_, rest, _ := strings.Cut(readFile(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)), "\nTracerPid:")

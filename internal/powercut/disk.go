@@ -1,7 +1,7 @@
 //go:build linux
 
 // Package powercut cuts the power of a Caddy with a queue in SQLite, below the file
-// system. It is a module of its own, so that nobody else needs what it needs.
+// system. It is a separate module, so that nothing else needs its dependencies.
 package powercut
 
 import (
@@ -29,15 +29,15 @@ const (
 
 // disk is a file system whose power can be cut. It holds one folder of files.
 //
-// A folder of the machine has the newest content of each file, which is what programs
-// read. The disk remembers what a page was before it was written, until an fsync of the
-// file. At a cut, pages that were not synced become what they were, or stay, or are
-// torn: the first sectors stay.
+// A folder of the machine has the newest content of each file, and programs read it. The
+// disk remembers a page's old content until an fsync of the file. At a cut, a page that
+// was not synced gets its old content, keeps its new content, or is torn: only its first
+// sectors are new.
 //
-// It is harsher than most disks in that a page that was not synced may arrive before
-// one that was written earlier, and milder in that creating, renaming and deleting a file
-// is durable at once, without an fsync of the folder. An fsync makes durable what was
-// written until it returns, even if that happens while it is under way.
+// It is harsher than most disks, because an unsynced page may arrive before an earlier
+// page. It is milder, because creating, renaming and deleting a file is durable at once,
+// without an fsync of the folder. An fsync makes all writes durable until it returns,
+// including writes during the fsync.
 type disk struct {
 	dir    string // of the newest content
 	faults faults
@@ -45,19 +45,19 @@ type disk struct {
 	mu       sync.Mutex
 	unsynced map[uint64]*file // by inode
 	steps    int              // how many writes and syncs are left until the cut, if more than 0
-	kill     func()           // what else the cut ends
+	kill     func()           // called at the cut
 	cut      chan struct{}    // closed by it
 	failed   int              // how many fsyncs have failed
 }
 
-// faults is what a disk does wrong while it has power.
+// faults are the faults of a disk while it has power.
 type faults struct {
 	failOneIn     int           // one fsync in so many fails with EIO, and its pages never arrive unless they are written again
 	atLeast, more time.Duration // how long an fsync takes
 	liesAbout     string        // an fsync of a file with this suffix succeeds and does nothing
 }
 
-// file is what a file was when it was synced, as far as it has been written since.
+// file has the synced content of those parts of a file that were written since.
 type file struct {
 	size  int64
 	pages map[int64]*page
@@ -68,10 +68,10 @@ type page struct {
 	dropped bool // by an fsync that failed. As in ext4, programs read the newest content all the same
 }
 
-// toll is how many pages that were not synced a cut met.
+// toll counts the unsynced pages at a cut.
 type toll struct{ lost, torn, kept int }
 
-// mount mounts a disk on a folder, with what another one has left in dir.
+// mount mounts a disk on a folder, with the files that another disk left in dir.
 func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -122,7 +122,7 @@ func (d *disk) step() syscall.Errno {
 	}
 }
 
-// remember notes what a part of a file is, before it becomes something else.
+// remember stores the old content of a part of a file before a write.
 func (d *disk) remember(f *os.File, from, to int64) error {
 	info, err := f.Stat()
 	if err != nil {
@@ -147,7 +147,7 @@ func (d *disk) remember(f *os.File, from, to int64) error {
 	return nil
 }
 
-// sync makes durable what was written to a file.
+// sync makes the writes to a file durable.
 func (d *disk) sync(f *os.File) error {
 	info, err := f.Stat()
 	if err != nil {
@@ -183,8 +183,8 @@ func (d *disk) failOneIn(fsyncs int) {
 	d.faults.failOneIn = fsyncs
 }
 
-// settle makes the files what the cut has left of them. Nothing is mounted any more. A
-// page that was not synced arrives, or is torn, with these probabilities.
+// settle gives the files their content after the cut. The disk is no longer mounted. An
+// unsynced page arrives, or is torn, with these probabilities.
 func (d *disk) settle(arrives, tears float64) (sum toll, err error) {
 	entries, err := os.ReadDir(d.dir)
 	if err != nil {

@@ -22,8 +22,8 @@ func write(t *testing.T, f *os.File, at int64, letters string) {
 	}
 }
 
-// letters returns what the pages of a file are: a letter, a dot if they are empty, or
-// a question mark if they are torn.
+// letters returns the pages of a file: a letter, a dot for an empty page, or a question
+// mark for a torn page.
 func letters(content []byte) (s string) {
 	for len(content) > 0 {
 		page := content[:min(pageSize, len(content))]

@@ -97,7 +97,7 @@ func TestPowerCuts(t *testing.T) {
 // machine has a disk, and a Caddy that runs while there is power.
 type machine struct {
 	caddy   string // the program
-	dir     string // of what is not on the disk
+	dir     string // for files outside of the disk
 	faults  faults
 	backend *backend
 
@@ -288,7 +288,7 @@ func (m *machine) stop(t *testing.T) {
 	require.NoError(t, err)
 }
 
-// check has SQLite look at a copy of the database.
+// check lets SQLite check a copy of the database.
 func (m *machine) check(t *testing.T) {
 	t.Helper()
 	copied := filepath.Join(t.TempDir(), "queue.db")
@@ -311,7 +311,7 @@ func (m *machine) keepsNothing() bool {
 	return err == nil && len(out) == 0
 }
 
-// backend notes what it takes. While it is down, it breaks each connection.
+// backend records the events that it takes. While it is down, it breaks each connection.
 type backend struct {
 	addr string
 	up   atomic.Bool
