@@ -206,7 +206,9 @@ func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 		{"placeholders of the guard", "module.go", "`({http\\.inkit_webhook\\.\\w+})`", 4},
 		{"placeholders of the queue", "queue/handler.go", "`({http\\.inkit_queue\\.\\w+})`", 3},
 		{"commands of the guard", "command.go", `Use: +"(\w+) .*",`, 3},
-		{"commands of the queue", "queue/command.go", `Use: +"(\w+) .*",`, 6},
+		{"commands of the queue", "queue/command.go", `Use: +"(\w+) .*",`, 2},
+		{"commands for events", "queue/command_events.go", `Use: +"(\w+) .*",`, 4},
+		{"commands for queues", "queue/command_status.go", `Use: +"(\w+) .*",`, 3},
 	} {
 		names := regexp.MustCompile(tt.pattern).FindAllStringSubmatch(source[tt.file], -1)
 		assert.GreaterOrEqual(t, len(names), tt.least, tt.what)

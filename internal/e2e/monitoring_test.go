@@ -355,8 +355,8 @@ func TestDashboard(t *testing.T) {
 			"mail delivered": 2, "mail failed": some, "mail unreachable": 0,
 		},
 		"Kept, last hour": {
-			"documents stored": 5, "documents delivered": 0, "documents refused": 0, "documents failed": 0,
-			"mail stored": some, "mail delivered": some, "mail refused": 0, "mail failed": 0,
+			"documents stored": 5, "documents delivered": 0, "documents duplicate": 0, "documents refused": 0, "documents failed": 0,
+			"mail stored": some, "mail delivered": some, "mail duplicate": 0, "mail refused": 0, "mail failed": 0,
 		},
 		"Time until an event is durable": {"documents": some, "mail": some},
 	}

@@ -153,3 +153,31 @@ func TestPostgresPause(t *testing.T) {
 	t.Log("delivered after", time.Since(resumed))
 	assert.Contains(t, c.output.String(), "the queue is no longer paused")
 }
+
+func TestRecipeUnwanted(t *testing.T) {
+	t.Parallel()
+	backend := newTaker(t, func(id string, _ int) int {
+		switch id {
+		case "gone":
+			return http.StatusGone
+		case "wrong":
+			return http.StatusUnprocessableEntity
+		}
+		return http.StatusInternalServerError
+	})
+	options, site := recipe(t, "An event that your backend will never want", "localhost:9000", backend.addr,
+		"inkit_queue {\n", "inkit_queue {\n\t\t\tstore sqlite {{dir}}/queue/events.db\n")
+	c := startCaddy(t, options, site)
+	for id, status := range map[string]int{"gone": 204, "wrong": 204, "failed": 200} {
+		assert.Equal(t, status, post(t, webhookURL(c, "/webhook"), event(id), sign(secret, event(id))).status, id)
+	}
+	waitFor(t, "the history has both", c.process, func() bool {
+		list, err := c.command("inkit-queue", "list", "--json", "--state", "delivered", "--db", c.path("queue/events.db"))
+		return err == nil && strings.Count(list, `"status":204`) == 2
+	})
+	list, err := c.command("inkit-queue", "list", "--json", "--db", c.path("queue/events.db"))
+	require.NoError(t, err)
+	assert.Equal(t, 1, strings.Count(list, "\n"))
+	assert.Contains(t, list, `"resource_id":"failed"`)
+	assert.Equal(t, 1, backend.of("gone").attempts)
+}
