@@ -47,7 +47,7 @@ func TestListFilters(t *testing.T) {
 	require.NoError(t, err)
 	const delivered = `{"id":"0-d1","queue":"default","state":"delivered","received":"2026-11-25T06:31:00Z","event_type":"DOCUMENT_CREATE_FINISHED",` +
 		`"resource_id":"doc_2N0X2g4f3b1JJU75fqzDZs","attempts":2,"finished":"2026-11-25T06:32:00Z","status":204}`
-	assert.Equal(t, delivered+"\n", got)
+	assert.JSONEq(t, delivered, got)
 	shown, err := run(t, "show", "0-d1", "--db", path)
 	require.NoError(t, err)
 	assert.JSONEq(t, delivered, shown)

@@ -218,8 +218,10 @@ func TestRetryAndDrop(t *testing.T) {
 		{"drop one that there is and two that there are not", "drop none i1-due other", dropped("i1-due"), "there is no event none\nthere is no event other", with(map[string]string{"i1-due": ""})},
 		{"drop nothing", "drop", "", "takes either events by their ids, or a filter such as --state dead", all},
 		{"retry by a filter", "retry --error 500:", "1 events are due\n", "", all},
-		{"retry by a filter that selects one that is being delivered", "retry --state pending --type DOCUMENT_CREATE_FINISHED",
-			"2 events are due\n1 are delivered, or being delivered, and were left\n", "", all},
+		{
+			"retry by a filter that selects one that is being delivered", "retry --state pending --type DOCUMENT_CREATE_FINISHED",
+			"2 events are due\n1 are delivered, or being delivered, and were left\n", "", all,
+		},
 		{"retry by a filter that selects nothing", "retry --resource none", "0 events are due\n", "", all},
 		{"retry a delivered one", "retry 0-d1", "", "0-d1 is delivered: its request is deleted", all},
 		{"drop by a filter, without --yes", "drop --state dead", "", "would drop 1 events: say so with --yes", all},

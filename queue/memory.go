@@ -13,15 +13,20 @@ import (
 	"go.uber.org/zap"
 )
 
-// pausedPoll is the pause between two questions whether a queue is paused, while its
-// database is being opened.
-const pausedPoll = time.Millisecond
-
 // pause is whether an operator has paused a queue, as far as this Caddy knows.
 type pause struct {
+	known chan struct{} // closed when the database has told, or takes too long
+	close func()
+
 	mu    sync.Mutex
-	known bool
 	since time.Time // zero if it is not paused
+}
+
+func newPause() *pause {
+	p := &pause{known: make(chan struct{})}
+	p.close = sync.OnceFunc(func() { close(p.known) })
+	time.AfterFunc(storeWait, p.close)
+	return p
 }
 
 // heedPause notes whether the queue is paused. If it is, no event is due before the next
@@ -29,8 +34,9 @@ type pause struct {
 func (q *queue) heedPause(p *store.Peek) {
 	q.pause.mu.Lock()
 	was := q.pause.since
-	q.pause.known, q.pause.since = true, p.Paused
+	q.pause.since = p.Paused
 	q.pause.mu.Unlock()
+	q.pause.close()
 	logger := q.db.logger.Load()
 	switch {
 	case p.Paused.IsZero() && !was.IsZero():
@@ -45,18 +51,15 @@ func (q *queue) heedPause(p *store.Peek) {
 	}
 }
 
-// isPaused reports whether the queue is paused. After the start it waits until that is
-// known, for as long as the database is being opened.
+// isPaused reports whether the queue is paused. After the start, it waits while the
+// database is being opened, since a paused backend must not get an event.
 func (q *queue) isPaused() bool {
-	for began := time.Now(); ; time.Sleep(pausedPoll) {
-		q.pause.mu.Lock()
-		known, since := q.pause.known, q.pause.since
-		q.pause.mu.Unlock()
-		if known || q.db.writer.Failing() || time.Since(began) > storeWait {
-			return !since.IsZero()
-		}
-		_, _ = q.Peek()
+	if !q.db.writer.Failing() {
+		<-q.pause.known
 	}
+	q.pause.mu.Lock()
+	defer q.pause.mu.Unlock()
+	return !q.pause.since.IsZero()
 }
 
 // remember has the history say that an event is delivered.

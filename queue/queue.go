@@ -25,7 +25,7 @@ type queue struct {
 	breaker  *delivery.Breaker
 	limits   *delivery.Limits
 	schedule *delivery.Schedule
-	pause    pause
+	pause    *pause
 	warnings warnings
 
 	attempting context.Context // of all attempts
@@ -42,7 +42,7 @@ type queue struct {
 
 func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
 	q := &queue{
-		name: name, db: openDatabase(opener, logger), metrics: newQueueMetrics(name),
+		name: name, db: openDatabase(opener, logger), metrics: newQueueMetrics(name), pause: newPause(),
 		breaker: new(delivery.Breaker), limits: delivery.NewLimits(),
 		inFlight: make(map[string]bool), overdue: make(map[string]bool),
 	}

@@ -92,7 +92,7 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 		return 0
 	}
 	claim := &store.Claim{Queue: s.Queue, Max: places, Lease: timeout + LeaseMargin, Newest: step.Newest}
-	records, err := s.Source.Claim(claim)
+	records, _ := s.Source.Claim(claim) // after an error there are none
 	s.Limits.EndOld(places - len(records))
 	if look.Down && len(records) > 0 {
 		s.Breaker.probing(claim.Lease)

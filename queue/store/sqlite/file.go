@@ -67,8 +67,10 @@ func openFile(ctx context.Context, path string, o store.Opening) (*file, error) 
 		busy = commandBusyTimeout
 	}
 	f := &file{path: path, main: info, room: room{reserve: path + "-reserve"}}
-	f.Dialect = sqlstore.Dialect{Bytes: "BLOB", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
-		Plain: true, Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`}
+	f.Dialect = sqlstore.Dialect{
+		Bytes: "BLOB", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
+		Plain: true, Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
+	}
 	f.Write = openSQLite(path, 1, busy,
 		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
 		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize))

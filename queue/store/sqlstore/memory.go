@@ -126,7 +126,7 @@ func (d *DB) addHistory(ctx context.Context, tx *sql.Tx, history []*store.Record
 		case !d.Plain || len(some) < size:
 			_, err = tx.ExecContext(ctx, query, args...)
 		case prepared == nil:
-			if prepared, err = tx.PrepareContext(ctx, query); err != nil {
+			if prepared, err = tx.PrepareContext(ctx, query); err != nil { //nolint:sqlclosecheck // it ends with the transaction
 				return err
 			}
 			defer prepared.Close()

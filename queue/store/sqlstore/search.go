@@ -44,7 +44,7 @@ func (c *condition) String() string { return strings.Join(append(c.parts, "TRUE"
 
 // in adds that a column has one of these values.
 func (c *condition) in(column string, values []string) {
-	marks := []string{"NULL"} // for no values at all
+	marks := append(make([]string, 0, 1+len(values)), "NULL") // for no values at all
 	for _, value := range values {
 		c.args = append(c.args, value)
 		marks = append(marks, fmt.Sprintf("$%d", len(c.args)))

@@ -131,7 +131,7 @@ func (d *DB) add(ctx context.Context, tx *sql.Tx, batchOwner string, added []*st
 		}
 		var err error
 		if stmt, ok := d.adds.Load(len(records)); ok {
-			_, err = tx.StmtContext(ctx, stmt.(*sql.Stmt)).ExecContext(ctx, args...)
+			_, err = tx.StmtContext(ctx, stmt.(*sql.Stmt)).ExecContext(ctx, args...) //nolint:sqlclosecheck // it ends with the transaction
 		} else {
 			_, err = tx.ExecContext(ctx, d.addQuery(len(records)), args...)
 		}
