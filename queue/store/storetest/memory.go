@@ -106,7 +106,7 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 	t.Run("two that store the same events at once", func(t *testing.T) {
 		db := newDatabase(t)
 		stores := []store.Store{open(t, db), open(t, db)}
-		const batches, size = 20, 30
+		const batches, size = 6, 400
 		stored := make(chan int, 2*batches)
 		for i := range batches {
 			for which, s := range stores {
