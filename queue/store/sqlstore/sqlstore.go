@@ -20,19 +20,20 @@ const version = 1
 //go:embed schema.sql
 var schema string
 
-// Dialect is what differs between databases. It takes the place of {bytes}, {schema},
+// Dialect is what differs between databases. It takes the place of {bytes}, {clustered}, {schema},
 // {now} and {skip} in the statements of this package.
 type Dialect struct {
-	Bytes  string         // the type of bytes
-	Schema string         // stands before the names of tables, with its dot
-	Rows   int            // how many events one statement adds or finishes
-	Plain  bool           // arguments are ? in rows of VALUES: the driver of SQLite is slow with many $1
-	Now    string         // the clock in milliseconds, the same throughout a statement
-	Skip   string         // makes a SELECT pass over locked rows; empty if no row can be locked
-	Begin  string         // the first statement of a transaction that writes, if there is one
-	Tx     *sql.TxOptions // of such a transaction
-	More   string         // what the schema has beyond schema.sql
-	Size   string         // a SELECT of the size of the database in bytes
+	Bytes     string         // the type of bytes
+	Clustered string         // makes a table that is its primary key
+	Schema    string         // stands before the names of tables, with its dot
+	Rows      int            // how many events one statement adds or finishes
+	Plain     bool           // arguments are ? in rows of VALUES: the driver of SQLite is slow with many $1
+	Now       string         // the clock in milliseconds, the same throughout a statement
+	Skip      string         // makes a SELECT pass over locked rows; empty if no row can be locked
+	Begin     string         // the first statement of a transaction that writes, if there is one
+	Tx        *sql.TxOptions // of such a transaction
+	More      string         // what the schema has beyond schema.sql
+	Size      string         // a SELECT of the size of the database in bytes
 
 	// Wrap translates an error of the driver into those of package store.
 	Wrap func(error) error
@@ -48,7 +49,7 @@ type DB struct {
 }
 
 func (d *DB) text(query string) string {
-	for _, part := range [][2]string{{"{bytes}", d.Bytes}, {"{schema}", d.Schema}, {"{now}", d.Now}, {"{skip}", d.Skip}} {
+	for _, part := range [][2]string{{"{bytes}", d.Bytes}, {"{clustered}", d.Clustered}, {"{schema}", d.Schema}, {"{now}", d.Now}, {"{skip}", d.Skip}} {
 		query = strings.ReplaceAll(query, part[0], part[1]) // a Replacer costs more to make than it saves
 	}
 	return query
