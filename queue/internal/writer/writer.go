@@ -275,10 +275,10 @@ func (w *Writer) run() {
 			closing = true
 		}
 	}
-	w.write()
-	for w.write() && !w.remembered() { // what the first transaction left
-	}
 	if s, _ := w.Store(); s != nil {
+		w.write()
+		for w.write() && !w.remembered() { // the rest
+		}
 		_ = s.Close()
 	}
 }
