@@ -182,6 +182,7 @@ type Key struct {
 type Status struct {
 	Size   int64 // in bytes
 	Queues []QueueStatus
+	Kept   [24]int // events of all queues that are pending or dead, by the hour in which they arrived
 }
 
 // QueueStatus is a look at one queue. What it says of deliveries is as complete as the
@@ -196,6 +197,7 @@ type QueueStatus struct {
 	LastHour, LastDay int     // delivered
 	Hours             [24]int // delivered an hour: the last one is the hour that ends now
 	Retries           int     // attempts that failed at the events that were delivered in the last day
+	Failed            [24]int // likewise, an hour
 	Duplicates        int     // that came to keys which are remembered
 
 	// Errors are the most frequent last errors of pending and dead events, five at most.
