@@ -3,7 +3,9 @@ package page
 import (
 	"errors"
 	"net/url"
+	"strings"
 	"time"
+	"unicode"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 
@@ -25,7 +27,7 @@ func (f *filter) fields() map[string]*string {
 
 func newFilter(v url.Values) (f filter) {
 	for name, field := range f.fields() {
-		*field = v.Get(name)
+		*field = strings.ToValidUTF8(v.Get(name), string(unicode.ReplacementChar))
 	}
 	return f
 }

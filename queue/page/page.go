@@ -165,7 +165,7 @@ func (h *Handler) userOf(r *http.Request) string {
 		return ""
 	}
 	user, _ := repl.GetString(strings.Trim(h.User, "{}"))
-	return strings.TrimSpace(request.Printable(user))
+	return request.Printable(strings.TrimSpace(user))
 }
 
 func (h *Handler) warn() {
