@@ -1,6 +1,7 @@
 package page
 
 import (
+	"encoding/json"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -16,7 +17,7 @@ func TestCaddyfile(t *testing.T) {
 		{"nothing", "inkit_queue_page", `{"handler":"inkit_queue_page"}`, ""},
 		{"an empty block", "inkit_queue_page {\n}", `{"handler":"inkit_queue_page"}`, ""},
 		{"all options", "inkit_queue_page {\nuser {header.Remote-User}\nread_only\n}", `{"handler":"inkit_queue_page","read_only":true,"user":"{http.request.header.Remote-User}"}`, ""},
-		{"behind what refuses", "inkit_queue_page\nerror 404", `{"error":"","handler":"error","status_code":404},{"handler":"inkit_queue_page"}`, ""},
+		{"behind what refuses", "inkit_queue_page\nerror 404", `{"handler":"error","status_code":404},{"handler":"inkit_queue_page"}`, ""},
 		{"in front of a proxy", "reverse_proxy localhost:9000\ninkit_queue_page", `{"handler":"inkit_queue_page"},{"handler":"reverse_proxy","upstreams":[{"dial":"localhost:9000"}]}`, ""},
 
 		{"a word on the line", "inkit_queue_page ops", "", "inkit_queue_page: takes a block alone, at Caddyfile:2"},
@@ -43,8 +44,8 @@ func TestCaddyfile(t *testing.T) {
 
 // Without the package of the queue, there is no app to ask.
 func TestPageWithoutTheQueueBuiltIn(t *testing.T) {
-	ctx, cancel := caddy.NewContext(caddy.Context{Context: t.Context()})
-	defer cancel()
-	_, err := ctx.LoadModuleByID("http.handlers.inkit_queue_page", nil)
+	var config caddy.Config
+	require.NoError(t, json.Unmarshal([]byte(`{"admin":{"disabled":true},"apps":{"http":{"servers":{"a":{"routes":[{"handle":[{"handler":"inkit_queue_page"}]}]}}}}}`), &config))
+	err := caddy.Validate(&config)
 	require.ErrorContains(t, err, "unknown module: inkit_queue")
 }
