@@ -188,6 +188,9 @@ func (e shownEvent) Link() string { return "event?" + url.Values{"id": {e.ID}}.E
 // Trying reports whether an attempt is under way.
 func (e shownEvent) Trying() bool { return e.LeasedUntil.After(e.now) }
 
+// Overdue reports whether the next attempt waits for its turn or for the backend.
+func (e shownEvent) Overdue() bool { return !e.Due.After(e.now) }
+
 // Kept reports whether the event can be retried and dropped.
 func (e shownEvent) Kept() bool { return e.State != store.History }
 
