@@ -305,6 +305,14 @@ func TestQueuePageUnderVisitors(t *testing.T) {
 			}
 		})
 	}
+	waitFor(t, "the visitors have logged in, which takes a processor", c.process, func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return len(times) >= 40
+	})
+	mu.Lock()
+	times = nil
+	mu.Unlock()
 	with50, with99 := measure("visited")
 	stop()
 	wg.Wait()

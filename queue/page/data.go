@@ -15,10 +15,9 @@ import (
 )
 
 const (
-	// pageSize is how many events a list shows, maxSearches how many searches run at a
-	// time, and searchTimeout how long one may take, with the wait for its turn.
+	// pageSize is how many events a list shows, and searchTimeout how long a search may take,
+	// with the wait for its turn.
 	pageSize      = 50
-	maxSearches   = 2
 	searchTimeout = 5 * time.Second
 
 	// A look at a database is lookPause old at least before the next one begins, or as
@@ -39,8 +38,19 @@ const (
 	changeTime = 20 * time.Second
 )
 
-// errBusy is for a search that did not get its turn.
-var errBusy = errors.New("too many searches are under way: try again in a moment")
+// errBusy is for a visitor who did not get a turn.
+var errBusy = errors.New("too many pages are being made: try again in a moment")
+
+// turn waits until it is the turn of this visitor, until done is called. One page at a time
+// is made: visitors, however many, leave the processors to the events.
+func (h *Handler) turn(ctx context.Context) (done func(), err error) {
+	select {
+	case h.shared.turn <- struct{}{}:
+		return func() { <-h.shared.turn }, nil
+	case <-ctx.Done():
+		return nil, errBusy
+	}
+}
 
 // database is a database with the queues of this Caddy in it.
 type database struct {
@@ -156,12 +166,11 @@ func (h *Handler) forget() {
 func (h *Handler) search(ctx context.Context, f store.Filter, withRequest bool) (all store.Page, err error) {
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
-	select {
-	case h.places <- struct{}{}:
-		defer func() { <-h.places }()
-	case <-ctx.Done():
-		return all, errBusy
+	done, err := h.turn(ctx)
+	if err != nil {
+		return all, err
 	}
+	defer done()
 	if f.Limit == 0 {
 		f.Limit = pageSize
 	}

@@ -64,16 +64,19 @@ type Handler struct {
 	queues     live.Queues
 	logger     *zap.Logger
 	protection *http.CrossOriginProtection
-	places     chan struct{} // of searches that run
 	shared     *shared
 }
 
 // shared is what requests share.
 type shared struct {
+	turn chan struct{}
+
 	mu     sync.Mutex
 	looks  map[string]*look // by database
 	warned time.Time        // when the log last had a line about a request without a user
 }
+
+func newShared() *shared { return &shared{turn: make(chan struct{}, 1), looks: make(map[string]*look)} }
 
 // CaddyModule returns the Caddy module information.
 func (Handler) CaddyModule() caddy.ModuleInfo {
@@ -90,8 +93,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	h.logger = ctx.Logger()
 	h.protection = http.NewCrossOriginProtection()
-	h.places = make(chan struct{}, maxSearches)
-	h.shared = &shared{looks: make(map[string]*look)}
+	h.shared = newShared()
 	app, err := ctx.App("inkit_queue")
 	if err != nil {
 		return err

@@ -55,7 +55,7 @@ func newPage(t *testing.T, queues ...[2]string) *fixture {
 	core, logs := observer.New(zapcore.DebugLevel)
 	p := &fixture{t: t, stores: make(map[string]store.Store), logs: logs, Handler: &Handler{
 		User: defaultUser, logger: zap.New(core), protection: http.NewCrossOriginProtection(),
-		places: make(chan struct{}, maxSearches), shared: &shared{looks: make(map[string]*look)},
+		shared: newShared(),
 	}}
 	for _, q := range queues {
 		name, db := q[0], q[1]
@@ -729,18 +729,15 @@ func TestStates(t *testing.T) {
 			assert.Contains(t, page, "read-only", view)
 		}
 	})
-	t.Run("too many searches", func(t *testing.T) {
+	t.Run("too many visitors", func(t *testing.T) {
 		p := newDefaultPage(t)
-		for range maxSearches {
-			p.places <- struct{}{}
-		}
+		p.shared.turn <- struct{}{}
 		res := p.ask(http.MethodGet, "/events", nil, func(r *http.Request) {
 			ctx, cancel := context.WithTimeout(r.Context(), 10*time.Millisecond)
 			t.Cleanup(cancel)
 			*r = *r.WithContext(ctx)
 		})
 		assert.Equal(t, 503, res.StatusCode)
-		assert.Contains(t, content(t, res), "too many searches are under way")
 	})
 }
 

@@ -16,6 +16,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // refreshAfter is how often the overview loads itself again, in seconds.
@@ -83,11 +85,17 @@ type frame struct {
 
 // render writes a view.
 func (v *visit) render(status int, name, title string, trouble error, view any) error {
+	turn, err := v.h.turn(v.r.Context())
+	if err != nil {
+		return caddyhttp.Error(http.StatusServiceUnavailable, err)
+	}
 	query := v.r.URL.Query()
 	f := frame{User: v.user, ReadOnly: v.h.ReadOnly, Title: title, Troubles: shown(trouble), View: view}
 	f.Done = done(query.Get("done"), query.Get("n"), query.Has("more"))
 	var page bytes.Buffer
-	if err := templates[name].ExecuteTemplate(&page, "frame.html", f); err != nil {
+	err = templates[name].ExecuteTemplate(&page, "frame.html", f)
+	turn() // before the client is waited for
+	if err != nil {
 		return err
 	}
 	return v.write(status, "text/html; charset=utf-8", page.Bytes())
