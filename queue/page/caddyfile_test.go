@@ -2,6 +2,7 @@ package page
 
 import (
 	"encoding/json"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/assert"
@@ -27,7 +28,7 @@ func TestCaddyfile(t *testing.T) {
 		{"user with a text", "inkit_queue_page {\nuser alice\n}", "", "user: takes one placeholder of the request, such as {http.auth.user.id}, at Caddyfile:3"},
 		{"user that everybody has", "inkit_queue_page {\nuser {env.HOME}\n}", "", "user: takes one placeholder of the request, such as {http.auth.user.id}, at Caddyfile:3"},
 		{"user repeated", "inkit_queue_page {\nuser {http.auth.user.id}\nuser {http.auth.user.id}\n}", "", "user: must not be repeated, at Caddyfile:4"},
-		{"read_only repeated", "inkit_queue_page {\nread_only\nread_only\n}", "", "read_only: must not be repeated, at Caddyfile:4"},
+		{"read_only repeated", "inkit_queue_page {\n" + strings.Repeat("read_only\n", 2) + "}", "", "read_only: must not be repeated, at Caddyfile:4"},
 		{"read_only with a word", "inkit_queue_page {\nread_only off\n}", "", "read_only: takes no argument, at Caddyfile:3"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

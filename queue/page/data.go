@@ -20,6 +20,9 @@ const (
 	pageSize      = 50
 	searchTimeout = 5 * time.Second
 
+	// maxPause is the longest pause between two pages that are made.
+	maxPause = 50 * time.Millisecond
+
 	// A look at a database is lookPause old at least before the next one begins, or as
 	// long as lookShare times what it took. A visitor waits for the first one for
 	// searchTimeout, and for a newer one for lookWait.
@@ -42,11 +45,13 @@ const (
 var errBusy = errors.New("too many pages are being made: try again in a moment")
 
 // turn waits until it is the turn of this visitor, until done is called. One page at a time
-// is made: visitors, however many, leave the processors to the events.
+// is made, with a pause as long as that took: visitors, however many, leave the processors
+// to the events.
 func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 	select {
 	case h.shared.turn <- struct{}{}:
-		return func() { <-h.shared.turn }, nil
+		began := time.Now()
+		return func() { time.AfterFunc(min(time.Since(began), maxPause), func() { <-h.shared.turn }) }, nil
 	case <-ctx.Done():
 		return nil, errBusy
 	}
@@ -111,7 +116,7 @@ func (h *Handler) status(ctx context.Context, d *database) (store.Status, time.T
 	l.mu.Lock()
 	if l.running == nil && !time.Now().Before(l.next) {
 		l.running = make(chan struct{})
-		go l.take(d)
+		go l.take(context.WithoutCancel(ctx), d) // others look too
 	}
 	running, wait := l.running, lookWait
 	if l.at.IsZero() {
@@ -133,8 +138,8 @@ func (h *Handler) status(ctx context.Context, d *database) (store.Status, time.T
 	return l.status, l.at, l.err
 }
 
-func (l *look) take(d *database) {
-	ctx, cancel := context.WithTimeout(context.Background(), lookTimeout)
+func (l *look) take(ctx context.Context, d *database) {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
 	defer cancel()
 	began := time.Now()
 	names := make([]string, len(d.queues))
