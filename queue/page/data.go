@@ -24,8 +24,7 @@ const (
 	maxPause = 50 * time.Millisecond
 
 	// A look at a database is lookPause old at least before the next one begins, or as
-	// long as lookShare times what it took. A visitor waits for the first one for
-	// searchTimeout, and for a newer one for lookWait.
+	// long as lookShare times what it took. A visitor waits lookWait for it.
 	lookPause   = 2 * time.Second
 	lookShare   = 10
 	lookWait    = 200 * time.Millisecond
@@ -43,6 +42,9 @@ const (
 
 // errBusy is for a visitor who did not get a turn.
 var errBusy = errors.New("too many pages are being made: try again in a moment")
+
+// errLooking is for a database that is being looked at for the first time.
+var errLooking = errors.New("the events are being counted")
 
 // turn waits until it is the turn of this visitor, until done is called. One page at a time
 // is made, with a pause as long as that took: visitors, however many, leave the processors
@@ -118,22 +120,19 @@ func (h *Handler) status(ctx context.Context, d *database) (store.Status, time.T
 		l.running = make(chan struct{})
 		go l.take(context.WithoutCancel(ctx), d) // others look too
 	}
-	running, wait := l.running, lookWait
-	if l.at.IsZero() {
-		wait = searchTimeout
-	}
+	running := l.running
 	l.mu.Unlock()
 	if running != nil {
 		select {
 		case <-running:
-		case <-time.After(wait):
+		case <-time.After(lookWait):
 		case <-ctx.Done():
 		}
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.at.IsZero() {
-		return store.Status{}, time.Time{}, fmt.Errorf("the database %s does not answer", d.key)
+		return store.Status{}, time.Time{}, errLooking
 	}
 	return l.status, l.at, l.err
 }

@@ -23,7 +23,7 @@ import (
 // Of very many events, each view is made in less than 300 ms, and an event that is stored
 // meanwhile is stored in time.
 func TestPageOfManyEvents(t *testing.T) {
-	events := 20_000
+	events := 5_000
 	if os.Getenv("E2E_LONG") != "" {
 		events = 1_000_000
 	}
@@ -79,8 +79,13 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int) {
 	}
 	alone := p99(add(200))
 	first := time.Now()
-	p.get("/")
-	t.Logf("the first overview: %v", time.Since(first).Round(time.Millisecond))
+	page := p.get("/")
+	took := time.Since(first)
+	assert.Less(t, took, 400*time.Millisecond, "the first overview")
+	for strings.Contains(page, "being counted") {
+		page = p.get("/")
+	}
+	t.Logf("the first overview: %v, with all numbers after %v", took.Round(time.Millisecond), time.Since(first).Round(time.Millisecond))
 	for _, view := range []string{
 		"/", "/events", "/events?order=oldest", "/events?state=dead", "/events?state=all", "/events?error=503", "/events?type=TYPE_7&error=502&order=oldest",
 		"/events?resource=doc_77", "/events?since=1h&type=TYPE_3", "/events?error=nothing", "/events?state=delivered&type=TYPE_1",

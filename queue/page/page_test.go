@@ -744,17 +744,25 @@ func TestStates(t *testing.T) {
 // A look at the databases is shared.
 func TestLooks(t *testing.T) {
 	p := newDefaultPage(t)
-	looks, slow := 0, make(chan struct{})
+	looks, slow, first := 0, make(chan struct{}), make(chan struct{})
 	p.queues[0].Store = func() (store.Store, error) {
-		if looks++; looks == 2 {
+		switch looks++; looks {
+		case 1:
+			<-first
+		case 2:
 			<-slow
 		}
 		return p.stores["queue.db"], nil
 	}
+	res := p.ask(http.MethodGet, "/", nil)
+	assert.Equal(t, "1; url=./", res.Header.Get("Refresh"))
+	assert.Contains(t, content(t, res), "The events are being counted")
+	close(first)
 	for range 20 {
 		p.get("/")
 	}
 	assert.Equal(t, 1, looks)
+	assert.Contains(t, p.get("/"), "Pending")
 	for _, l := range p.shared.looks {
 		l.next = time.Time{}
 	}

@@ -143,6 +143,7 @@ type shownDatabase struct {
 	Key     string
 	Size    int64
 	At      time.Time // when it was looked at
+	Looking bool      // for the first time: the numbers are not known yet
 	Trouble string
 	Queues  []shownQueue
 	Picture picture
@@ -154,18 +155,25 @@ func (v *visit) overview() error {
 		Still     bool // it does not load itself again
 		Seconds   int
 	}{Still: v.r.URL.Query().Has("still"), Seconds: refreshAfter}
-	if !view.Still {
-		v.w.Header().Set("Refresh", strconv.Itoa(refreshAfter)+"; url=./")
-	}
+	refresh := refreshAfter
 	for _, d := range v.h.databases() {
 		status, at, err := v.h.status(v.r.Context(), d)
 		view.Databases = append(view.Databases, v.database(d, status, at, err))
+		if errors.Is(err, errLooking) {
+			refresh = 1
+		}
+	}
+	if !view.Still {
+		v.w.Header().Set("Refresh", strconv.Itoa(refresh)+"; url=./")
 	}
 	return v.render(http.StatusOK, "overview", "Overview", nil, view)
 }
 
 func (v *visit) database(d *database, status store.Status, at time.Time, err error) shownDatabase {
-	shownDB := shownDatabase{Key: d.key, Size: status.Size, At: at, Trouble: shown(err), Picture: newPicture(status)}
+	shownDB := shownDatabase{Key: d.key, Size: status.Size, At: at, Looking: errors.Is(err, errLooking), Picture: newPicture(status)}
+	if !shownDB.Looking {
+		shownDB.Trouble = shown(err)
+	}
 	if err != nil { // what is known without the database
 		for _, q := range d.queues {
 			shownDB.Queues = append(shownDB.Queues, shownQueue{QueueStatus: store.QueueStatus{Queue: q.Name}, Configured: true, Down: q.Down()})
