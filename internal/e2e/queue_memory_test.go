@@ -25,6 +25,41 @@ func sendOnce(t *testing.T, c *caddy, id string) {
 	assert.Equal(t, http.StatusOK, post(t, "http://"+c.addr+"/webhook", event(id), sign(secret, event(id))).status)
 }
 
+// A Caddy that is killed loses the history of its last second, and no more.
+func TestQueueHistoryAfterAKill(t *testing.T) {
+	t.Parallel()
+	backend := newTaker(t, all)
+	c := queueCaddy(t, backend.addr, "")
+	s := newSender(t, c)
+	s.workers = 2
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	done := s.sendAll(ctx, "delivered", 1_000_000)
+	time.Sleep(3 * time.Second)
+	killed := time.Now()
+	killHard(c)
+	cancel()
+	<-done
+	c.start()
+	known := make(map[string]bool)
+	for _, e := range c.list(t, "--state", "delivered") {
+		known[e.ResourceID] = true
+	}
+	var last time.Duration // before the kill, of the events that are missing
+	missing := 0
+	backend.mu.Lock()
+	defer backend.mu.Unlock()
+	for _, id := range s.ids() {
+		if !known[id] {
+			missing++
+			last = max(last, killed.Sub(backend.takenAt[id]))
+		}
+	}
+	t.Logf("%d of %d delivered events are not in the history, the first was delivered %v before the kill", missing, len(s.ids()), last.Round(time.Millisecond))
+	assert.NotEmpty(t, known)
+	assert.Less(t, last, 2*time.Second, "a second, and a transaction on a slow disk")
+}
+
 // One event that comes again and again arrives once: at the same instant, after it was
 // delivered, after a restart, and after kill -9 in an outage.
 func TestQueueOnce(t *testing.T) {
