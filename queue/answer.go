@@ -11,7 +11,7 @@ const maxAnswer = 1 << 20
 // answer is the response writer of an attempt. It stores the answer of the backend.
 type answer struct {
 	header http.Header
-	sent   http.Header // as it was with the status
+	sent   http.Header // a copy of header from the time of the status
 	status int         // 0 if none was written
 	body   []byte
 	cut    bool // the body is longer than maxAnswer

@@ -84,7 +84,7 @@ func (q *queue) warnOnce(h *Handler) {
 	defer q.warnings.mu.Unlock()
 	if time.Since(q.warnings.once) >= errorInterval {
 		q.warnings.once = time.Now()
-		h.logger.Warn("cannot store events of the types in once before their first attempt: delivering them anyway, perhaps twice", zap.String("queue", q.name))
+		h.logger.Warn("cannot store events before their first attempt: events of the types in once are attempted anyway, perhaps twice", zap.String("queue", q.name))
 	}
 }
 
