@@ -73,7 +73,7 @@ import (
 // The tests named in docs/security.md and in the list above exist.
 func TestDocumentedTestsExist(t *testing.T) {
 	var sources []byte
-	for _, pattern := range []string{"*_test.go", "internal/*/*_test.go", "queue/*_test.go"} {
+	for _, pattern := range []string{"*_test.go", "internal/*/*_test.go", "queue/*_test.go", "queue/page/*_test.go"} {
 		files, err := filepath.Glob(pattern)
 		require.NoError(t, err)
 		for _, file := range files {

@@ -76,7 +76,8 @@ func (b *binary) start(backend, dsn string) error {
 	if err != nil {
 		return err
 	}
-	site := "{\n\tadmin off\n\tauto_https off\n\tlog {\n\t\tlevel ERROR\n\t}\n}\nhttp://" + addr + " {\n"
+	var site strings.Builder
+	site.WriteString("{\n\tadmin off\n\tauto_https off\n\tlog {\n\t\tlevel ERROR\n\t}\n}\nhttp://" + addr + " {\n")
 	store := ""
 	if dsn != "" {
 		store = "store postgres {env.INKIT_QUEUE_DSN}\n"
@@ -90,17 +91,17 @@ func (b *binary) start(backend, dsn string) error {
 			queue = "inkit_queue {\nname " + place + "\n" + store + "deliver {\n"
 			proxy += "\n}\n}"
 		}
-		site += "handle /" + place + " {\ninkit_webhook {env.INKIT_WEBHOOK_SECRET}\n" + queue + proxy + "\n}\n"
+		fmt.Fprintf(&site, "handle /%s {\ninkit_webhook {env.INKIT_WEBHOOK_SECRET}\n%s%s\n}\n", place, queue, proxy)
 	}
-	site += "}\n"
+	site.WriteString("}\n")
 	if err := os.Mkdir(b.dir, 0o700); err != nil {
 		return err
 	}
 	file := filepath.Join(b.dir, "Caddyfile")
-	if err := os.WriteFile(file, []byte(site), 0o600); err != nil {
+	if err := os.WriteFile(file, []byte(site.String()), 0o600); err != nil {
 		return err
 	}
-	cmd := exec.Command(b.path, "run", "--config", file)
+	cmd := exec.Command(b.path, "run", "--config", file) //nolint:gosec // as whoever runs this says
 	cmd.Env = append(os.Environ(), "HOME="+b.dir, "XDG_DATA_HOME="+b.dir, "XDG_CONFIG_HOME="+b.dir, "INKIT_WEBHOOK_SECRET="+secret, "INKIT_QUEUE_DSN="+dsn)
 	b.process, err = startProcess(cmd, addr)
 	return err

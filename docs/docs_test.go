@@ -96,11 +96,22 @@ func problems(t *testing.T, content string) (problems []string) {
 				directives = append(directives, strings.Join(words, " "))
 			}
 		}
-		if len(directives) == 0 || directives[len(directives)-1] != "error 404" {
+		// the page answers each path itself
+		if len(directives) == 0 || directives[len(directives)-1] != "error 404" && !endsInPage(directives) {
 			problems = append(problems, keys[0]+": does not end in error 404")
 		}
 	}
 	return problems
+}
+
+// endsInPage reports whether the last directive of a site, or of a route at its end, is the
+// page of the queue, without a matcher.
+func endsInPage(directives []string) bool {
+	words := strings.Fields(directives[len(directives)-1])
+	if words[0] == "route" && len(directives) == 1 {
+		words = words[max(0, slices.Index(words, "inkit_queue_page")):]
+	}
+	return words[0] == "inkit_queue_page" && (len(words) == 1 || words[1] == "{")
 }
 
 func TestEveryCaddyfile(t *testing.T) {
@@ -129,6 +140,8 @@ func TestProblems(t *testing.T) {
 	}{
 		{"fine", ":80 {\n\thandle /a {\n\t\trespond b\n\t}\n\terror 404\n}\n", nil},
 		{"fine, with global options, a snippet and error routes", "{\n\tadmin off\n}\n\n(a) {\n\trespond a\n}\n\n:80 {\n\thandle /a {\n\t\timport a\n\t}\n\terror 404\n\thandle_errors {\n\t\trespond b\n\t}\n}\n", nil},
+		{"fine, with the page at its end", ":80 {\n\tinkit_queue_page\n}\n", nil},
+		{"a page for some paths alone", ":80 {\n\tinkit_queue_page /queue/*\n}\n", []string{":80: does not end in error 404"}},
 		{"no end", ":80 {\n\trespond b\n}\n", []string{":80: does not end in error 404"}},
 		{"an end for some paths alone", ":80 {\n\terror /a 404\n}\n", []string{":80: does not end in error 404"}},
 		{"an end in one of two sites", ":80 {\n\terror 404\n}\n\n:81 {\n\trespond b\n}\n", []string{":81: does not end in error 404"}},
@@ -186,7 +199,7 @@ func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 	readme := files(t, "README.md")["README.md"]
 	reference := files(t, "reference.md")["docs/reference.md"] + files(t, "monitoring.md")["docs/monitoring.md"]
 	source := files(t, "*.go")
-	for _, file := range []string{"caddyfile.go", "queue/caddyfile.go"} {
+	for _, file := range []string{"caddyfile.go", "queue/caddyfile.go", "queue/page/caddyfile.go"} {
 		var grammar strings.Builder
 		for line := range strings.Lines(source[file]) {
 			if rest, ok := strings.CutPrefix(line, "//\t"); ok {
@@ -194,7 +207,11 @@ func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 			}
 		}
 		require.Regexp(t, `^inkit_\w+ \[<matcher>\]`, grammar.String())
-		assert.Contains(t, readme, "```\n"+grammar.String()+"```\n", file)
+		document := readme
+		if strings.HasPrefix(grammar.String(), "inkit_queue_page") {
+			document = files(t, "page.md")["docs/page.md"]
+		}
+		assert.Contains(t, document, "```\n"+grammar.String()+"```\n", file)
 	}
 	for _, tt := range []struct {
 		what, file, pattern string

@@ -16,6 +16,7 @@ import (
 	"github.com/google/uuid"
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook" // verifies the events
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/page" // for the operator
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // a store to choose
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"   // the default store

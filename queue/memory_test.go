@@ -72,7 +72,6 @@ func newRemembering(t *testing.T, opener store.Opener, change func(h *Handler)) 
 		change(h)
 	}
 	r.configuration = start(t, h)
-	r.queue().db.opened(t)
 	return r
 }
 
@@ -319,8 +318,8 @@ func TestPause(t *testing.T) {
 
 		again := newRemembering(t, opener, nil) // a restart: it is not known yet whether the queue is paused
 		defer again.stop(t)
-		s = again.queue().db.opened(t)
 		assert.Equal(t, 200, serve(t, again.handlers[0], post("one more")).status)
+		s = again.queue().db.opened(t)
 		time.Sleep(10 * time.Second)
 		assert.Zero(t, again.arrivals.Load())
 		pause(false)

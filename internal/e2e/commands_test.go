@@ -255,7 +255,7 @@ func TestCommandSend(t *testing.T) {
 
 // TestCommandHelp runs the example at the end of each help text.
 func TestCommandHelp(t *testing.T) {
-	options, site := split(strings.Replace(readFile(t, "../../example.Caddyfile"), "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", 1))
+	options, site, _ := exampleSites(t)
 	c := startCaddy(t, options, site, "INKIT_WEBHOOK_SECRET=demo")
 	dir := t.TempDir()
 	require.NoError(t, os.Symlink(caddyPath, dir+"/caddy"))

@@ -222,7 +222,7 @@ func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
 	c := queueCaddy(t, backend.addr, "")
 	s := newSender(t, c)
 	require.Equal(t, http.StatusOK, s.once(t, "before").status)
-	db, err := sql.Open("sqlite", c.path("queue/events.db")+"?_txlock=immediate")
+	db, err := sql.Open("sqlite", c.path("queue/events.db")+"?_txlock=immediate&_pragma=busy_timeout(5000)")
 	require.NoError(t, err)
 	defer db.Close()
 	tx, err := db.Begin()

@@ -176,7 +176,7 @@ func TestQueueDocs(t *testing.T) {
 	}
 	const (
 		exampleID = "01a212b7-70f5-73ee-bba8-3136b2a65a14"
-		became    = "What became of one event"
+		became    = "With the log"
 	)
 	caddyfiles := make(map[string]string)
 	for _, block := range docBlocks(t, "../../docs/queue.md", "caddyfile") {
@@ -226,7 +226,13 @@ func TestQueueDocs(t *testing.T) {
 		before  func()
 		check   func(script string) // which runs the commands
 	}{
-		{became, func() { waiting("doc_1") }, func(script string) {
+		{"What became of one event", func() { waiting("doc_1") }, func(script string) {
+			out := o.run(replace(script, exampleID, id))
+			assert.Regexp(t, id+` +pending .*DOCUMENT_CREATE_FINISHED +doc_1 .*status 500\n`, out)
+			assert.Contains(t, out, `"last_error": "status 500"`)
+			assert.Regexp(t, `pending +1, the oldest for`, out)
+		}},
+		{became, nil, func(script string) {
 			var out string
 			waitFor(t, "the access log", c.process, func() bool {
 				out = o.run(script)
@@ -265,7 +271,7 @@ func TestQueueDocs(t *testing.T) {
 			c.reload()
 		}, func(script string) {
 			out := o.run(replace(script, exampleID, id))
-			assert.Equal(t, "pending "+id+"\n1 dead events are pending\n", out)
+			assert.Equal(t, "pending "+id+"\n1 events are due\n", out)
 			backend.status.Store(http.StatusOK)
 			waitFor(t, "both are delivered", c.process, func() bool { return backend.hasTaken("doc_1") && backend.hasTaken("doc_dead") })
 			waitFor(t, "no line is left", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
@@ -275,7 +281,7 @@ func TestQueueDocs(t *testing.T) {
 			backend.status.Store(http.StatusInternalServerError)
 			waiting("doc_dropped")
 		}, func(script string) {
-			assert.Equal(t, "dropped "+id+" DOCUMENT_CREATE_FINISHED doc_dropped\n", o.run(replace(script, exampleID, id)))
+			assert.Equal(t, "dropped "+id+" DOCUMENT_CREATE_FINISHED doc_dropped\n0 events are dropped\n", o.run(replace(script, exampleID, id)))
 			assert.NotContains(t, list(""), id)
 		}},
 		{became, func() { waiting("doc_1") }, func(script string) {
@@ -287,6 +293,9 @@ func TestQueueDocs(t *testing.T) {
 				return strings.Contains(lines[2], `caddy_inkit_queue_events{queue="default",state="dead"} 0`) &&
 					strings.Contains(lines[2], `caddy_inkit_queue_events{queue="default",state="pending"} 1`)
 			})
+		}},
+		{"Pause a queue", nil, func(script string) {
+			assert.Equal(t, "default is paused\ndefault is no longer paused\n", o.run(script))
 		}},
 		{"Look into the database", nil, func(script string) {
 			out := o.run(replace(script, "/var/lib/caddy/.local/share/caddy/inkit_queue.db", db))

@@ -292,7 +292,7 @@ func TestQueueCommands(t *testing.T) {
 	assert.Contains(t, run("drop", dead[0].ID), dead[0].ID)
 	assert.Contains(t, run("retry", dead[1].ID), dead[1].ID)
 	backend.hasAll(t, []string{"bad-1"}, 10*time.Second)
-	assert.Equal(t, "1 dead events are pending\n", run("retry", "--dead"))
+	assert.Equal(t, "1 events are due\n", run("retry", "--dead"))
 	backend.hasAll(t, []string{"bad-2"}, 10*time.Second)
 	waitFor(t, "nothing is left", c.process, func() bool { return len(c.list(t)) == 0 })
 	assert.Zero(t, backend.of("bad-0").taken)
@@ -304,8 +304,8 @@ func TestQueueCommands(t *testing.T) {
 		{"an unknown id", "there is no event 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52", []string{"show", "019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52"}},
 		{"one to retry", "there is no event nothing", []string{"retry", "nothing"}},
 		{"one to drop", "there is no event nothing", []string{"drop", "nothing"}},
-		{"nothing to retry", "takes either events by their ids, or --dead", []string{"retry"}},
-		{"both", "takes either events by their ids, or --dead", []string{"retry", "--dead", "x"}},
+		{"nothing to retry", "takes either events by their ids, or a filter such as --state dead", []string{"retry"}},
+		{"both", "takes either events by their ids, or a filter such as --state dead", []string{"retry", "--dead", "x"}},
 		{"an unknown command", `unknown command "lists"`, []string{"lists"}},
 	} {
 		_, err := c.command(append(append([]string{"inkit-queue"}, tt.args...), db...)...)

@@ -36,7 +36,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 		taken.LoadOrStore("first", time.Now())
 		return http.StatusOK
 	}
-	c := queueCaddy(t, backend.addr, "max_events 2000000\nconcurrency 64")
+	c := queueCaddy(t, backend.addr, "max_events 2000000\nconcurrency 64\nhistory 0")
 	beside := queueCaddy(t, backend.addr, "") // to compare with
 	<-newSender(t, beside).sendAll(t.Context(), "beside", 100)
 	s := newSender(t, c)

@@ -409,7 +409,7 @@ func TestPostgresMove(t *testing.T) {
 	backend.hasAll(t, s.ids()[1:], time.Minute)
 	out, err := c.command("inkit-queue", "retry", "--dead", "--config", c.path("Caddyfile"))
 	require.NoError(t, err)
-	assert.Equal(t, "1 dead events are pending\n", out)
+	assert.Equal(t, "1 events are due\n", out)
 	backend.hasAll(t, s.ids(), time.Minute)
 	out, err = c.command("inkit-queue", "list", "--json", "--db", file)
 	require.NoError(t, err)

@@ -721,7 +721,7 @@ func TestRecipeInFront(t *testing.T) {
 // TestReloadEndsTries: a reload ends the tries of reverse_proxy, and the queue continues.
 func TestReloadEndsTries(t *testing.T) {
 	t.Parallel()
-	require.Contains(t, section(t, "Reload"), "answered 502 at once")
+	require.Contains(t, section(t, "Reload"), "immediately answers 502")
 	body := event("doc_1")
 	b := newBackend(t, modeGood)
 	b.kill()

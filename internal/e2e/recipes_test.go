@@ -277,7 +277,7 @@ func TestQuickStart(t *testing.T) {
 		}
 	}
 	example := readFile(t, "../../example.Caddyfile")
-	options, site := split(strings.Replace(example, "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", 1))
+	options, site, page := exampleSites(t)
 	require.Contains(t, options, "log")
 	c := startCaddy(t, options, site, "INKIT_WEBHOOK_SECRET=demo")
 
@@ -319,4 +319,38 @@ func TestQuickStart(t *testing.T) {
 		require.Error(t, err)
 		assert.Equal(t, "401 Unauthorized\n", string(out))
 	})
+	t.Run("the page", func(t *testing.T) {
+		_, path, found := strings.Cut(readFile(t, "../../README.md"), "http://localhost:8081/")
+		require.True(t, found)
+		path, _, _ = strings.Cut(path, ",")
+		r, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+page+"/"+path, nil)
+		require.NoError(t, err)
+		r.Host = "localhost"
+		waitFor(t, "the page asks for a password", c.process, func() bool {
+			res, err := http.DefaultClient.Do(r)
+			return err == nil && res.Body.Close() == nil && res.StatusCode == http.StatusUnauthorized
+		})
+		r.SetBasicAuth("demo", "demo")
+		waitFor(t, "the page shows the event", c.process, func() bool {
+			res, err := http.DefaultClient.Do(r)
+			require.NoError(t, err)
+			defer res.Body.Close()
+			content, err := io.ReadAll(res.Body)
+			require.NoError(t, err)
+			return res.StatusCode == http.StatusOK && strings.Contains(string(content), "<bdi>doc_1</bdi>")
+		})
+	})
+}
+
+// exampleSites returns example.Caddyfile so that it runs here, and where its page is.
+func exampleSites(t *testing.T) (options, sites, page string) {
+	t.Helper()
+	page = freeAddr(t)
+	example := readFile(t, "../../example.Caddyfile")
+	for here, there := range map[string]string{"\nhttp://localhost:8080 {": "\nhttp://localhost:{{port}} {", "\nhttp://localhost:8081 {": "\nhttp://localhost:" + port(page) + " {"} {
+		require.Contains(t, example, here)
+		example = strings.Replace(example, here, there, 1)
+	}
+	options, sites = split(example)
+	return options, sites, page
 }

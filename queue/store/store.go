@@ -181,6 +181,7 @@ type Key struct {
 type Status struct {
 	Size   int64 // in bytes
 	Queues []QueueStatus
+	Kept   [24]int // events of all queues that are pending or dead, by the hour in which they arrived
 }
 
 // QueueStatus is the state of one queue. Its numbers of deliveries come from the history:
@@ -195,6 +196,7 @@ type QueueStatus struct {
 	LastHour, LastDay int     // delivered
 	Hours             [24]int // delivered an hour: the last one is the hour that ends now
 	Retries           int     // failed attempts at the events delivered in the last day
+	Failed            [24]int // likewise, an hour
 	Duplicates        int     // of all remembered keys
 
 	// Errors are the most frequent last errors of pending and dead events, five at most.

@@ -273,10 +273,10 @@ func (w *Writer) run() {
 			closing = true
 		}
 	}
-	w.write()
-	for w.write() && !w.remembered() { // the first transaction may leave some
-	}
 	if s, _ := w.Store(); s != nil {
+		w.write()
+		for w.write() && !w.remembered() { // the rest
+		}
 		_ = s.Close()
 	}
 }

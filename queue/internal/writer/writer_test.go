@@ -292,6 +292,17 @@ func TestWriter(t *testing.T) {
 	}
 }
 
+// Nothing is written to a database that never was open, and the writer ends.
+func TestWriterThatNeverOpens(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := New("me", func(context.Context) (store.Store, error) { return nil, errors.New("there is no server") }, silent{})
+		w.Remember(event("delivered"))
+		w.Finish(nil, store.Finish{ID: "a"})
+		time.Sleep(time.Minute)
+		w.Close()
+	})
+}
+
 func TestWriterBeforeTheDatabaseIsOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, tries := new(database), 0

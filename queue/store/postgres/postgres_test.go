@@ -446,7 +446,7 @@ func TestPostgresRoleWithFourRights(t *testing.T) {
 	dsn := limited(t, server, name, "runner")
 	server.Exec(t, name, `GRANT USAGE ON SCHEMA "In kit" TO runner`, `GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "In kit" TO runner`)
 	storetest.Run(t, func(t *testing.T) storetest.Database {
-		server.Exec(t, name, `TRUNCATE "In kit".inkit_queue_events`, `UPDATE "In kit".inkit_queue_schema SET version = 1`)
+		server.Exec(t, name, `TRUNCATE "In kit".inkit_queue_events, "In kit".inkit_queue_history, "In kit".inkit_queue_once, "In kit".inkit_queue_paused`, `UPDATE "In kit".inkit_queue_schema SET version = 1`)
 		return storetest.Database{Opener: &postgres.Postgres{DSN: dsn, Schema: "In kit"}, Exec: func(t *testing.T, statement string) {
 			t.Helper()
 			server.Exec(t, name, strings.ReplaceAll(statement, "inkit_queue_", `"In kit".inkit_queue_`))

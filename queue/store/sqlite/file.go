@@ -68,7 +68,7 @@ func openFile(ctx context.Context, path string, o store.Opening) (*file, error) 
 	}
 	f := &file{path: path, main: info, room: room{reserve: path + "-reserve"}}
 	f.Dialect = sqlstore.Dialect{
-		Bytes: "BLOB", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
+		Bytes: "BLOB", Clustered: " WITHOUT ROWID", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
 		Plain: true, Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
 	}
 	f.Write = openSQLite(path, 1, busy,

@@ -116,7 +116,7 @@ func (d *DB) addHistory(ctx context.Context, tx *sql.Tx, history []*store.Record
 	for some := range slices.Chunk(history, size) {
 		args := make([]any, 0, 8*len(some))
 		for _, r := range some {
-			args = append(args, r.ID, r.Queue, plain(r.EventType), plain(r.ResourceID), r.Received.UnixMilli(), r.Finished.UnixMilli(), r.Attempts, r.Status)
+			args = append(args, r.ID, r.Queue, label(r.EventType), label(r.ResourceID), r.Received.UnixMilli(), r.Finished.UnixMilli(), r.Attempts, r.Status)
 		}
 		query := d.text(`
 			INSERT INTO {schema}inkit_queue_history (id, queue, event_type, resource_id, received, finished, attempts, status) VALUES ` +

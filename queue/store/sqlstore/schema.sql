@@ -36,7 +36,7 @@ CREATE TABLE {schema}inkit_queue_history (
 	finished    BIGINT  NOT NULL,
 	attempts    INTEGER NOT NULL,
 	status      INTEGER NOT NULL
-);
+){clustered};
 
 CREATE INDEX inkit_queue_finished ON {schema}inkit_queue_history (queue, finished, attempts);
 
@@ -51,7 +51,7 @@ CREATE TABLE {schema}inkit_queue_once (
 	expires    BIGINT  NOT NULL,
 	duplicates INTEGER NOT NULL,
 	PRIMARY KEY (queue, digest)
-);
+){clustered};
 
 CREATE INDEX inkit_queue_once_id ON {schema}inkit_queue_once (id);
 

@@ -84,10 +84,10 @@ func where(f store.Filter) *condition {
 		c.add("state = 'pending' AND due <= {now}")
 	}
 	if f.Type != "" {
-		c.add("event_type = $%d", f.Type)
+		c.add("event_type = $%d", label(f.Type))
 	}
 	if f.Resource != "" {
-		c.add("resource_id = $%d AND resource_id <> ''", f.Resource)
+		c.add("resource_id = $%d AND resource_id <> ''", label(f.Resource))
 	}
 	if f.Error != "" {
 		c.add(`lower(last_error) LIKE lower($%d) ESCAPE '\'`, "%"+likeEscape.Replace(f.Error)+"%")

@@ -20,19 +20,20 @@ const version = 1
 //go:embed schema.sql
 var schema string
 
-// Dialect has the differences between databases. Its values replace {bytes}, {schema},
-// {now} and {skip} in the statements of this package.
+// Dialect has the differences between databases. Its values replace {bytes}, {clustered},
+// {schema}, {now} and {skip} in the statements of this package.
 type Dialect struct {
-	Bytes  string         // the column type for bytes
-	Schema string         // the prefix of table names, with its dot
-	Rows   int            // how many events one statement adds or finishes
-	Plain  bool           // arguments are ? in rows of VALUES: the driver of SQLite is slow with many $1
-	Now    string         // the clock in milliseconds, the same throughout a statement
-	Skip   string         // makes a SELECT skip locked rows; empty if no row can be locked
-	Begin  string         // the first statement of a transaction that writes, or empty
-	Tx     *sql.TxOptions // of a transaction that writes
-	More   string         // statements after schema.sql
-	Size   string         // a SELECT of the size of the database in bytes
+	Bytes     string         // the column type for bytes
+	Clustered string         // makes a table that is stored in its primary key
+	Schema    string         // the prefix of table names, with its dot
+	Rows      int            // how many events one statement adds or finishes
+	Plain     bool           // arguments are ? in rows of VALUES: the driver of SQLite is slow with many $1
+	Now       string         // the clock in milliseconds, the same throughout a statement
+	Skip      string         // makes a SELECT skip locked rows; empty if no row can be locked
+	Begin     string         // the first statement of a transaction that writes, or empty
+	Tx        *sql.TxOptions // of a transaction that writes
+	More      string         // statements after schema.sql
+	Size      string         // a SELECT of the size of the database in bytes
 
 	// Wrap translates an error of the driver into those of package store.
 	Wrap func(error) error
@@ -47,7 +48,7 @@ type DB struct {
 }
 
 func (d *DB) text(query string) string {
-	for _, part := range [][2]string{{"{bytes}", d.Bytes}, {"{schema}", d.Schema}, {"{now}", d.Now}, {"{skip}", d.Skip}} {
+	for _, part := range [][2]string{{"{bytes}", d.Bytes}, {"{clustered}", d.Clustered}, {"{schema}", d.Schema}, {"{now}", d.Now}, {"{skip}", d.Skip}} {
 		query = strings.ReplaceAll(query, part[0], part[1]) // making a Replacer would take longer
 	}
 	return query

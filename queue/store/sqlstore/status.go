@@ -61,6 +61,9 @@ func (d *DB) Status(ctx context.Context, queues ...string) (status store.Status,
 	if err := d.statusOfErrors(ctx, of); err != nil {
 		return status, d.Wrap(err)
 	}
+	if err := d.statusOfHours(ctx, &status); err != nil {
+		return status, d.Wrap(err)
+	}
 	for _, queue := range slices.Sorted(maps.Keys(all)) {
 		q := all[queue]
 		peek, err := d.Peek(ctx, queue)
@@ -94,6 +97,7 @@ func (d *DB) statusOfMemory(ctx context.Context, q *store.QueueStatus) error {
 		q.Hours[len(q.Hours)-1-ago] += delivered
 		q.LastDay += delivered
 		q.Retries += retries
+		q.Failed[len(q.Failed)-1-ago] += retries
 	}
 	if err := rows.Err(); err != nil {
 		return err
@@ -126,4 +130,23 @@ func (d *DB) statusOfErrors(ctx context.Context, of func(string) *store.QueueSta
 		}
 	}
 	return rows.Err()
+}
+
+// statusOfHours counts the events that are kept by the time in their ids, for which there
+// is an index.
+func (d *DB) statusOfHours(ctx context.Context, status *store.Status) error {
+	now := time.Now()
+	for i := range status.Kept {
+		from := now.Add(time.Duration(i-len(status.Kept)) * time.Hour)
+		until := from.Add(time.Hour)
+		if i == len(status.Kept)-1 {
+			until = until.Add(time.Minute) // the clock of another Caddy may be ahead
+		}
+		err := d.Read.QueryRowContext(ctx, d.text(`SELECT count(*) FROM {schema}inkit_queue_events WHERE id >= $1 AND id < $2`),
+			idAt(from), idAt(until)).Scan(&status.Kept[i])
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }

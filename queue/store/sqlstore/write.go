@@ -62,6 +62,16 @@ func plain(text string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
 }
 
+// label returns the stored form of a type or a resource id. It cuts a long one, which has no
+// space in an index of PostgreSQL.
+func label(text string) string {
+	const longest = 256 // bytes
+	if text = plain(text); len(text) > longest {
+		text = strings.ToValidUTF8(text[:longest], "")
+	}
+	return text
+}
+
 // values returns n rows of arguments for VALUES, each like pattern, with ? for an
 // argument.
 func values(n int, pattern string) string {
@@ -127,7 +137,7 @@ func (d *DB) add(ctx context.Context, tx *sql.Tx, batchOwner string, added []*st
 				lease, owner, delay = r.Lease.Milliseconds(), batchOwner, r.Lease
 			}
 			args = append(args, r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
-				r.Attempts, plain(r.LastError), plain(r.EventType), plain(r.ResourceID), r.Request, r.Checksum)
+				r.Attempts, plain(r.LastError), label(r.EventType), label(r.ResourceID), r.Request, r.Checksum)
 		}
 		var err error
 		if stmt, ok := d.adds.Load(len(records)); ok {

@@ -106,7 +106,7 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 	t.Run("two that store the same events at once", func(t *testing.T) {
 		db := newDatabase(t)
 		stores := []store.Store{open(t, db), open(t, db)}
-		const batches, size = 20, 30
+		const batches, size = 6, 400
 		stored := make(chan int, 2*batches)
 		for i := range batches {
 			for which, s := range stores {
@@ -301,6 +301,13 @@ func statuses(t *testing.T, s store.Store) {
 	assert.Equal(t, []store.ErrorCount{
 		{Error: "status 501", Events: 5}, {Error: "status 500", Events: 4}, {Error: "status 502", Events: 4}, {Error: "status 503", Events: 4}, {Error: "status 504", Events: 4},
 	}, got.Errors)
+	id, err := uuid.NewV7()
+	require.NoError(t, err)
+	add(t, s, record(id.String()))
+	status, err = s.Status(t.Context())
+	require.NoError(t, err)
+	assert.Equal(t, [24]int{23: 1}, status.Kept, "by the time in the id")
+	assert.Equal(t, [24]int{0: 1, 23: 2}, status.Queues[0].Failed)
 	assert.Equal(t, "paused", status.Queues[1].Queue)
 	assert.WithinDuration(t, time.Now(), status.Queues[1].Paused, time.Minute)
 }

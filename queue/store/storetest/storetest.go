@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"testing"
@@ -182,6 +183,21 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 			store.Finish{ID: "b", Outcome: store.SetAside, LastError: "\x00"})
 		row := find(t, s, "a")
 		assert.Equal(t, []string{"a\uFFFDb", "\uFFFD", "status 500: \uFFFD(\uFFFD"}, []string{row.EventType, row.ResourceID, row.LastError})
+	})
+	test("a resource id as long as a body is cut, and found", func(t *testing.T, s store.Store) {
+		long := make([]byte, 60_000)
+		for i := range long {
+			long[i] = 'a' + byte(rand.IntN(26)) // so that no database can compress it
+		}
+		r := record("a")
+		r.ResourceID, r.EventType = string(long), string(long)
+		delivered := *r
+		delivered.ID, delivered.Finished = "b", time.Now()
+		apply(t, s, &store.Batch{Add: []*store.Record{r}, History: []*store.Record{&delivered}})
+		page, err := s.Search(t.Context(), store.Filter{States: []string{store.Pending, store.History}, Resource: string(long), Type: string(long)}, false)
+		require.NoError(t, err)
+		assert.Equal(t, []string{"a", "b"}, ids(page.Records))
+		assert.Len(t, page.Records[0].ResourceID, 256)
 	})
 	test("claims give the events that are due, those first that are due for the longest", func(t *testing.T, s store.Store) {
 		add(t, s, records(3, func(i int, r *store.Record) { r.Delay = time.Hour })...)

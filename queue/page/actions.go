@@ -1,0 +1,135 @@
+package page
+
+import (
+	"cmp"
+	"context"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"go.uber.org/zap"
+)
+
+// selection is the events that a form is about: those of the ids, or all that match.
+type selection struct {
+	IDs    []string
+	Filter filter
+	From   string // "event" for a form on the page of an event
+}
+
+// selection reads a form. It returns false if it is about no event.
+func (v *visit) selection() (s selection, f store.Filter, ok bool, err error) {
+	form := v.r.PostForm
+	s = selection{IDs: form["id"], Filter: newFilter(form), From: form.Get("from")}
+	if s.IDs != nil {
+		return s, store.Filter{IDs: s.IDs}, true, nil
+	}
+	f, err = s.Filter.toStore(v.now)
+	f.After, f.Newest = "", false
+	if f.States = states[""]; s.Filter.State == store.Pending || s.Filter.State == store.Dead {
+		f.States = states[s.Filter.State]
+	}
+	return s, f, form.Has("matching") && s.Filter.State != store.History, err
+}
+
+// back leads the browser to where the form was, with a sentence about what was done.
+func (v *visit) back(to, code string, c changed) error {
+	if !strings.Contains(to, "?") {
+		to += "?"
+	}
+	to += "&done=" + code + "&n=" + strconv.Itoa(c.n)
+	if c.more {
+		to += "&more"
+	}
+	v.w.Header().Set("Location", strings.Replace(to, "?&", "?", 1))
+	v.w.WriteHeader(http.StatusSeeOther)
+	return nil
+}
+
+// log notes who did what. An action that failed may have changed some events.
+func (v *visit) log(action, queue string, n int, err error) {
+	v.h.logger.Info("an operator has changed the queue", zap.String("user", v.user), zap.String("action", action),
+		zap.String("queue", queue), zap.Int("events", n), zap.Error(err))
+}
+
+// apply makes a change of events, logs it, and leads back.
+func (v *visit) apply(action, code, to string, f store.Filter, what func(store.Store, context.Context, store.Filter) (int, error)) error {
+	c, err := v.h.change(v.r.Context(), f, what)
+	v.log(action, cmp.Or(strings.Join(c.queues, ","), f.Queue), c.n, err)
+	if err != nil {
+		return v.render(http.StatusServiceUnavailable, "message", "Not all was done", err, done(code, strconv.Itoa(c.n), false))
+	}
+	return v.back(to, code, c)
+}
+
+func (v *visit) retry() error {
+	s, f, ok, err := v.selection()
+	to := s.Filter.Link()
+	if s.From == "event" && len(s.IDs) == 1 {
+		to = "event?" + url.Values{"id": s.IDs}.Encode()
+	}
+	switch {
+	case err != nil:
+		return v.render(http.StatusBadRequest, "message", "That form cannot be read", err, "")
+	case !ok:
+		return v.back(to, "none", changed{})
+	}
+	return v.apply("retry", "retried", to, f, store.Store.Retry)
+}
+
+// drop asks first. The form of the question has its answer.
+func (v *visit) drop() error {
+	s, f, ok, err := v.selection()
+	switch {
+	case err != nil:
+		return v.render(http.StatusBadRequest, "message", "That form cannot be read", err, "")
+	case !ok:
+		return v.back(s.Filter.Link(), "none", changed{})
+	case v.r.PostForm.Get("sure") == "yes":
+		s.Filter.Until = v.r.PostForm.Get("before") // which only bounds what was counted
+		return v.apply("drop", "dropped", s.Filter.Link(), f, store.Store.Drop)
+	}
+	view := struct {
+		selection
+		Fixed filter // as what is dropped
+		Count int
+		More  bool // there are more than Count
+	}{selection: s, Fixed: s.Filter.fix(v.now)}
+	if s.IDs == nil {
+		f.Until = v.now
+	}
+	if view.Count, view.More, err = v.h.count(v.r.Context(), f); err != nil {
+		return v.render(http.StatusServiceUnavailable, "message", "The events cannot be counted", err, "")
+	}
+	return v.render(http.StatusOK, "drop", "Drop events?", nil, view)
+}
+
+// pause pauses a queue, or ends that.
+func (v *visit) pause(paused bool) error {
+	action, code := "resume", "resumed"
+	if paused {
+		action, code = "pause", "paused"
+	}
+	d, q, ok := v.h.find(v.r.PostForm.Get("queue"))
+	if !ok {
+		return v.message(http.StatusNotFound, "There is no such queue", "It is not in the configuration of this Caddy.")
+	}
+	ctx, cancel := context.WithTimeout(v.r.Context(), searchTimeout)
+	defer cancel()
+	s, err := d.store()
+	if err == nil {
+		var changed bool
+		if changed, err = s.Pause(ctx, q.Name, paused); err == nil && !changed {
+			code = "same"
+		}
+	}
+	v.log(action, q.Name, 0, err)
+	if err != nil {
+		return v.render(http.StatusServiceUnavailable, "message", "Nothing has changed", err, "")
+	}
+	d.wake()
+	v.h.forget()
+	return v.back("./", code, changed{})
+}

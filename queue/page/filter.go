@@ -1,0 +1,116 @@
+package page
+
+import (
+	"errors"
+	"net/url"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// filter is what a list is asked for, by the same names in its URL and in its forms.
+type filter struct {
+	Queue, State, Type, Resource, Error, Since, Until, Order, After string
+}
+
+// fields are the names of a filter, in the order of the form.
+func (f *filter) fields() map[string]*string {
+	return map[string]*string{
+		"queue": &f.Queue, "state": &f.State, "type": &f.Type, "resource": &f.Resource, "error": &f.Error,
+		"since": &f.Since, "until": &f.Until, "order": &f.Order, "after": &f.After,
+	}
+}
+
+func newFilter(v url.Values) (f filter) {
+	for name, field := range f.fields() {
+		*field = strings.ToValidUTF8(v.Get(name), string(unicode.ReplacementChar))
+	}
+	return f
+}
+
+// Values returns what is set.
+func (f filter) Values() url.Values {
+	v := make(url.Values)
+	for name, field := range f.fields() {
+		if *field != "" {
+			v.Set(name, *field)
+		}
+	}
+	return v
+}
+
+// Link returns the link to the list.
+func (f filter) Link() string { return "events?" + f.Values().Encode() }
+
+// From returns the link to the list from another position.
+func (f filter) From(after string) string {
+	f.After = after
+	return f.Link()
+}
+
+// Narrow reports whether the filter leaves anything out.
+func (f filter) Narrow() bool {
+	f.Order, f.After = "", ""
+	return f != filter{}
+}
+
+// states are the states of the words in a filter.
+var states = map[string][]string{
+	"":            {store.Pending, store.Dead},
+	store.Pending: {store.Pending},
+	store.Dead:    {store.Dead},
+	store.History: {store.History},
+	"all":         {store.Pending, store.Dead, store.History},
+}
+
+// toStore returns the filter of a search.
+func (f filter) toStore(now time.Time) (store.Filter, error) {
+	s := store.Filter{
+		Queue: f.Queue, Type: f.Type, Resource: f.Resource, Error: f.Error, After: f.After, Newest: f.Order != "oldest",
+	}
+	var known bool
+	if s.States, known = states[f.State]; !known {
+		return s, errors.New("state: must be pending, dead, delivered or all")
+	}
+	var err, untilErr error
+	s.Since, err = parseTime(f.Since, now)
+	if s.Until, untilErr = parseTime(f.Until, now); err == nil {
+		err = untilErr
+	}
+	return s, err
+}
+
+// fix returns the filter with its times as they are now, for a form that is sent later: no
+// event that arrives meanwhile is meant.
+func (f filter) fix(now time.Time) filter {
+	since, _ := parseTime(f.Since, now)
+	until, _ := parseTime(f.Until, now)
+	if !since.IsZero() {
+		f.Since = since.UTC().Format(time.RFC3339Nano)
+	}
+	if until.IsZero() || until.After(now) {
+		until = now
+	}
+	f.Until = until.UTC().Format(time.RFC3339Nano)
+	return f
+}
+
+// parseTime reads a time, or how long ago it was.
+func parseTime(text string, now time.Time) (time.Time, error) {
+	if text == "" {
+		return time.Time{}, nil
+	}
+	if ago, err := caddy.ParseDuration(text); err == nil && ago >= 0 {
+		return now.Add(-ago), nil
+	}
+	for _, layout := range []string{time.RFC3339, "2006-01-02T15:04", "2006-01-02 15:04:05 UTC", "2006-01-02 15:04", time.DateOnly} {
+		if t, err := time.Parse(layout, text); err == nil {
+			return t, nil
+		}
+	}
+	return time.Time{}, errors.New("a time is how long ago it was, such as 2h or 3d, or a date in UTC, such as 2026-11-28 09:30")
+}

@@ -1,0 +1,188 @@
+// Package page is the page of the queue for its operator: what waits and why, and the
+// buttons to retry, drop and pause. It is a Caddy HTTP handler,
+// http.handlers.inkit_queue_page, that reads the databases of the queues in its Caddy.
+package page
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"regexp"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+func init() {
+	caddy.RegisterModule(Handler{})
+}
+
+const (
+	// maxForm is the largest body of a POST, and warnInterval the pause between two lines
+	// of the log about requests without a user.
+	maxForm      = 64 << 10
+	warnInterval = time.Minute
+
+	defaultUser = "{http.auth.user.id}"
+)
+
+// headers are those of every answer. Nothing comes from elsewhere, no script runs, and
+// nobody puts the page into a frame or keeps a copy.
+var headers = map[string]string{
+	"Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+	"Cache-Control":           "no-store",
+	"Referrer-Policy":         "no-referrer",
+	"X-Content-Type-Options":  "nosniff",
+}
+
+// Handler shows the queues of this Caddy to an operator, who can retry and drop events,
+// and pause queues.
+//
+// It lets nobody in by itself: a handler in front must have authenticated a user, such as
+// `http_basic` authentication. Without a user, each request is an error with HTTP status
+// 403, and the log says why, once a minute at most.
+//
+// It answers in every folder: what stands after the last slash of the path says which
+// part of the page is asked for. All its links are relative, so that it can be served
+// under a path, with or without stripping it.
+type Handler struct {
+	// The placeholder that holds the name of the user. One that a client can set, such as
+	// `{http.request.header.Remote-User}`, is safe only if a proxy in front or a
+	// `forward_auth` always replaces it. Default: `{http.auth.user.id}`.
+	User string `json:"user,omitempty"`
+
+	// Whether the page only shows, and refuses to change anything. Default: `false`.
+	ReadOnly bool `json:"read_only,omitempty"`
+
+	queues     live.Queues
+	logger     *zap.Logger
+	protection *http.CrossOriginProtection
+	shared     *shared
+}
+
+// shared is what requests share.
+type shared struct {
+	turn chan struct{}
+
+	mu     sync.Mutex
+	looks  map[string]*look // by database
+	warned time.Time        // when the log last had a line about a request without a user
+}
+
+func newShared() *shared { return &shared{turn: make(chan struct{}, 1), looks: make(map[string]*look)} }
+
+// CaddyModule returns the Caddy module information.
+func (Handler) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.handlers.inkit_queue_page",
+		New: func() caddy.Module { return new(Handler) },
+	}
+}
+
+// Provision sets the defaults, and finds the app that has the queues.
+func (h *Handler) Provision(ctx caddy.Context) error {
+	if h.User == "" {
+		h.User = defaultUser
+	}
+	h.logger = ctx.Logger()
+	h.protection = http.NewCrossOriginProtection()
+	h.shared = newShared()
+	app, err := ctx.App("inkit_queue")
+	if err != nil {
+		return err
+	}
+	queues, ok := app.(live.Queues)
+	if !ok {
+		return fmt.Errorf("the app inkit_queue is a %T, which has no queues to show", app)
+	}
+	h.queues = queues
+	return nil
+}
+
+// userForm is one placeholder of a request. Any other, such as {env.HOME}, has a value for
+// everybody.
+var userForm = regexp.MustCompile(`^\{http\.[^\s{}\\]+\}$`)
+
+// Validate refuses a user that does not depend on the request.
+func (h *Handler) Validate() error {
+	if !userForm.MatchString(h.User) {
+		return errors.New("user: must be one placeholder of the request, such as {http.auth.user.id}")
+	}
+	return nil
+}
+
+// errNobody says what is missing in front of the page.
+var errNobody = errors.New("no user: a directive in front of inkit_queue_page must authenticate one")
+
+// ServeHTTP serves the page. The next handler is not called.
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	for field, value := range headers {
+		w.Header().Set(field, value)
+	}
+	user := h.userOf(r)
+	if user == "" {
+		h.warn()
+		return caddyhttp.Error(http.StatusForbidden, errNobody)
+	}
+	if err := h.protection.Check(r); err != nil {
+		return caddyhttp.Error(http.StatusForbidden, err)
+	}
+	v := &visit{h: h, w: w, r: r, user: user, now: time.Now()}
+	show, change := v.find(r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:])
+	reading := r.Method == http.MethodGet || r.Method == http.MethodHead
+	switch {
+	case show == nil && change == nil:
+		return v.message(http.StatusNotFound, "There is no such page", "")
+	case show != nil && !reading:
+		w.Header().Set("Allow", "GET, HEAD")
+		return v.message(http.StatusMethodNotAllowed, "This page is only to be read", "")
+	case show != nil:
+		return show()
+	case r.Method != http.MethodPost:
+		w.Header().Set("Allow", http.MethodPost)
+		return v.message(http.StatusMethodNotAllowed, "A link does not change anything", "Use the buttons of the page.")
+	case h.ReadOnly:
+		return v.message(http.StatusForbidden, "This page is read-only", "")
+	}
+	r.Body = http.MaxBytesReader(w, r.Body, maxForm)
+	if err := r.ParseForm(); errors.As(err, new(*http.MaxBytesError)) {
+		return v.message(http.StatusRequestEntityTooLarge, "That was too much at once", "")
+	} else if err != nil {
+		return v.message(http.StatusBadRequest, "The form did not arrive whole", "")
+	}
+	return change()
+}
+
+// userOf returns the name of the user, empty if there is none.
+func (h *Handler) userOf(r *http.Request) string {
+	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !ok {
+		return ""
+	}
+	user, _ := repl.GetString(strings.Trim(h.User, "{}"))
+	return request.Printable(strings.TrimSpace(user))
+}
+
+func (h *Handler) warn() {
+	h.shared.mu.Lock()
+	defer h.shared.mu.Unlock()
+	if time.Since(h.shared.warned) >= warnInterval {
+		h.shared.warned = time.Now()
+		h.logger.Warn("refused a request without a user: inkit_queue_page needs a directive in front that authenticates, such as basic_auth",
+			zap.String("user", h.User))
+	}
+}
+
+// Interface guards
+var (
+	_ caddy.Provisioner           = (*Handler)(nil)
+	_ caddy.Validator             = (*Handler)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Handler)(nil)
+)
