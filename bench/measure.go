@@ -244,8 +244,8 @@ func holdSlow(p *process) (memory int64, beside timing, err error) {
 	return memory, beside, nil
 }
 
-// upload sends large posts at the same time, on and on whether or not there is an
-// answer, and returns the most memory that the program had meanwhile.
+// upload keeps sending large posts in parallel, with or without answers, and returns the
+// most memory that the program used.
 func upload(p *process, signature string, refused bool) (int64, error) {
 	var wg sync.WaitGroup
 	var unexpected atomic.Int64

@@ -5,17 +5,16 @@ import (
 	"net/http"
 )
 
-// maxAnswer is how many bytes of the body of a backend's answer are kept for the sender.
+// maxAnswer is the number of bytes of the backend's answer that the sender gets at most.
 const maxAnswer = 1 << 20
 
-// answer is the response writer of an attempt. It keeps what the backend says, and
-// does nothing with it.
+// answer is the response writer of an attempt. It stores the answer of the backend.
 type answer struct {
 	header http.Header
-	sent   http.Header // as it was with the status
+	sent   http.Header // a copy of header from the time of the status
 	status int         // 0 if none was written
 	body   []byte
-	cut    bool // whether the body is longer than what is kept
+	cut    bool // the body is longer than maxAnswer
 }
 
 func newAnswer() *answer { return &answer{header: make(http.Header)} }
@@ -43,10 +42,10 @@ func (a *answer) Flush() {}
 func (a *answer) copyTo(w http.ResponseWriter) error {
 	header := w.Header()
 	maps.Copy(header, a.sent)
-	header.Del("Trailer") // of which nothing was kept
+	header.Del("Trailer") // the trailers are not stored
 	if a.cut {
 		header.Del("Content-Length")
-		a.body = nil // rather than a part of it that looks like all
+		a.body = nil // a part would look complete
 	}
 	w.WriteHeader(a.status)
 	if len(a.body) == 0 {

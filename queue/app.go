@@ -14,8 +14,8 @@ func init() {
 	caddy.RegisterModule(App{})
 }
 
-// App starts and stops the queues of a configuration. There is nothing in it to
-// configure: a handler brings it along.
+// App starts and stops the queues of a configuration. It has no settings: the handlers
+// load it.
 type App struct {
 	ctx      caddy.Context
 	logger   *zap.Logger
@@ -37,8 +37,8 @@ func (a *App) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// register notes a handler. A site with two listeners has its handlers twice: two handlers
-// may have one name if they are the same.
+// register adds a handler. A site with two listeners has its handlers twice, so two
+// handlers may have the same name if their settings are the same.
 func (a *App) register(h *Handler, config string) error {
 	if other, ok := a.configs[h.Name]; ok && other != config {
 		return fmt.Errorf("name: two queues are called %s, and have different settings", h.Name)
@@ -48,8 +48,8 @@ func (a *App) register(h *Handler, config string) error {
 	return nil
 }
 
-// Start opens the queues, or finds them open, and has them deliver. It does not wait for
-// the databases and never fails: whatever is wrong with a database, the sites are served.
+// Start opens the queues, and lets them deliver. It does not wait for the databases and
+// never fails: if a database is broken, Caddy still serves the sites.
 func (a *App) Start() error {
 	for _, h := range a.handlers {
 		h.use.open()
@@ -57,8 +57,8 @@ func (a *App) Start() error {
 	return nil
 }
 
-// Stop has the queues make no more attempts by this configuration. Attempts under way go
-// on. If Caddy ends, they have as long as the requests of the HTTP servers.
+// Stop ends new attempts by this configuration. Running attempts go on. If Caddy stops,
+// they have as much time as the requests of the HTTP servers.
 func (a *App) Stop() error {
 	var grace time.Duration
 	if app, err := a.ctx.AppIfConfigured("http"); err == nil {

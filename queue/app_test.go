@@ -45,7 +45,7 @@ func TestLoadingTouchesNoFile(t *testing.T) {
 	c.stop(t)
 }
 
-// by is a backend that says which configuration delivers.
+// by is a backend that records which configuration delivers.
 func by(counter *atomic.Int64, code int) caddyhttp.RouteList {
 	return routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 		counter.Add(1)
@@ -53,9 +53,8 @@ func by(counter *atomic.Int64, code int) caddyhttp.RouteList {
 	})
 }
 
-// What happens to an event that waits when configurations come and go. The order is
-// Caddy's: the new one is provisioned and started, then the old one is stopped and
-// cleaned up.
+// Reloads with a pending event, in Caddy's order: the new configuration is provisioned
+// and started, then the old one is stopped and cleaned up.
 func TestReloads(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
@@ -112,7 +111,7 @@ func TestReloads(t *testing.T) {
 	}
 }
 
-// A request of the old configuration is served, and what is in flight ends under it.
+// A request of the old configuration is served, and its attempts end under it.
 func TestReloadDuringAnAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "queue.db")
@@ -149,8 +148,8 @@ func TestReloadDuringAnAttempt(t *testing.T) {
 	})
 }
 
-// A reload that takes the queue out: the last requests of the old configuration are
-// delivered all the same.
+// A reload that removes the queue: the last requests of the old configuration are still
+// delivered.
 func TestLateRequestOfAQueueThatIsGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(201))})
@@ -192,12 +191,12 @@ func TestRequestBeforeTheStart(t *testing.T) {
 	}
 }
 
-// A clean end gives the leases back: whoever comes next delivers at once. What is in
-// flight has the grace period.
+// A clean stop gives the leases back: the next process delivers at once. Running attempts
+// have the grace period.
 func TestEndGivesLeasesBack(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
-		takes   time.Duration // of the attempt that is in flight
+		takes   time.Duration // of the running attempt
 		grace   time.Duration
 		ends    time.Duration
 		pending int
@@ -237,7 +236,7 @@ func TestEndGivesLeasesBack(t *testing.T) {
 	}
 }
 
-// Two handlers of one name, and two queues in one file, share what they have to.
+// Two handlers of one name share a queue, and two queues in one file share a database.
 func TestSharedDatabase(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "queue.db")

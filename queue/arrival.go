@@ -15,20 +15,20 @@ import (
 )
 
 const (
-	// patience is how long the backend has for an event before the event is stored. An event
-	// that the backend takes within it never goes to the disk. No sender is answered during
+	// patience is the time for the backend to answer before the event is stored. An event
+	// that it accepts in this time is never written to the disk. No sender is answered during
 	// this time. If the attempt fails, or there is none, the event is stored immediately.
 	patience = 25 * time.Millisecond
 
-	// storeWait is how long a sender waits at least for its event to be on the disk.
+	// storeWait is how long a sender waits, at least, until its event is on the disk.
 	storeWait = 5 * time.Second
 
-	// onceWait is how long an event that is stored once waits for that before its first
-	// attempt. Then it is attempted all the same: a double is better than a loss.
+	// onceWait is how long an event of a type in once waits to be stored. Then its first
+	// attempt begins anyway: a double is better than a loss.
 	onceWait = time.Second
 )
 
-// errNoPlace means that as many attempts as may be are under way.
+// errNoPlace means that the maximum number of attempts is running.
 var errNoPlace = errors.New("no attempt could begin")
 
 // arrival is a new event whose sender waits.
@@ -40,15 +40,14 @@ type arrival struct {
 	began   time.Time
 
 	refused   bool // too many events are pending
-	duplicate bool // the log says so
+	duplicate bool // it is logged as a duplicate
 
 	mu       sync.Mutex
 	addition *writer.Addition // once it is being stored
 	finish   *store.Finish    // once the attempt has ended
 }
 
-// answer delivers or stores the event, and answers its sender as soon as one of both is
-// done.
+// answer delivers or stores the event, and answers its sender when one of both is done.
 func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	answerAfter := time.Duration(*a.h.AnswerAfter)
 	deadline := a.began.Add(max(storeWait, answerAfter))
@@ -86,8 +85,8 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	return a.answerKept(w, r, attempted, stored, deadline)
 }
 
-// answerKept answers the sender of an event that the backend has not taken at once: when it
-// is taken or stored. attempted is nil if no attempt is under way.
+// answerKept answers the sender when the event is delivered or stored, if the backend did
+// not accept it at once. attempted is nil if no attempt is running.
 func (a *arrival) answerKept(w http.ResponseWriter, r *http.Request, attempted chan result, stored bool, deadline time.Time) error {
 	var durable <-chan struct{}
 	if !stored {
@@ -104,7 +103,7 @@ func (a *arrival) answerKept(w http.ResponseWriter, r *http.Request, attempted c
 			w.WriteHeader(http.StatusOK)
 			return nil
 		case !stored && durable == nil && attempted == nil:
-			return refuse(w, errors.New("the event could not be stored, and the backend has not taken it"))
+			return refuse(w, errors.New("the event could not be stored, and the backend has not accepted it"))
 		}
 		select {
 		case res := <-attempted:
@@ -119,15 +118,15 @@ func (a *arrival) answerKept(w http.ResponseWriter, r *http.Request, attempted c
 			if !stored {
 				return refuse(w, errors.New("the event could not be stored in time"))
 			}
-		case <-gone: // or it has ended its side of the connection, and waits: the answer must be true
+		case <-gone: // the sender may have closed only its half of the connection: the answer must be true
 			gone, impatient = nil, true
 		}
 	}
 }
 
-// begins reports whether the first attempt begins now. It does not if the queue is paused,
-// or if the backend is down, or was and has enough to do. While events cannot be stored, it
-// does even then.
+// begins reports whether the first attempt begins now. It does not if the queue is paused.
+// If the backend is down, or has just returned and is busy, it begins only while events
+// cannot be stored.
 func (a *arrival) begins() bool {
 	q := a.q
 	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Allows(q.inFlightNow()) {
@@ -137,8 +136,8 @@ func (a *arrival) begins() bool {
 	return true
 }
 
-// storeOnce stores an event that is stored once before its first attempt, and reports
-// whether that is done.
+// storeOnce stores an event of a type in once before its first attempt, and reports whether
+// that succeeded.
 func (a *arrival) storeOnce(deadline time.Time) bool {
 	if !a.q.db.writer.Failing() {
 		if durable := a.store(deadline); durable != nil {
@@ -156,7 +155,7 @@ func (a *arrival) storeOnce(deadline time.Time) bool {
 	return false
 }
 
-// isDuplicate reports whether an event that is stored once was stored before, and logs it.
+// isDuplicate reports whether an event of a type in once was stored before, and logs it.
 func (a *arrival) isDuplicate() bool {
 	if a.addition == nil {
 		return false
@@ -177,7 +176,7 @@ func (a *arrival) isDuplicate() bool {
 	return true
 }
 
-// attempt begins the first attempt, and returns where its result comes.
+// attempt begins the first attempt, and returns the channel for its result.
 func (a *arrival) attempt() chan result {
 	q := a.q
 	storing := !q.db.writer.Failing()
@@ -202,8 +201,8 @@ func (a *arrival) attempt() chan result {
 	return attempted
 }
 
-// waitForPlace waits until the attempt may begin. An event that can be stored does not wait
-// long: its turn comes as an old one.
+// waitForPlace waits until the attempt may begin. If the event can be stored, the wait is
+// short: the schedule attempts it later.
 func (a *arrival) waitForPlace(storing bool) bool {
 	wait := storeWait
 	if storing {
@@ -214,7 +213,7 @@ func (a *arrival) waitForPlace(storing bool) bool {
 	return a.q.limits.New(ctx)
 }
 
-// end notes how the attempt ended.
+// end records the result of the attempt.
 func (a *arrival) end(f store.Finish) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
@@ -224,9 +223,9 @@ func (a *arrival) end(f store.Finish) {
 	}
 }
 
-// store begins to store the event, and returns the channel that is closed when that has
-// ended. It returns nil if the event is not stored, because too many are or because the
-// backend has taken it at this moment.
+// store begins to store the event, and returns a channel that is closed when this ends. It
+// returns nil if the event is not stored: too many are pending, or the backend has just
+// accepted it.
 func (a *arrival) store(deadline time.Time) <-chan struct{} {
 	if a.addition == nil && a.q.db.pending(a.q.name) >= a.h.MaxEvents {
 		if !a.refused {

@@ -22,23 +22,23 @@ const (
 	// maxRetryAfter bounds the wait that a backend may ask for.
 	maxRetryAfter = time.Hour
 
-	// endMargin is how long handlers have to end when attempt_timeout is over. Some do not
-	// heed that: php_fastcgi waits for as long as its read_timeout says, or for ever.
+	// endMargin is the time for handlers to end after attempt_timeout. Some ignore it:
+	// php_fastcgi waits for its read_timeout, which may be forever.
 	endMargin = time.Second
 
-	// maxOverdue is how many attempts may go on after that. Each uses a connection.
+	// maxOverdue is how many attempts may go on after that. Each needs a connection.
 	maxOverdue = 256
 
 	// maxError is how many bytes of the last error are stored with an event.
 	maxError = 300
 )
 
-// result is what came of an attempt.
+// result is the result of an attempt.
 type result struct {
 	answer      *answer
 	status      int
-	err         error         // nil if the backend took the event
-	unreachable bool          // whether err says more about the backend than about the event
+	err         error         // nil if the backend accepted the event
+	unreachable bool          // err counts towards the backend being down
 	retryAfter  time.Duration // as the backend asked for
 }
 
@@ -53,8 +53,8 @@ func (r result) name() string {
 	return resultFailed
 }
 
-// attempt makes one attempt at an event, and calls done once: when the handlers have
-// returned, or some time after attempt_timeout though they have not.
+// attempt makes one attempt at an event, and calls done once: when the handlers return,
+// or endMargin after attempt_timeout.
 func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done func(result)) {
 	if err := q.begin(rec.ID); err != nil {
 		done(result{err: err, unreachable: true})
@@ -75,7 +75,7 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done 
 			return
 		}
 		if q.attempting.Err() == nil {
-			h.logger.Warn("an attempt goes on though attempt_timeout is over: its handler does not heed it, such as php_fastcgi without read_timeout", zap.String("id", rec.ID))
+			h.logger.Warn("an attempt goes on after attempt_timeout: set a timeout in its handler, such as read_timeout in php_fastcgi", zap.String("id", rec.ID))
 		}
 		q.locked(func() { q.overdue[rec.ID] = true })
 		end(result{err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
@@ -86,15 +86,15 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done 
 	timeUp := ctx.Err() == context.DeadlineExceeded
 	stop()
 	if !over.CompareAndSwap(false, true) {
-		h.logger.Debug("an attempt has ended for which attempt_timeout was too short", zap.String("id", rec.ID), zap.Error(err))
+		h.logger.Debug("an attempt has ended after attempt_timeout", zap.String("id", rec.ID), zap.Error(err))
 		q.locked(func() { delete(q.overdue, rec.ID) })
 		return
 	}
 	end(newResult(answer, err, timeUp, time.Duration(h.AttemptTimeout)))
 }
 
-// begin notes an attempt. It must not begin while the last one at the event goes on, or
-// while too many do.
+// begin registers an attempt. It fails while the last attempt at the event goes on, or
+// while too many attempts are overdue.
 func (q *queue) begin(id string) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -116,7 +116,7 @@ func (q *queue) locked(f func()) {
 
 // run runs the handlers of the deliver block.
 func (q *queue) run(h *Handler, req *http.Request, answer *answer, id string) (err error) {
-	// a proxy panics when an answer is cut short, and net/http is not here to recover
+	// a proxy panics when an answer is cut short, and no net/http server recovers here
 	defer func() {
 		switch p := recover(); p {
 		case nil:
@@ -132,14 +132,14 @@ func (q *queue) run(h *Handler, req *http.Request, answer *answer, id string) (e
 		unhandled = answer.status == 0
 		return nil
 	})
-	if err = h.Routes.Compile(next).ServeHTTP(answer, req); err == nil && unhandled { // whatever status a handler such as templates makes of that
-		err = errors.New("no directive of the deliver block took it")
+	if err = h.Routes.Compile(next).ServeHTTP(answer, req); err == nil && unhandled { // also if a handler such as templates writes a status then
+		err = errors.New("no directive of the deliver block handled the event")
 	}
 	return err
 }
 
-// newResult says what the answer or the error of the handlers means: only a status of 2xx
-// delivers.
+// newResult turns the answer or the error of the handlers into a result: only a status of
+// 2xx delivers.
 func newResult(answer *answer, err error, timeUp bool, timeout time.Duration) result {
 	res := result{answer: answer, status: answer.status}
 	handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err)
@@ -151,7 +151,7 @@ func newResult(answer *answer, err error, timeUp bool, timeout time.Duration) re
 		res.err, res.unreachable = fmt.Errorf("no answer within %v", timeout), true
 	case ok && handlerErr.Err == nil:
 		res.err = fmt.Errorf("status %d", handlerErr.StatusCode)
-	case ok: // without the marks of Caddy's log
+	case ok: // without the id and trace that Caddy adds
 		res.err = fmt.Errorf("status %d: %w", handlerErr.StatusCode, handlerErr.Err)
 	case err != nil:
 		res.err = err
@@ -181,7 +181,7 @@ func retryAfter(value string, now time.Time) time.Duration {
 	return 0
 }
 
-// lastError returns the text that is stored of an error: one line that a terminal can show.
+// lastError returns the text of an error to store: one line that a terminal can show.
 func lastError(err error) string {
 	text := request.Printable(err.Error())
 	if len(text) > maxError {

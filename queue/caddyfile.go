@@ -98,7 +98,7 @@ func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
 		return d.Err("store: takes the kind of a database")
 	}
 	kind := d.Val()
-	if !nameForm.MatchString(kind) { // and may be a connection string, which no error shows
+	if !nameForm.MatchString(kind) { // it may be a connection string, and no error shows one
 		return d.Err("store: takes the kind of a database first, such as sqlite or postgres")
 	}
 	module, err := caddyfile.UnmarshalModule(d, "inkit_queue.stores."+kind)
@@ -118,7 +118,7 @@ func (h *Handler) parseDeliver(helper httpcaddyfile.Helper, d *caddyfile.Dispens
 	return nil
 }
 
-// parseDuration parses one duration that is at least as long as least.
+// parseDuration parses one duration of at least least.
 func parseDuration(d *caddyfile.Dispenser, word string, least time.Duration) (caddy.Duration, error) {
 	var text string
 	if d.AllArgs(&text) {

@@ -29,7 +29,7 @@ func adapt(t *testing.T, input string) (string, error) {
 	return pretty.String(), nil
 }
 
-// Each golden file holds a Caddyfile, a line of dashes, and the JSON it stands for.
+// Each golden file has a Caddyfile, a line of dashes, and the JSON of the Caddyfile.
 func TestAdapt(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.caddyfiletest")
 	require.NoError(t, err)
@@ -125,7 +125,7 @@ func TestCaddyfileErrors(t *testing.T) {
 	}
 }
 
-// What is wrong in JSON, or is only known when placeholders and files are there.
+// Errors in JSON, and errors that appear only with the placeholders and files.
 func TestLoadErrors(t *testing.T) {
 	with := func(change func(h *Handler)) *Handler {
 		h := &Handler{Name: "a", Routes: rawRoutes(`{"handler":"static_response"}`)}
@@ -160,7 +160,7 @@ func TestLoadErrors(t *testing.T) {
 		{"a handler that there is not", "routes: ", []*Handler{with(func(h *Handler) { h.Routes = rawRoutes(`{"handler":"none"}`) })}},
 		{"a store that there is not", "store: ", []*Handler{with(func(h *Handler) { h.StoreRaw = json.RawMessage(`{"module":"mysql"}`) })}},
 		{"a store with an unknown field", "store: ", []*Handler{with(func(h *Handler) { h.StoreRaw = json.RawMessage(`{"module":"sqlite","file":"/x"}`) })}},
-		{"a path with a question mark", "path: must not hold a question mark", []*Handler{with(func(h *Handler) { h.StoreRaw = sqliteAt("/x?mode=memory") })}},
+		{"a path with a question mark", "path: must not contain a question mark", []*Handler{with(func(h *Handler) { h.StoreRaw = sqliteAt("/x?mode=memory") })}},
 		{"a name with a space", nameForm, []*Handler{with(func(h *Handler) { h.Name = "a b" })}},
 		{"a name with a placeholder", nameForm, []*Handler{with(func(h *Handler) { h.Name = "{env.NAME}" })}},
 		{"a name of 65 characters", nameForm, []*Handler{with(func(h *Handler) { h.Name = strings.Repeat("a", 65) })}},
@@ -212,7 +212,7 @@ func TestPostgresCaddyfile(t *testing.T) {
 		"two placeholders":                {"store postgres {env.QUEUE_DSN} {env.c0nf1d3nt1al}", "store: postgres takes one placeholder at most"},
 		"a connection string twice":       {"store postgres {env.QUEUE_DSN} {\n dsn c0nf1d3nt1al\n }", "dsn: must not be repeated"},
 		"spaces without quotes":           {"store postgres {\n dsn host=host password=c0nf1d3nt1al\n }", "dsn: takes one value, in quotes"},
-		"an unknown word":                 {"store postgres {env.QUEUE_DSN} {\n c0nf1d3nt1al\n }", "store: postgres must hold dsn and schema only"},
+		"an unknown word":                 {"store postgres {env.QUEUE_DSN} {\n c0nf1d3nt1al\n }", "store: postgres takes only dsn and schema"},
 		"a variable that is unset":        {"store postgres {env.c0nf1d3nt1al}", "dsn: environment variable is unset or empty"},
 		"a file that is missing":          {"store postgres {file./c0nf1d3nt1al}", "dsn: file cannot be read: no such file or directory"},
 		"what is no connection string":    {"store postgres {\n dsn postgres//c0nf1d3nt1al@host\n }", "dsn: cannot be parsed as a connection string of PostgreSQL"},
@@ -220,8 +220,8 @@ func TestPostgresCaddyfile(t *testing.T) {
 		"a certificate that is missing":   {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=verify-full sslrootcert=/c0nf1d3nt1al\"\n }", "dsn: names a file that cannot be read: no such file or directory"},
 		"a mode that is none":             {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=c0nf1d3nt1al\"\n }", "dsn: cannot be used: failed to configure TLS"},
 		"a placeholder within a text":     {"store postgres {\n dsn postgres://role:{env.c0nf1d3nt1al}@host/database\n }", "dsn: must be either one placeholder and nothing else"},
-		"a way that Caddy does not know":  {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: stands for a text in a way that Caddy does not know"},
-		"a schema that is too long":       {"store postgres {env.QUEUE_DSN} {\n schema " + strings.Repeat("s", 64) + "\n }", "schema: must be the name of one"},
+		"a way that Caddy does not know":  {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: has a placeholder in a form that Caddy does not know"},
+		"a schema that is too long":       {"store postgres {env.QUEUE_DSN} {\n schema " + strings.Repeat("s", 64) + "\n }", "schema: must be a name of at most 63 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			adapter := caddyconfig.GetAdapter("caddyfile")

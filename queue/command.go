@@ -23,14 +23,13 @@ func init() {
 		Short: "Lists, shows, retries, drops and moves the events of a queue, and pauses it",
 		Long: `
 Works on the database of inkit_queue, whether Caddy runs or not, and without its
-admin endpoint. Run it as the user that Caddy runs as: nobody else can read the
-file of SQLite.
+admin endpoint. Run it as Caddy's user: no other user can read the SQLite file.
 
 Without --db and --config, the database is inkit_queue.db in Caddy's data directory.
-With --config, it is each of those that the configuration names.
+With --config, it works on all databases in the configuration.
 `,
 		CobraFunc: func(cmd *cobra.Command) {
-			cmd.Args = cobra.NoArgs // or else an unknown command prints the help, with status 0
+			cmd.Args = cobra.NoArgs // otherwise an unknown command prints the help, with status 0
 			cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 			var o origin
 			flags := cmd.PersistentFlags()
@@ -52,9 +51,9 @@ func migrateCommand(o *origin) *cobra.Command {
 		Use:   "migrate [--print] [--db <file> | --config <file>]",
 		Short: "Makes the tables of a database",
 		Long: `
-Makes the tables of the database, which Caddy does too when it starts. With --print,
-it shows the SQL for PostgreSQL, and connects to nothing: for a role that may make
-tables, where that of Caddy may not.
+Makes the tables of the database. Caddy does this too when it starts. With --print,
+it only prints the SQL for PostgreSQL: run that with another role if Caddy's role
+may not make tables.
 `,
 		Example: `  caddy inkit-queue migrate --print --config Caddyfile | psql -d inkit`,
 		Args:    cobra.NoArgs,
@@ -95,11 +94,10 @@ func moveCommand(o *origin) *cobra.Command {
 		Use:   "move [--from <file>] --config <file>",
 		Short: "Moves events from SQLite into the database of a configuration",
 		Long: `
-Moves all events from a file of SQLite into the database that the configuration
-names. An event is in the one or in the other, or for a moment in both: if the
-command is cut short, run it again. One that is being delivered is left where it is.
-The age of an event counts anew. The history, the keys of once, and a pause are
-copied.
+Moves all events from an SQLite file into the database of the configuration. If the
+command is interrupted, run it again: no event is lost. Events that are being
+delivered stay in the file. The age of moved events starts again at 0. The history,
+the keys of once, and a pause are copied.
 `,
 		Example: `  caddy inkit-queue move --config Caddyfile`,
 		Args:    cobra.NoArgs,
@@ -115,12 +113,12 @@ copied.
 			return err
 		}
 		if len(openers) > 1 {
-			return errors.New("the configuration names several databases: it is not known which to move to")
+			return errors.New("the configuration names several databases: move needs a configuration with one")
 		}
 		return o.each(cmd.Context(), func(to store.Store) error {
 			return (&origin{db: *file}).each(cmd.Context(), func(from store.Store) error {
-				if sqlite.Same(from, to) { // to copy would do nothing, and to drop would delete all
-					return errors.New("the configuration names the database that is to be moved from: change it first")
+				if sqlite.Same(from, to) { // copying would do nothing, and dropping would delete all
+					return errors.New("the configuration names the same database as --from: change the configuration first")
 				}
 				ctx, stop := interruptible(cmd.Context())
 				defer stop()
@@ -136,8 +134,8 @@ copied.
 	return cmd
 }
 
-// move copies events a page at a time, and drops the page. It leaves those with an attempt
-// under way. An interruption takes effect between two pages.
+// move copies events a page at a time, and drops the page. It leaves events with a running
+// attempt. An interruption takes effect between two pages.
 func move(ctx context.Context, from, to store.Store) (moved, left int, err error) {
 	if err := store.CopyMemory(ctx, to, from); err != nil {
 		return 0, 0, err

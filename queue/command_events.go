@@ -18,11 +18,10 @@ import (
 func listCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "list " + filterUsage + " [--limit <number>] [--json] [--db <file> | --config <file>]",
-		Short: "Lists the events that are kept, the oldest first",
+		Short: "Lists the stored events, the oldest first",
 		Long: `
-Lists the events that are kept, the oldest first: a line for each, or with --json
-an object for each. With --state delivered or all, it lists what the history knows
-of delivered events, too.
+Lists the stored events, the oldest first: a line for each, or with --json an object
+for each. With --state delivered or all, it lists delivered events from the history.
 `,
 		Example: `  caddy inkit-queue list --state all --resource doc_1`,
 		Args:    cobra.NoArgs,
@@ -56,9 +55,9 @@ of delivered events, too.
 }
 
 // errEnough ends a list.
-var errEnough = errors.New("as many as are wanted")
+var errEnough = errors.New("enough events are listed")
 
-// list calls f for the events that a filter selects, left of them at most if that is limited.
+// list calls f for the events that a filter selects. If limited, it stops after left events.
 func list(ctx context.Context, s store.Store, filter store.Filter, limited bool, left *int, f func(*store.Record) error) error {
 	if limited {
 		filter.Limit = *left
@@ -105,9 +104,9 @@ type listed struct {
 	EventType   string `json:"event_type"`
 	ResourceID  string `json:"resource_id"`
 	Attempts    int    `json:"attempts"`
-	NextAttempt string `json:"next_attempt,omitempty"` // of a pending one; while it is delivered, should that fail to end
+	NextAttempt string `json:"next_attempt,omitempty"` // of a pending event; during an attempt, the end of its lease
 	LastError   string `json:"last_error,omitempty"`
-	Finished    string `json:"finished,omitempty"` // of a delivered one
+	Finished    string `json:"finished,omitempty"` // of a delivered event
 	Status      int    `json:"status,omitempty"`   // likewise
 }
 
@@ -131,8 +130,8 @@ func showCommand(o *origin) *cobra.Command {
 		Short: "Shows an event with its request",
 		Long: `
 Shows an event: its state, its last error, and the request with its header fields
-and its body. What a replay would need, the signature and credentials, is left out,
-and control characters are replaced. Of a delivered event, there is no request.
+and its body. It leaves out the signature and credentials, which a replay would
+need, and replaces control characters. A delivered event has no request.
 `,
 		Example: `  caddy inkit-queue show 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
 		Args:    cobra.ExactArgs(1),
@@ -165,11 +164,11 @@ and control characters are replaced. Of a delivered event, there is no request.
 func retryCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "retry <id>... | " + filterUsage + " [--db <file> | --config <file>]",
-		Short: "Has events attempted again at once",
+		Short: "Makes Caddy attempt events again at once",
 		Long: `
-Makes events pending and due, as if they had arrived just now: dead ones are
-attempted for max_age again. A running Caddy sees it within a few seconds. One that
-is being delivered is left alone.
+Makes events pending and due, as if they had arrived just now: dead events are
+attempted for max_age again. A running Caddy sees it within a few seconds. Events
+that are being delivered do not change.
 `,
 		Example: `  caddy inkit-queue retry --state dead --since 2h`,
 	}
@@ -219,15 +218,15 @@ func dropCommand(o *origin) *cobra.Command {
 		Use:   "drop <id>... | " + filterUsage + " [--yes] [--db <file> | --config <file>]",
 		Short: "Deletes events for good",
 		Long: `
-Deletes events, and prints what it has deleted. Nothing brings them back. A delivery
-that is under way goes on. By ids, it does not ask; by a filter, it needs --yes.
-A delivered event is deleted from the history. If an event of a type of once is sent
-again after that, it is delivered.
+Deletes events, and prints them. You cannot undo this. A running delivery goes on.
+With ids, it does not ask; with a filter, it needs --yes. A delivered event is
+deleted from the history. If an event of a type in once is sent again after that,
+it is delivered.
 `,
 		Example: `  caddy inkit-queue drop --state dead --error "status 410" --yes`,
 	}
 	flags := newFilterFlags(cmd)
-	yes := cmd.Flags().Bool("yes", false, "Delete what the filter selects")
+	yes := cmd.Flags().Bool("yes", false, "Delete the events that the filter selects")
 	cmd.Args = flags.idsOrFilter
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		if flags.given() {
@@ -244,7 +243,7 @@ again after that, it is delivered.
 	return cmd
 }
 
-// dropFilter drops what a filter selects. Without yes, it says how many these are.
+// dropFilter drops the events that a filter selects. Without yes, it only counts them.
 func dropFilter(ctx context.Context, o *origin, flags *filterFlags, yes bool) error {
 	filter, err := flags.filter()
 	if err != nil {
@@ -262,7 +261,7 @@ func dropFilter(ctx context.Context, o *origin, flags *filterFlags, yes bool) er
 		return err
 	})
 	if err == nil && !yes {
-		err = fmt.Errorf("would drop %d events: say so with --yes", would)
+		err = fmt.Errorf("would drop %d events: add --yes to drop them", would)
 	}
 	return err
 }

@@ -17,8 +17,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// selectStep is how many events retry and drop change in one transaction: no event of a
-// running Caddy waits for long.
+// selectStep is how many events retry and drop change in one transaction. It is small, so
+// that no event of a running Caddy waits for long.
 const selectStep = 100
 
 // filterUsage is the filters in the usage of a command.
@@ -37,9 +37,9 @@ func newFilterFlags(cmd *cobra.Command) *filterFlags {
 	flags.BoolVar(&f.dead, "dead", false, "The same as --state dead")
 	flags.StringVar(&f.eventType, "type", "", "Only this event type")
 	flags.StringVar(&f.resource, "resource", "", "Only the events of this resource")
-	flags.StringVar(&f.part, "error", "", "Only those whose last error has this text in it")
-	flags.StringVar(&f.since, "since", "", "Only those that arrived within this time, such as 2h or 3d")
-	flags.StringVar(&f.until, "until", "", "Only those that arrived longer ago")
+	flags.StringVar(&f.part, "error", "", "Only events whose last error contains this text")
+	flags.StringVar(&f.since, "since", "", "Only events that arrived within this time, such as 2h or 3d")
+	flags.StringVar(&f.until, "until", "", "Only events that arrived longer ago")
 	return f
 }
 
@@ -69,7 +69,7 @@ func (f *filterFlags) filter() (filter store.Filter, err error) {
 	return filter, err
 }
 
-// ago returns the time that lies so far back.
+// ago returns the time a duration before now.
 func ago(flag, text string) (time.Time, error) {
 	if text == "" {
 		return time.Time{}, nil
@@ -81,7 +81,7 @@ func ago(flag, text string) (time.Time, error) {
 	return time.Now().Add(-d), nil
 }
 
-// idsOrFilter refuses a command that has both ids and a filter, or none of them.
+// idsOrFilter refuses a command with both ids and a filter, or with neither.
 func (f *filterFlags) idsOrFilter(_ *cobra.Command, ids []string) error {
 	if f.given() == (len(ids) > 0) {
 		return errors.New("takes either events by their ids, or a filter such as --state dead")
@@ -89,9 +89,9 @@ func (f *filterFlags) idsOrFilter(_ *cobra.Command, ids []string) error {
 	return nil
 }
 
-// change calls f with the ids of the events that a filter selects, a few at a time, and
-// returns how many it has changed, and how many there were. An interruption takes effect in
-// between.
+// change calls f with the ids of the events that a filter selects, selectStep at a time.
+// It returns how many f has changed, and how many there were. An interruption takes effect
+// between two calls.
 func change(ctx context.Context, s store.Store, filter store.Filter, what string, f func(context.Context, store.Filter) (int, error)) (changed, all int, err error) {
 	var p progress
 	defer p.end()
@@ -127,15 +127,15 @@ func interruptible(ctx context.Context) (context.Context, context.CancelFunc) {
 	return signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 }
 
-// interrupted says that a command was cut short, in place of the error of its last step.
+// interrupted replaces the error of the last step if the command was interrupted.
 func interrupted(ctx context.Context, err error) error {
 	if err != nil && ctx.Err() != nil {
-		return errors.New("interrupted: the rest is as it was")
+		return errors.New("interrupted: the other events are unchanged")
 	}
 	return err
 }
 
-// progress is a line on a terminal that says how far long work is.
+// progress is a line on a terminal that shows the progress of long work.
 type progress struct {
 	shown time.Time
 	width int

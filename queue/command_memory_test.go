@@ -117,7 +117,7 @@ func TestPauseAndResume(t *testing.T) {
 	}
 }
 
-// Ctrl-C takes effect between two pages: what is done is said, and nothing is half done.
+// Ctrl-C takes effect between two pages: the command prints the number of events done.
 func TestInterruptedCommand(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -136,7 +136,7 @@ func TestInterruptedCommand(t *testing.T) {
 		}
 		return s.Drop(ctx, f)
 	})
-	require.EqualError(t, err, "interrupted: the rest is as it was")
+	require.EqualError(t, err, "interrupted: the other events are unchanged")
 	assert.Equal(t, []int{3 * selectStep, 3 * selectStep}, []int{n, all})
 	status, err := s.Status(t.Context())
 	require.NoError(t, err)

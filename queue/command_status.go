@@ -35,10 +35,10 @@ func statusCommand(o *origin) *cobra.Command {
 		Use:   "status [--json] [--db <file> | --config <file>]",
 		Short: "Shows how each queue is",
 		Long: `
-Shows of each queue how many events are pending and dead, when the next attempt is
-due, whether it is paused, how many were delivered, and the most frequent last
-errors. What was delivered is what the history knows. Of more than 20,000 events,
-the errors are those of the oldest 10,000 and of the newest.
+Shows for each queue how many events are pending and dead, when the next attempt is
+due, whether the queue is paused, how many events were delivered, by the history,
+and the most frequent last errors. With more than 20,000 events, the errors are
+those of the oldest 10,000 and the newest 10,000.
 `,
 		Example: `  caddy inkit-queue status --config /etc/caddy/Caddyfile`,
 		Args:    cobra.NoArgs,
@@ -112,11 +112,11 @@ func printStatus(q store.QueueStatus, database string, size int64) error {
 func pauseCommand(o *origin) *cobra.Command {
 	return pausing(o, true, &cobra.Command{
 		Use:   "pause [<queue>] [--db <file> | --config <file>]",
-		Short: "Has a queue keep its events, and attempt none",
+		Short: "Pauses a queue: events are stored, without attempts",
 		Long: `
-Pauses a queue, or all of them: events are stored and answered 200, and none is
-attempted. Attempts under way go on. All Caddys on the database heed it within two
-seconds, and so do those that start later, until resume ends it.
+Pauses a queue, or all queues: events are stored and answered 200, without attempts.
+Running attempts go on. All Caddys on the database pause within two seconds, and so
+do Caddys that start later, until you run resume.
 `,
 		Example: `  caddy inkit-queue pause`,
 	})

@@ -25,7 +25,7 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// run runs the command, and returns what it prints.
+// run runs the command, and returns its output.
 func run(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	printed, err := os.Create(filepath.Join(t.TempDir(), "stdout"))
@@ -45,8 +45,7 @@ func run(t *testing.T, args ...string) (string, error) {
 	return string(text), runErr
 }
 
-// kept is a file with four events: one that is due, one that is later, one that is dead
-// and one that is being delivered.
+// kept makes a file with four events: due now, due later, dead, and in an attempt.
 func kept(t *testing.T) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "queue.db")
@@ -224,7 +223,7 @@ func TestRetryAndDrop(t *testing.T) {
 		},
 		{"retry by a filter that selects nothing", "retry --resource none", "0 events are due\n", "", all},
 		{"retry a delivered one", "retry 0-d1", "", "0-d1 is delivered: its request is deleted", all},
-		{"drop by a filter, without --yes", "drop --state dead", "", "would drop 1 events: say so with --yes", all},
+		{"drop by a filter, without --yes", "drop --state dead", "", "would drop 1 events: add --yes to drop them", all},
 		{"drop by a filter", "drop --state dead --yes", "1 events are dropped\n", "", with(map[string]string{"i3-dead": ""})},
 		{"drop by a filter that selects nothing", "drop --type none --yes", "0 events are dropped\n", "", all},
 		{"drop by time", "drop --until 1h --state delivered --yes", "1 events are dropped\n", "", all},
@@ -252,7 +251,7 @@ func TestRetryAndDrop(t *testing.T) {
 	}
 }
 
-// More than a statement takes.
+// More ids than one statement may have.
 func TestManyIDs(t *testing.T) {
 	path := kept(t)
 	ids := slices.Repeat([]string{"none"}, 40_000)
@@ -262,7 +261,7 @@ func TestManyIDs(t *testing.T) {
 	assert.Equal(t, "dropped i1-due DOCUMENT_CREATE_FINISHED doc_2N0X2g4f3b1JJU75fqzDZs\n", got)
 }
 
-// A list is read in parts, between which nothing is read.
+// A list is read in parts, with no open read in between.
 func TestListOfMany(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -284,7 +283,7 @@ func TestListOfMany(t *testing.T) {
 	assert.Equal(t, events, i)
 }
 
-// It makes the database that it moves to.
+// move makes the target database.
 func TestMoveToAnotherFile(t *testing.T) {
 	from, to := kept(t), filepath.Join(t.TempDir(), "new.db")
 	config := filepath.Join(t.TempDir(), "Caddyfile")
@@ -296,7 +295,7 @@ func TestMoveToAnotherFile(t *testing.T) {
 	assert.Equal(t, map[string]string{"i4-leased": "pending"}, states(t, from))
 }
 
-// A command does not make a database, and does not touch one that is not ours.
+// A command makes no database, and does not change the file of another program.
 func TestCommandOnNoDatabase(t *testing.T) {
 	dir := t.TempDir()
 	none := filepath.Join(dir, "none.db")
@@ -313,7 +312,7 @@ func TestCommandOnNoDatabase(t *testing.T) {
 	assert.Equal(t, strings.Repeat("not a database. ", 1000), string(content))
 }
 
-// With --config, the databases are those that the configuration names, each of them once.
+// With --config, a command uses each database of the configuration once.
 func TestCommandOnAConfiguration(t *testing.T) {
 	first, second := kept(t), kept(t)
 	queue := func(name, path string) string {

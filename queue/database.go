@@ -17,20 +17,20 @@ import (
 )
 
 const (
-	// countInterval is the pause between two counts of the events at least, maxCountPause at
-	// most, and countShare the part of the time that counting may take in between.
+	// The pause between two counts of the events is at least countInterval and at most
+	// maxCountPause. In between, counting takes countShare of the time.
 	countInterval = 5 * time.Second
 	maxCountPause = 2 * time.Minute
 	countShare    = 0.002
 
-	// countTimeout is how long one count may take, and peekTimeout one look.
+	// countTimeout is the limit of one count, and peekTimeout of one Peek.
 	countTimeout = time.Minute
 	peekTimeout  = 20 * time.Second
 
 	// keepInterval is the pause between two counts of the history, for max_events.
 	keepInterval = time.Minute
 
-	// errorInterval is the pause between two lines of the log about the same trouble.
+	// errorInterval is the pause between two log lines about the same problem.
 	errorInterval = time.Minute
 )
 
@@ -44,22 +44,22 @@ type database struct {
 	cancel   context.CancelFunc
 	counting sync.WaitGroup
 	measured time.Time     // when the upkeep last counted the history
-	recount  chan struct{} // asks for a count at once
+	recount  chan struct{} // requests a count now
 
 	mu      sync.Mutex
 	queues  map[string]*queue
 	counts  map[countKey]store.Count
-	changes map[countKey]int // since the count under way began, or nil
-	ignored map[string]bool  // queues that nobody configured, after their line in the log
+	changes map[countKey]int // during a count: the changes since it began
+	ignored map[string]bool  // queues that are not configured, once this is logged
 	damaged int              // files that were moved aside
-	failing bool             // whether the log says so
-	logged  time.Time        // when it did last
-	locked  time.Time        // when the log last said that rows are locked
+	failing bool             // the log has the error, and not yet the recovery
+	logged  time.Time        // last log line about the error
+	locked  time.Time        // last log line about locked rows
 }
 
 type countKey struct{ queue, state string }
 
-// openDatabase returns the database of an opener, which is opened in the background.
+// openDatabase returns the database of an opener, and opens it in the background.
 func openDatabase(opener store.Opener, logger *zap.Logger) *database {
 	value, _, _ := databases.LoadOrNew(opener.Key(), func() (caddy.Destructor, error) {
 		return newDatabase(opener, logger), nil
@@ -84,7 +84,7 @@ func (d *database) open(ctx context.Context) (store.Store, error) {
 	return d.opener.Open(ctx, store.Opening{Logger: d.logger.Load()})
 }
 
-// Destruct closes the database. Its queues are closed, and nobody uses it.
+// Destruct closes the database, after its queues.
 func (d *database) Destruct() error {
 	d.cancel()
 	d.counting.Wait()
@@ -112,11 +112,11 @@ func (d *database) leave(q *queue) {
 	}
 }
 
-// warnLocked says once that nobody delivers the events of a queue.
+// warnLocked logs once that no queue delivers these events.
 func (d *database) warnLocked(queue string) {
 	if c := d.counts[countKey{queue, store.Pending}]; c.Events > 0 && d.queues[queue] == nil && !d.ignored[queue] {
 		d.ignored[queue] = true
-		d.logger.Load().Warn("events wait in a queue that is not configured: they stay in the database",
+		d.logger.Load().Warn("events are pending in a queue that is not configured: add the queue again to deliver them",
 			zap.String("queue", queue), zap.Int("pending", c.Events), zap.String("database", d.opener.Key()))
 	}
 }
@@ -162,7 +162,7 @@ func (d *database) recovered() {
 	}
 }
 
-// Written is of writer.Observer. It keeps the counts, and wakes the queues whose events
+// Written is of writer.Observer. It updates the counts, and wakes queues with events that
 // may be due.
 func (d *database) Written(b *store.Batch) {
 	if len(b.Add) > 0 {
@@ -176,7 +176,7 @@ func (d *database) Written(b *store.Batch) {
 	defer d.mu.Unlock()
 	if len(left) > 0 && time.Since(d.locked) >= errorInterval {
 		d.locked = time.Now()
-		d.logger.Load().Warn("cannot write how attempts have ended: another program has locked these rows, trying again", zap.Int("events", len(left)))
+		d.logger.Load().Warn("cannot store the results of attempts: another program has locked these rows, trying again", zap.Int("events", len(left)))
 	}
 	woken := make(map[string]bool)
 	for _, r := range b.Add {
@@ -220,14 +220,14 @@ func changed(c store.Count, by int) store.Count {
 	return c
 }
 
-// pending returns how many events of a queue wait, as far as is known.
+// pending returns the last known number of pending events of a queue.
 func (d *database) pending(queue string) int {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.counts[countKey{queue, store.Pending}].Events
 }
 
-// countSoon has the events counted now: other processes may have delivered some.
+// countSoon requests a count: other processes may have delivered some events.
 func (d *database) countSoon() {
 	select {
 	case d.recount <- struct{}{}:
@@ -235,8 +235,8 @@ func (d *database) countSoon() {
 	}
 }
 
-// count counts the events from time to time, and has the database tidied up. In between,
-// the metrics show the changes that this process has made.
+// count counts the events from time to time, and tidies the database. In between, the
+// metrics show the changes by this process.
 func (d *database) count() {
 	var next, logged time.Time
 	for d.ctx.Err() == nil {
@@ -263,7 +263,7 @@ func (d *database) count() {
 	}
 }
 
-// countPause returns how long to wait after a count that took so long.
+// countPause returns the pause after a count that took this long.
 func countPause(took time.Duration) time.Duration {
 	return min(max(countInterval, time.Duration(float64(took)/countShare)), maxCountPause)
 }
@@ -300,8 +300,8 @@ func (d *database) countOnce(s store.Store) error {
 	return err
 }
 
-// keep returns how much of the history of each queue stays. Now and then, its rows are
-// counted.
+// keep returns the limits for the history of each queue. Once in keepInterval, they
+// include the number of rows.
 func (d *database) keep() (keep []store.Keep) {
 	count := time.Since(d.measured) >= keepInterval
 	if count {
@@ -321,7 +321,7 @@ func (d *database) keep() (keep []store.Keep) {
 	return keep
 }
 
-// show has the metrics show the counts, and the log the events that no queue delivers.
+// show sets the metrics, and logs queues with events that nobody delivers.
 func (d *database) show() {
 	d.mu.Lock()
 	defer d.mu.Unlock()

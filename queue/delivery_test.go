@@ -89,7 +89,7 @@ func TestRetryAfter(t *testing.T) {
 	}
 }
 
-// What an operator reads of the last error is one short line.
+// The last error of an event is one short line.
 func TestLastError(t *testing.T) {
 	for _, tt := range []struct{ name, text, want string }{
 		{"as it is", "status 500: connection refused", "status 500: connection refused"},
@@ -114,7 +114,7 @@ func TestLastError(t *testing.T) {
 	}
 }
 
-// So it is when a backend is what says it, at the live attempt and at a later one.
+// The same with the error of a backend, in the first attempt and in a later one.
 func TestLastErrorOfABackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
@@ -138,7 +138,7 @@ func TestLastErrorOfABackend(t *testing.T) {
 	})
 }
 
-// With nothing to probe with, the next event is the probe.
+// Without a pending event, the next event is the probe.
 func TestBackendThatIsDownForNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var up atomic.Bool
@@ -165,12 +165,12 @@ func TestBackendThatIsDownForNothing(t *testing.T) {
 		synctest.Wait()
 		assert.False(t, c.queue().breaker.Down())
 		assert.Zero(t, seriesOf(t, "for-nothing")["backend_down"])
-		assert.Equal(t, 1, c.logs.FilterMessage("no event waits any more for the backend that was down").Len())
+		assert.Equal(t, 1, c.logs.FilterMessage("the backend counts as up again: no pending event is left to test it").Len())
 		assert.Equal(t, "the backend's body", serve(t, c.handlers[0], post(body)).body)
 	})
 }
 
-// A handler that does not heed the time of an attempt, as php_fastcgi does not.
+// A handler that ignores attempt_timeout, such as php_fastcgi.
 func TestAttemptThatDoesNotEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var running, calls atomic.Int64
@@ -198,9 +198,9 @@ func TestAttemptThatDoesNotEnd(t *testing.T) {
 		}
 		time.Sleep(10 * time.Minute)
 		assert.EqualValues(t, 4, calls.Load(), "each of them, and none again while that goes on")
-		assert.Equal(t, 4, c.logs.FilterMessageSnippet("an attempt goes on though attempt_timeout is over").FilterLevelExact(zapcore.WarnLevel).Len())
+		assert.Equal(t, 4, c.logs.FilterMessageSnippet("an attempt goes on after attempt_timeout").FilterLevelExact(zapcore.WarnLevel).Len())
 		assert.Equal(t, 200, serve(t, c.handlers[0], post("good")).status)
-		<-good // which they do not hold up
+		<-good // the hanging attempts do not delay it
 
 		close(hanging)
 		time.Sleep(10 * time.Minute)
@@ -211,7 +211,7 @@ func TestAttemptThatDoesNotEnd(t *testing.T) {
 		hanging = make(chan struct{})
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		synctest.Wait()
-		c.queue().cutOff() // as when the time of a stop is over
+		c.queue().cutOff() // as at the end of the grace period
 		before := time.Now()
 		c.stop(t)
 		assert.LessOrEqual(t, time.Since(before), endMargin+time.Second)
@@ -243,7 +243,7 @@ func TestAttemptsThatDoNotEndAreBounded(t *testing.T) {
 	})
 }
 
-// Which answers say that the backend is down, with what the log and the metric say.
+// Answers that mark the backend as down, with the log line and the metric.
 func TestBackendThatIsDown(t *testing.T) {
 	withStatus := func(code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 		return func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
@@ -298,7 +298,7 @@ func TestBackendThatIsDown(t *testing.T) {
 				}
 				assert.Equal(t, 1, warned.Len())
 
-				// new events are kept without an attempt of their own
+				// new events are stored without an attempt
 				before := calls.Load()
 				for range 100 {
 					assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
@@ -320,7 +320,7 @@ func TestBackendThatIsDown(t *testing.T) {
 	}
 }
 
-// An event that always fails and one that is never answered hold up nobody, and new
+// An event that always fails and one that is never answered delay no other event, and new
 // events do not wait behind a backlog.
 func TestNewEventsPassABacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -391,7 +391,7 @@ func TestMaxAge(t *testing.T) {
 		time.Sleep(8 * time.Minute)
 		synctest.Wait()
 		assert.Equal(t, map[string]int{store.Dead: 1}, c.counts(t))
-		died := c.logs.FilterMessage("an event is dead: the backend has not taken it for max_age").FilterLevelExact(zapcore.ErrorLevel)
+		died := c.logs.FilterMessage("an event is dead: the backend has not accepted it for max_age").FilterLevelExact(zapcore.ErrorLevel)
 		require.Equal(t, 1, died.Len())
 		assert.Equal(t, "DOCUMENT_CREATE_FINISHED", died.All()[0].ContextMap()["event_type"])
 		assert.EqualValues(t, attempts.Load(), died.All()[0].ContextMap()["attempts"])
@@ -411,7 +411,7 @@ func TestMaxAge(t *testing.T) {
 	})
 }
 
-// Retry-After of the backend is heeded, one hour at most.
+// Retry-After of the backend delays the next attempt, by one hour at most.
 func TestRetryAfterIsHeeded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
@@ -435,7 +435,7 @@ func TestRetryAfterIsHeeded(t *testing.T) {
 	})
 }
 
-// What is stored and is not what was stored is set aside, and never delivered.
+// A damaged event becomes dead, and is never delivered.
 func TestSpoiltEventIsSetAside(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
@@ -448,20 +448,20 @@ func TestSpoiltEventIsSetAside(t *testing.T) {
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
 		assert.Equal(t, map[string]int{store.Dead: 1}, c.counts(t))
-		lines := c.logs.FilterMessage("a stored event is not what was stored: it was set aside").FilterLevelExact(zapcore.ErrorLevel).All()
+		lines := c.logs.FilterMessage("a stored event is damaged: it is dead now, and is never delivered").FilterLevelExact(zapcore.ErrorLevel).All()
 		require.Len(t, lines, 1)
 		assert.Equal(t, map[string]any{"id": "spoilt", "error": "the checksum does not match"}, lines[0].ContextMap())
 	})
 }
 
-// An outage of the backend costs no event: none is dead, none is refused. The clock is
-// that of the test. E2E_LONG has a day with 100,000 events; the clock costs nothing,
-// but each event and each probe is a transaction.
+// An outage of the backend loses no event: none is dead, none is refused. With E2E_LONG it
+// lasts a day, with 100,000 events. The test's own clock takes no real time, but each
+// event and each probe is a transaction.
 func TestOutage(t *testing.T) {
 	outage, events, dir := 10*time.Minute, 500, t.TempDir()
 	if os.Getenv("E2E_LONG") != "" {
 		outage, events = 24*time.Hour, 100_000
-		if memory, err := os.MkdirTemp("/dev/shm", "inkit-queue"); err == nil { // where the disk is not what is measured
+		if memory, err := os.MkdirTemp("/dev/shm", "inkit-queue"); err == nil { // in memory, so that the disk does not slow the test
 			defer os.RemoveAll(memory)
 			dir = memory
 		}

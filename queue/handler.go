@@ -1,6 +1,6 @@
-// Package queue keeps webhooks that inkit_webhook has verified until the backend has
-// taken them. It is a Caddy HTTP handler, http.handlers.inkit_queue, with an app behind
-// it that nobody has to configure. Building it in brings inkit_webhook too.
+// Package queue stores webhooks that inkit_webhook has verified until the backend accepts
+// them. It is a Caddy HTTP handler, http.handlers.inkit_queue, with an app that needs no
+// configuration. A build with this package includes inkit_webhook.
 package queue
 
 import (
@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook" // whose events it keeps
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook" // verifies the events
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/page" // for the operator
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
@@ -42,26 +42,25 @@ const (
 	defaultRemember       = 30 * 24 * time.Hour
 )
 
-// refusedFor is how many seconds a sender is told to wait whose event could not be stored.
+// refusedFor is the Retry-After, in seconds, for a sender whose event could not be stored.
 const refusedFor = "30"
 
-// Handler keeps verified webhooks in a database until the backend has taken them.
+// Handler stores verified webhooks in a database until the backend accepts them.
 //
-// It needs an event that `inkit_webhook` has verified in front of it; otherwise the
-// error has HTTP status 500, and nothing is kept. The event is handed to the `routes`,
-// and written to the database as soon as that attempt has failed or taken 25 ms. If the
-// backend takes it, the sender gets the backend's own answer. If not, or not within
-// `answer_after`, the sender gets status 200 once the event is on the disk, and it is
-// attempted again: after about as long as it has waited so far, a second at least and
-// five minutes at most. Only a status of 2xx delivers. Each attempt carries the same
-// `Idempotency-Key`.
+// Put `inkit_webhook` in front of it. Without a verified event, an error with HTTP status
+// 500 is returned, and nothing is stored. The `routes` make the first attempt. The event is
+// written to the database if that attempt fails or takes longer than 25 ms. If the backend
+// accepts the event, the sender gets the backend's answer. If not, or not within
+// `answer_after`, the sender gets status 200 once the event is on the disk. Then the event
+// is attempted again. The wait is about the age of the event, from a second to five
+// minutes. Only a status of 2xx delivers. All attempts have the same `Idempotency-Key`.
 //
-// If an event cannot be kept, because the disk is full or `max_events` wait, the answer
-// of a backend that takes it still goes through. Otherwise the error has HTTP status 503,
-// with a `Retry-After` field. No sender is told 2xx of an event that is neither on the
-// disk nor taken.
+// If an event cannot be stored, because the disk is full or `max_events` are pending, the
+// sender gets the answer of a backend that accepts it. Otherwise an error with HTTP status
+// 503 and a `Retry-After` field is returned. No sender gets 2xx for an event that is
+// neither on the disk nor accepted.
 //
-// In the `routes`, the placeholders of `inkit_webhook` are there, and these:
+// In the `routes`, use the placeholders of `inkit_webhook`, and these:
 //
 // Placeholder | Description
 // ------------|-------------
@@ -69,42 +68,41 @@ const refusedFor = "30"
 // `{http.inkit_queue.attempt}` | The number of the attempt, starting at `1`
 // `{http.inkit_queue.received}` | When the event arrived, such as `2026-11-25T06:30:00Z`
 type Handler struct {
-	// The name of the queue, for logs, metrics and the database. Handlers of one name
-	// must be the same in all fields. Default: `default`.
+	// The name of the queue, for logs, metrics and the database. Handlers with the same
+	// name must have the same settings. Default: `default`.
 	Name string `json:"name,omitempty"`
 
-	// Where events are kept. Default: `{"module": "sqlite"}`, a file in Caddy's data
+	// The database for the events. Default: `{"module": "sqlite"}`, a file in Caddy's data
 	// directory.
 	StoreRaw json.RawMessage `json:"store,omitempty" caddy:"namespace=inkit_queue.stores inline_key=module"`
 
-	// How long the sender waits for the backend to take the event, before it is told
-	// that it is kept. With 0, it does not wait. Default: `5s`.
+	// How long the sender waits for the backend before it gets status 200 for a stored
+	// event. With 0, it does not wait. Default: `5s`.
 	AnswerAfter *caddy.Duration `json:"answer_after,omitempty"`
 
 	// How long one attempt may take. Default: `30s`.
 	AttemptTimeout caddy.Duration `json:"attempt_timeout,omitempty"`
 
-	// How old an event may be and still be attempted. When the attempt after that
-	// fails, the event is set aside as dead. It stays in the database until an operator
-	// retries or drops it. Default: `5d`.
+	// The age after which a failed attempt is the last one: the event is dead. It stays in
+	// the database until an operator retries or drops it. Default: `5d`.
 	MaxAge caddy.Duration `json:"max_age,omitempty"`
 
-	// How many events may wait. While there are as many, further ones are not kept.
+	// How many events may be pending. Above that, new events are not stored.
 	// Default: `1000000`.
 	MaxEvents int `json:"max_events,omitempty"`
 
-	// How many attempts there may be at a time. A quarter of them is for new events
-	// alone. Default: `16`.
+	// How many attempts run at a time. A quarter of them is only for new events.
+	// Default: `16`.
 	Concurrency int `json:"concurrency,omitempty"`
 
-	// How long the database remembers an event that was delivered: its id, type, resource,
-	// times and status, and nothing of the request. There are never many more of these
-	// rows than `max_events`. With 0, there are none. Default: `7d`.
+	// How long the history keeps a delivered event: its id, type, resource, times and
+	// status, but not the request. It has about `max_events` rows at most. With 0, it is
+	// empty. Default: `7d`.
 	History *caddy.Duration `json:"history,omitempty"`
 
 	// The event types that the sender sends once for a resource, with `*` as a wildcard.
-	// Of events of these types whose bodies are the same bytes, the first alone is
-	// delivered; the sender of another one gets status 200. Default: none.
+	// Of events of these types with identical bodies, only the first is delivered. The
+	// others are answered with status 200. Default: none.
 	Once []string `json:"once,omitempty"`
 
 	// How long the bodies of such events are remembered. Default: `30d`.
@@ -129,8 +127,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Provision sets the defaults, and tells the app of this handler. Nothing is opened
-// before the app starts.
+// Provision sets the defaults, and registers this handler with the app. It opens nothing.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	h.use = newUse(h)
@@ -150,7 +147,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.MaxAge = cmp.Or(h.MaxAge, caddy.Duration(defaultMaxAge))
 	h.MaxEvents = cmp.Or(h.MaxEvents, defaultMaxEvents)
 	h.Concurrency = cmp.Or(h.Concurrency, defaultConcurrency)
-	config, err := json.Marshal(h) // before modules are loaded, which takes their JSON away
+	config, err := json.Marshal(h) // before LoadModule, which deletes the JSON of the module
 	if err != nil {
 		return err
 	}
@@ -185,7 +182,7 @@ func (h *Handler) loadStore(ctx caddy.Context) (store.Opener, error) {
 
 var nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 
-// Validate refuses what means nothing.
+// Validate refuses invalid settings.
 func (h *Handler) Validate() error {
 	switch {
 	case !nameForm.MatchString(h.Name):
@@ -212,8 +209,8 @@ func (h *Handler) Validate() error {
 	return nil
 }
 
-// Cleanup gives up the queue when the last request is through: after a reload, requests
-// still come on connections that were open.
+// Cleanup gives up the queue after the last request: after a reload, requests still
+// arrive on open connections.
 func (h *Handler) Cleanup() error {
 	if h.use != nil {
 		h.use.cleanup()

@@ -38,7 +38,7 @@ func init() {
 	caddy.RegisterModule(testStore{})
 }
 
-// What tests hand to modules, which are made from JSON, by a number.
+// Values of a test for modules that are made from JSON, by a number in the JSON.
 var (
 	handed     sync.Map
 	handedLast atomic.Int64
@@ -50,7 +50,7 @@ func hand(what any) int64 {
 	return number
 }
 
-// testBackend is a handler that is a function of a test.
+// testBackend is a handler that calls a function of a test.
 type testBackend struct {
 	Number int64 `json:"number"`
 }
@@ -64,7 +64,7 @@ func (b *testBackend) ServeHTTP(w http.ResponseWriter, r *http.Request, next cad
 	return f.(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error)(w, r, next)
 }
 
-// routes are a deliver block with that handler in it.
+// routes are a deliver block with a testBackend.
 func routes(f func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error) caddyhttp.RouteList {
 	return rawRoutes(fmt.Sprintf(`{"handler":"queue_test","number":%d}`, hand(f)))
 }
@@ -77,7 +77,7 @@ func rawRoutes(handlers ...string) caddyhttp.RouteList {
 	return caddyhttp.RouteList{route}
 }
 
-// status is a backend that always gives this one.
+// status is a backend that always answers with this status.
 func status(code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 	return func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
 		w.Header().Set("X-Backend", "yes")
@@ -87,7 +87,7 @@ func status(code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler
 	}
 }
 
-// testStore is a store that is an Opener of a test.
+// testStore is a store module that uses the Opener of a test.
 type testStore struct {
 	Number       int64 `json:"number"`
 	store.Opener `json:"-"`
@@ -112,12 +112,12 @@ func sqliteAt(path string) json.RawMessage {
 	return raw
 }
 
-// faulty is SQLite that fails, or is slow, when a test says so.
+// faulty is an SQLite store that a test can make slow or let fail.
 type faulty struct {
 	sqlite.SQLite
 	err      atomic.Pointer[error] // of Apply, if it adds
 	counting time.Duration         // how long a count takes
-	counted  atomic.Int32          // how many have begun
+	counted  atomic.Int32          // how many counts have begun
 	uncount  atomic.Bool           // whether counts fail
 }
 
@@ -154,7 +154,7 @@ func (s *faultyStore) Counts(ctx context.Context) ([]store.Count, error) {
 	return counts, err
 }
 
-// configuration is one that is loaded.
+// configuration is a loaded configuration.
 type configuration struct {
 	app      *App
 	handlers []*Handler
@@ -162,7 +162,7 @@ type configuration struct {
 	end      func() // unloads it
 }
 
-// provision loads handlers as a configuration does, and starts nothing.
+// provision loads handlers as a configuration does, without a start.
 func provision(tb testing.TB, handlers ...*Handler) (*configuration, error) {
 	tb.Helper()
 	base, err := caddy.ProvisionContext(&caddy.Config{})
@@ -189,7 +189,7 @@ func provision(tb testing.TB, handlers ...*Handler) (*configuration, error) {
 	return c, nil
 }
 
-// start loads handlers and starts their app, as a configuration that takes over does.
+// start loads handlers and starts their app, like a new configuration.
 func start(tb testing.TB, handlers ...*Handler) *configuration {
 	tb.Helper()
 	c, err := provision(tb, handlers...)
@@ -198,7 +198,7 @@ func start(tb testing.TB, handlers ...*Handler) *configuration {
 	return c
 }
 
-// stop ends it, as one that was taken over from or that Caddy ends.
+// stop ends a configuration, as a reload or a stop of Caddy does.
 func (c *configuration) stop(tb testing.TB) {
 	tb.Helper()
 	require.NoError(tb, c.app.Stop())
@@ -215,7 +215,7 @@ func (c *configuration) stop(tb testing.TB) {
 // queue returns the queue of the first handler.
 func (c *configuration) queue() *queue { return c.handlers[0].use.queue.Load() }
 
-// addition is an event that is to be stored.
+// addition is an event to store.
 type addition struct {
 	rec     *store.Record
 	request *request.Request
@@ -238,7 +238,7 @@ func (d *database) opened(tb testing.TB) store.Store {
 	}
 }
 
-// counts returns what the database of the first handler holds.
+// counts returns the counts in the database of the first handler.
 func (c *configuration) counts(tb testing.TB) map[string]int {
 	tb.Helper()
 	counts, err := c.queue().db.opened(tb).Counts(tb.Context())
@@ -262,7 +262,7 @@ func post(text string) *http.Request {
 	return r
 }
 
-// answered is what the sender sees.
+// answered is the answer to the sender.
 type answered struct {
 	status      int // of the error, or of the answer
 	body, error string
@@ -290,14 +290,14 @@ func serve(tb testing.TB, h *Handler, r *http.Request) (a answered) {
 	return a
 }
 
-// In the tests with a clock of their own, a database opens within this time, since
-// that takes none of that clock.
+// In the tests with their own clock, a database opens within this time: opening takes
+// none of that clock.
 const opening = time.Millisecond
 
 func TestAnswers(t *testing.T) {
 	broken := errors.New("the disk is broken")
 	const (
-		notTaken = "the event could not be stored, and the backend has not taken it"
+		notTaken = "the event could not be stored, and the backend has not accepted it"
 		inTime   = "the event could not be stored in time"
 	)
 	slow := func(wait time.Duration, code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
@@ -320,10 +320,10 @@ func TestAnswers(t *testing.T) {
 		status  int
 		body    string
 		error   string
-		least   time.Duration // at which the answer comes
+		least   time.Duration // until the answer comes
 		most    time.Duration
 		pending int    // once it is answered
-		last    string // the last error of what is kept
+		last    string // the last error of the stored event
 	}{
 		{name: "the backend takes it: its answer goes through", backend: status(201), answerAfter: -1, status: 201, body: "the backend's body"},
 		{name: "the backend takes it without a body", backend: func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
@@ -359,10 +359,10 @@ func TestAnswers(t *testing.T) {
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "its answer was cut"},
 		{name: "the deliver block takes nothing", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 			return next.ServeHTTP(w, r)
-		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "no directive of the deliver block took it"},
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "no directive of the deliver block handled the event"},
 		{name: "the deliver block takes nothing, and a handler in front makes 200 of that", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 			return errors.Join(next.ServeHTTP(w, r), status(200)(w, r, next))
-		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "no directive of the deliver block took it"},
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "no directive of the deliver block handled the event"},
 		{name: "the deliver block writes no status", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 			return nil
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "the backend gave no status"},
@@ -406,7 +406,7 @@ func TestAnswers(t *testing.T) {
 				c := start(t, h)
 				defer c.stop(t)
 				synctest.Wait()
-				if tt.full { // by one that is attempted again in a long time
+				if tt.full { // by an event whose next attempt is far away
 					backend.Store(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 						w.Header().Set("Retry-After", "120")
 						return status(500)(w, r, next)
@@ -441,7 +441,7 @@ func TestAnswers(t *testing.T) {
 					assert.NotContains(t, text, "event_type\":")
 				}
 
-				// what is kept is delivered when the backend takes it
+				// a stored event is delivered when the backend accepts it
 				opener.fail(nil)
 				backend.Store(status(200))
 				time.Sleep(5 * time.Minute)
@@ -451,7 +451,7 @@ func TestAnswers(t *testing.T) {
 	}
 }
 
-// Nothing that the guard has not verified is kept or delivered.
+// An event that the guard has not verified is neither stored nor delivered.
 func TestNoVerifiedEvent(t *testing.T) {
 	for _, tt := range []struct {
 		name string
@@ -484,7 +484,7 @@ func TestNoVerifiedEvent(t *testing.T) {
 	}
 }
 
-// A sender that hangs up ends neither the attempt nor the keeping.
+// A sender that hangs up stops neither the attempt nor the storing.
 func TestSenderThatHangsUp(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -521,7 +521,7 @@ func TestSenderThatHangsUp(t *testing.T) {
 	}
 }
 
-// The request of a later attempt is that of the first one.
+// A later attempt has the same request as the first one.
 func TestAttemptsAreAlike(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var seen []map[string]string
@@ -541,7 +541,7 @@ func TestAttemptsAreAlike(t *testing.T) {
 			got["body"] = string(all)
 			got["length"] = fmt.Sprint(r.ContentLength)
 			seen = append(seen, got)
-			r.Header.Set("Idempotency-Key", "another") // which must not be that of the next attempt
+			r.Header.Set("Idempotency-Key", "another") // must not reach the next attempt
 			r.URL.Path = "/rewritten"
 			caddyhttp.SetVar(r.Context(), "colour", "blue")
 			return status(500)(w, r, next)
@@ -561,7 +561,7 @@ func TestAttemptsAreAlike(t *testing.T) {
 		require.Len(t, seen, 2)
 		c.stop(t)
 		synctest.Wait()
-		c = load() // as a process that starts again
+		c = load() // as after a restart
 		defer c.stop(t)
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
@@ -579,7 +579,7 @@ func TestAttemptsAreAlike(t *testing.T) {
 	})
 }
 
-// While events cannot be kept, one line a minute says so, and one that they are again.
+// While events cannot be stored, the log has one line a minute, and one at the end.
 func TestErrorLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
@@ -607,7 +607,7 @@ func TestErrorLines(t *testing.T) {
 	})
 }
 
-// The answer of the backend is kept up to a limit, beyond which none of it is sent on.
+// The sender gets the body of the backend's answer up to a limit; above it, none of it.
 func TestLongAnswer(t *testing.T) {
 	for _, tt := range []struct{ size, want int }{{maxAnswer, maxAnswer}, {maxAnswer + 1, 0}, {3 * maxAnswer, 0}} {
 		w := newAnswer()

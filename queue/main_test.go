@@ -8,15 +8,15 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// Tests in parallel wait for what hangs, so there may be more of them than there
-	// are processors. -parallel on the command line has the last word.
+	// Parallel tests mostly wait, so there may be more of them than processors. -parallel
+	// on the command line overrides this.
 	if err := flag.Set("test.parallel", "24"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 	flag.Parse()
 
-	// and nothing that Caddy writes goes into the user's folders
+	// and Caddy must not write into the user's folders
 	dir, err := os.MkdirTemp("", "inkit-queue")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

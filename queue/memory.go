@@ -13,9 +13,9 @@ import (
 	"go.uber.org/zap"
 )
 
-// pause is whether an operator has paused a queue, as far as this Caddy knows.
+// pause is the last known answer to whether an operator has paused a queue.
 type pause struct {
-	known chan struct{} // closed when the database has told, or takes too long
+	known chan struct{} // closed after the first answer of the database, or storeWait
 	close func()
 
 	mu    sync.Mutex
@@ -29,8 +29,8 @@ func newPause() *pause {
 	return p
 }
 
-// heedPause notes whether the queue is paused. If it is, no event is due before the next
-// look.
+// heedPause records whether the queue is paused. If it is, it changes p so that no event
+// is due.
 func (q *queue) heedPause(p *store.Peek) {
 	q.pause.mu.Lock()
 	was := q.pause.since
@@ -43,7 +43,7 @@ func (q *queue) heedPause(p *store.Peek) {
 		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(was)))
 		q.metrics.paused.Set(0)
 	case !p.Paused.IsZero() && was.IsZero():
-		logger.Warn("the queue is paused: events are stored, and none is attempted", zap.String("queue", q.name), zap.Time("since", p.Paused))
+		logger.Warn("the queue is paused: events are stored without attempts until caddy inkit-queue resume", zap.String("queue", q.name), zap.Time("since", p.Paused))
 		q.metrics.paused.Set(1)
 	}
 	if !p.Paused.IsZero() {
@@ -51,8 +51,8 @@ func (q *queue) heedPause(p *store.Peek) {
 	}
 }
 
-// isPaused reports whether the queue is paused. After the start, it waits while the
-// database is being opened, since a paused backend must not get an event.
+// isPaused reports whether the queue is paused. After the start, it waits until the
+// database is open, since a paused backend must not get an event.
 func (q *queue) isPaused() bool {
 	if !q.db.writer.Failing() {
 		<-q.pause.known
@@ -62,7 +62,7 @@ func (q *queue) isPaused() bool {
 	return !q.pause.since.IsZero()
 }
 
-// remember has the history say that an event is delivered.
+// remember adds a delivered event to the history.
 func (q *queue) remember(h *Handler, r *store.Record, status int) {
 	if *h.History > 0 {
 		q.db.writer.Remember(&store.Record{
@@ -72,19 +72,19 @@ func (q *queue) remember(h *Handler, r *store.Record, status int) {
 	}
 }
 
-// warnings are the times of lines of the log that come at most once a minute.
+// warnings are the times of log lines that are written at most once a minute.
 type warnings struct {
 	mu   sync.Mutex
 	once time.Time
 }
 
-// warnOnce says that events are delivered without their keys.
+// warnOnce logs that events are delivered without their keys.
 func (q *queue) warnOnce(h *Handler) {
 	q.warnings.mu.Lock()
 	defer q.warnings.mu.Unlock()
 	if time.Since(q.warnings.once) >= errorInterval {
 		q.warnings.once = time.Now()
-		h.logger.Warn("cannot store events before their first attempt: those of the types of once are attempted all the same, and may be delivered twice", zap.String("queue", q.name))
+		h.logger.Warn("cannot store events before their first attempt: events of the types in once are attempted anyway, perhaps twice", zap.String("queue", q.name))
 	}
 }
 
@@ -102,7 +102,7 @@ func validateOnce(types []string) error {
 	return nil
 }
 
-// onceForm returns the form of event types, in which * stands for any text, or nil for none.
+// onceForm returns a pattern for event types, in which * matches any text; nil for none.
 func onceForm(types []string) *regexp.Regexp {
 	if validateOnce(types) != nil || len(types) == 0 {
 		return nil

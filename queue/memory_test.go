@@ -22,7 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// refusing is a database that is full when a test says so.
+// refusing is a database that a test can make full.
 type refusing struct {
 	store.Opener
 	refuse atomic.Bool
@@ -45,7 +45,7 @@ func (s *refusingStore) Apply(ctx context.Context, b *store.Batch) error {
 	return s.Store.Apply(ctx, b)
 }
 
-// remembering is a queue whose backend a test steers.
+// remembering is a queue with a backend that a test controls.
 type remembering struct {
 	*configuration
 	store    *refusing
@@ -85,7 +85,7 @@ func sqliteIn(t *testing.T) store.Opener {
 	return &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
 }
 
-// onceAnswers says what the sender of a second event is told, by what became of the first.
+// onceAnswers are the answers to a second event, by the result of the first.
 func onceAnswers(t *testing.T, newOpener func(t *testing.T) store.Opener) {
 	t.Helper()
 	for _, tt := range []struct {
@@ -316,7 +316,7 @@ func TestPause(t *testing.T) {
 		assert.Zero(t, r.arrivals.Load())
 		r.stop(t)
 
-		again := newRemembering(t, opener, nil) // a restart: nobody has looked whether it is paused
+		again := newRemembering(t, opener, nil) // a restart: it is not known yet whether the queue is paused
 		defer again.stop(t)
 		assert.Equal(t, 200, serve(t, again.handlers[0], post("one more")).status)
 		s = again.queue().db.opened(t)
@@ -325,7 +325,7 @@ func TestPause(t *testing.T) {
 		pause(false)
 		assert.EqualValues(t, 5, again.arrivals.Load())
 		assert.Zero(t, seriesOf(t, "once")["paused"])
-		assert.Equal(t, 1, again.logs.FilterMessage("the queue is paused: events are stored, and none is attempted").Len())
+		assert.Equal(t, 1, again.logs.FilterMessage("the queue is paused: events are stored without attempts until caddy inkit-queue resume").Len())
 		assert.Equal(t, 1, again.logs.FilterMessage("the queue is no longer paused").Len())
 		assert.Equal(t, "once", again.app.Queues()[0].Name)
 	})

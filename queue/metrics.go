@@ -7,12 +7,12 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// As those of inkit_webhook, the collectors are made once and join the registry of
-// each configuration.
+// The collectors are made once, and registered again for each configuration, like those
+// of inkit_webhook.
 var (
 	eventsGauge = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "caddy_inkit_queue_events",
-		Help: "Events that are kept, by state: pending, or dead until an operator retries or drops them.",
+		Help: "Stored events by state: pending, or dead until an operator retries or drops them.",
 	}, []string{"queue", "state"})
 
 	oldestGauge = prometheus.NewGaugeVec(prometheus.GaugeOpts{
@@ -22,23 +22,23 @@ var (
 
 	storedTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_inkit_queue_stored_total",
-		Help: "Counter of verified events by whether they were kept: stored, delivered before that, duplicate of an event that was stored, refused above max_events, or failed.",
+		Help: "Counter of verified events by result: stored, delivered before they were stored, duplicate of a stored event, refused above max_events, or failed to store.",
 	}, []string{"queue", "result"})
 
 	attemptsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_inkit_queue_attempts_total",
-		Help: "Counter of attempts by result: delivered, failed for a reason of the event's own, or unreachable.",
+		Help: "Counter of attempts by result: delivered, failed, or unreachable (no answer, or 502, 503, 504, 429).",
 	}, []string{"queue", "result"})
 
 	storeSeconds = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name:    "caddy_inkit_queue_store_seconds",
-		Help:    "Histogram of the time until an event was durable.",
+		Help:    "Histogram of the seconds until an event was durable.",
 		Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
 	}, []string{"queue"})
 
 	backendDown = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "caddy_inkit_queue_backend_down",
-		Help: "Whether the backend is taken to be down: 1 or 0.",
+		Help: "Whether the backend counts as down: 1 or 0.",
 	}, []string{"queue"})
 
 	pausedGauge = prometheus.NewGaugeVec(prometheus.GaugeOpts{
@@ -52,7 +52,7 @@ var (
 	}, []string{"queue"})
 )
 
-// The results of keeping an event, and of an attempt.
+// The results of storing an event, and of an attempt.
 const (
 	resultStored    = "stored"
 	resultDelivered = "delivered"
@@ -74,7 +74,7 @@ func registerMetrics(registry prometheus.Registerer) error {
 	return nil
 }
 
-// queueMetrics are those of one queue. All series exist from the start, at 0.
+// queueMetrics are the metrics of one queue. All series exist from the start, at 0.
 type queueMetrics struct {
 	queue                 string
 	stored, attempts      map[string]prometheus.Counter // by result
@@ -112,7 +112,7 @@ func (m *queueMetrics) show(pending, dead store.Count, damaged int) {
 	m.damaged.Set(float64(damaged))
 }
 
-// remove takes back the gauges of a queue that is closed: nobody sets them any more.
+// remove deletes the gauges of a closed queue: nobody updates them any more.
 func (m *queueMetrics) remove() {
 	for _, gauge := range []*prometheus.GaugeVec{eventsGauge, oldestGauge, backendDown, pausedGauge, damagedFiles} {
 		gauge.DeletePartialMatch(prometheus.Labels{"queue": m.queue})

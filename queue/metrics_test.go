@@ -22,7 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// seriesOf returns what the metrics hold of a queue, as text.
+// seriesOf returns the series of a queue, as text.
 func seriesOf(t *testing.T, queue string) map[string]float64 {
 	t.Helper()
 	registry := prometheus.NewPedanticRegistry()
@@ -45,7 +45,7 @@ func seriesOf(t *testing.T, queue string) map[string]float64 {
 	return series
 }
 
-// A counter that is born at 1 has no increase, so that all are there from the start.
+// All counters start at 0: a counter that first appears at 1 shows no increase.
 func TestAllSeriesExistFromTheStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{Name: "from-the-start", StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(200))})
@@ -94,7 +94,7 @@ func TestMetricsCount(t *testing.T) {
 	}
 }
 
-// What waits is counted every few seconds, the age of the oldest too.
+// Pending events are counted every few seconds, with the age of the oldest.
 func TestEventsAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{Name: "waiting", StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(500))})
@@ -111,8 +111,8 @@ func TestEventsAreCounted(t *testing.T) {
 	})
 }
 
-// A count that takes long is made seldom. The metrics show what this process has done
-// since, and during the count.
+// Slow counts are rare. The metrics show the changes by this process since the count, and
+// during it.
 func TestMetricsBetweenTwoCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
@@ -150,7 +150,7 @@ func TestCountPause(t *testing.T) {
 	}
 }
 
-// A count that fails is made again soon, however long it has taken, and the log says so.
+// A failed count is logged, and tried again soon, even if it was slow.
 func TestCountThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
@@ -172,8 +172,8 @@ func TestCountThatFails(t *testing.T) {
 	})
 }
 
-// Another process may have delivered what this one takes to wait: it counts again before
-// it goes on refusing.
+// Another process may have delivered events that this one counts as pending: it counts
+// again before it refuses more events.
 func TestRefusedByAnOldCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: time.Second}
@@ -182,7 +182,7 @@ func TestRefusedByAnOldCount(t *testing.T) {
 		c.queue().db.opened(t)
 		time.Sleep(opener.counting + countInterval + time.Second)
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
-		_, err := c.queue().db.opened(t).Drop(t.Context(), store.Filter{}) // as another process does
+		_, err := c.queue().db.opened(t).Drop(t.Context(), store.Filter{}) // as another process may
 		require.NoError(t, err)
 		assert.Equal(t, 503, serve(t, c.handlers[0], post(body)).status)
 		time.Sleep(opener.counting + countInterval + time.Second)
@@ -190,8 +190,8 @@ func TestRefusedByAnOldCount(t *testing.T) {
 	})
 }
 
-// The events of a queue that a reload removes stay, and one line says so. Nothing shows its
-// metrics any more.
+// The events of a queue that a reload removes stay, and this is logged once. Its gauges
+// are gone.
 func TestQueueThatAReloadRemoves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "queue.db")
@@ -212,14 +212,14 @@ func TestQueueThatAReloadRemoves(t *testing.T) {
 		first.stop(t)
 		time.Sleep(5 * time.Minute)
 		synctest.Wait()
-		gone := second.logs.FilterMessage("events wait in a queue that is not configured: they stay in the database").FilterLevelExact(zapcore.WarnLevel)
+		gone := second.logs.FilterMessage("events are pending in a queue that is not configured: add the queue again to deliver them").FilterLevelExact(zapcore.WarnLevel)
 		require.Equal(t, 1, gone.Len())
 		assert.Equal(t, map[string]any{"queue": "removed", "pending": int64(4), "database": "sqlite " + path}, gone.All()[0].ContextMap())
 		for _, gauge := range []string{"events pending", "oldest_age_seconds", "backend_down"} {
 			assert.NotContains(t, seriesOf(t, "removed"), gauge)
 		}
 		assert.Equal(t, map[string]int{store.Pending: 4}, second.counts(t))
-		third := load("kept", "removed") // they are attempted when it is there again
+		third := load("kept", "removed") // its events are attempted when the queue is back
 		second.stop(t)
 		defer third.stop(t)
 		time.Sleep(10 * time.Minute)

@@ -16,18 +16,18 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// origin says which databases a command works on.
+// origin selects the databases that a command works on.
 type origin struct {
 	db, config, adapter string
-	make                bool // whether a database that is not there is made
+	make                bool // whether a missing database is made
 
-	names map[string][]string // of the queues that the configuration has in each database, by its key
-	key   string              // of the database that each is at
+	names map[string][]string // the configured queues of each database, by its key
+	key   string              // of the current database in each
 }
 
 // openers returns the databases, each of them once.
 func (o *origin) openers(ctx context.Context) (openers []store.Opener, err error) {
-	caddyCtx, _ := caddy.NewContext(caddy.Context{Context: ctx}) // a command ends before it is of use to cancel
+	caddyCtx, _ := caddy.NewContext(caddy.Context{Context: ctx}) // never cancelled: a command ends soon
 	o.names = make(map[string][]string)
 	configs := []json.RawMessage{json.RawMessage(`{}`)}
 	if o.config != "" {
@@ -62,7 +62,7 @@ func (o *origin) openers(ctx context.Context) (openers []store.Opener, err error
 	return openers, nil
 }
 
-// queueConfigs returns the JSON of all handlers of this module, wherever they stand.
+// queueConfigs returns the JSON of all handlers of this module in a configuration.
 func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
 	var object map[string]json.RawMessage
 	var list []json.RawMessage
@@ -101,8 +101,8 @@ func (o *origin) each(ctx context.Context, f func(store.Store) error) error {
 	return nil
 }
 
-// eachID calls f for each event of ids. One that is in no database is an error, after
-// the others are through.
+// eachID calls f for each event of ids. Then it returns an error for each id that is in no
+// database.
 func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *store.Record) error) error {
 	unknown := make(map[string]bool)
 	for _, id := range ids {
@@ -110,7 +110,7 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *
 	}
 	var failed []error
 	err := o.each(ctx, func(s store.Store) error {
-		for some := range slices.Chunk(ids, store.MaxPage) { // a statement does not take any number
+		for some := range slices.Chunk(ids, store.MaxPage) { // a statement has a maximum of arguments
 			all := []string{store.Pending, store.Dead, store.History}
 			err := store.Each(ctx, s, store.Filter{IDs: some, States: all}, true, func(page []*store.Record) error {
 				for _, r := range page {

@@ -16,8 +16,8 @@ import (
 )
 
 // queue delivers the events of one name in one database. It outlives the handlers of a
-// configuration. The handler that was attached first delivers until it is detached: during
-// a reload, the new configuration may still fail.
+// configuration. The handler attached first delivers until it is detached: during a
+// reload, the new configuration may still fail.
 type queue struct {
 	name     string
 	db       *database
@@ -31,13 +31,13 @@ type queue struct {
 	attempting context.Context // of all attempts
 	cutOff     context.CancelFunc
 	stop       context.CancelFunc // ends the schedule
-	running    sync.WaitGroup     // the schedule, and attempts from their claim or arrival until their end is being written
+	running    sync.WaitGroup     // the schedule, and attempts from their claim or arrival until the writer has their result
 
 	mu         sync.Mutex
 	handlers   []*Handler      // attached, the first delivers
-	inFlight   map[string]bool // events with an attempt under way
-	overdue    map[string]bool // events whose last attempt goes on though its time is over
-	refusedLog time.Time       // when the log said that too many events wait
+	inFlight   map[string]bool // events with a running attempt
+	overdue    map[string]bool // events whose last attempt goes on after attempt_timeout
+	refusedLog time.Time       // last log line about too many pending events
 }
 
 func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
@@ -58,7 +58,7 @@ func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
 	return q
 }
 
-// Destruct closes the queue: nobody uses it. Attempts under way go on until they end.
+// Destruct closes the unused queue. Running attempts go on until they end.
 func (q *queue) Destruct() error {
 	q.stop()
 	q.running.Wait()
@@ -68,7 +68,7 @@ func (q *queue) Destruct() error {
 	return err
 }
 
-// attach has a handler deliver until detach, as soon as those before it are detached.
+// attach lets a handler deliver until detach, once the handlers before it are detached.
 func (q *queue) attach(h *Handler) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -86,8 +86,8 @@ func (q *queue) detach(h *Handler) {
 	}
 }
 
-// lend takes over the settings of a handler whose configuration has ended, if no other one
-// delivers: its last requests are attempted too.
+// lend uses the settings of a handler after the end of its configuration, if no other
+// handler delivers: the last requests of that configuration need them.
 func (q *queue) lend(h *Handler) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -96,7 +96,7 @@ func (q *queue) lend(h *Handler) {
 	}
 }
 
-// followLocked takes over the settings of a configuration.
+// followLocked uses the settings of a handler.
 func (q *queue) followLocked(h *Handler) {
 	q.limits.Resize(h.Concurrency)
 	q.db.logger.Store(h.app.logger)
@@ -113,7 +113,7 @@ func (q *queue) current() *Handler {
 	return nil
 }
 
-// inFlightNow returns how many attempts are under way.
+// inFlightNow returns the number of running attempts.
 func (q *queue) inFlightNow() (n int) {
 	q.locked(func() { n = len(q.inFlight) })
 	return n
@@ -156,18 +156,18 @@ func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree fu
 	case h == nil:
 		ended(store.Finish{Outcome: store.Unbegun})
 	case err != nil:
-		h.logger.Error("a stored event is not what was stored: it was set aside", zap.String("id", r.ID), zap.Error(err))
+		h.logger.Error("a stored event is damaged: it is dead now, and is never delivered", zap.String("id", r.ID), zap.Error(err))
 		ended(store.Finish{Outcome: store.SetAside, LastError: lastError(err)})
 	default:
 		q.attempt(h, decoded, r, func(res result) { ended(q.settle(h, r, res, r.Age+time.Since(claimed))) })
 	}
 }
 
-// settle draws the consequences of an attempt: for what is known of the backend, and for
-// the event, which it returns.
+// settle records an attempt in the metrics, the breaker and the history, and returns the
+// Finish for the event.
 func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duration) store.Finish {
 	f := store.Finish{ID: r.ID, Queue: q.name}
-	if res.err != nil && q.attempting.Err() != nil { // the end of this process has cut it off
+	if res.err != nil && q.attempting.Err() != nil { // Caddy stops, and has cancelled the attempt
 		f.Outcome = store.Released
 		return f
 	}
@@ -182,7 +182,7 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 		f.Outcome = store.Delivered
 		q.remember(h, r, res.status)
 	case age >= time.Duration(h.MaxAge):
-		h.logger.Error("an event is dead: the backend has not taken it for max_age", zap.String("id", r.ID),
+		h.logger.Error("an event is dead: the backend has not accepted it for max_age", zap.String("id", r.ID),
 			zap.String("event_type", r.EventType), zap.String("resource_id", r.ResourceID),
 			zap.Int("attempts", r.Attempts), zap.Duration("age", age), zap.Error(res.err))
 		f.Outcome, f.LastError = store.SetAside, lastError(res.err)
@@ -209,14 +209,14 @@ func (q *queue) unreached(h *Handler, id string, err error) {
 	}
 }
 
-// forgetDown is for a backend that is taken for up again, because no event is left to find
-// out with: the next new event will tell.
+// forgetDown marks the backend as up again because no event is left to test it with: the
+// next new event tests it.
 func (q *queue) forgetDown() {
-	q.db.logger.Load().Info("no event waits any more for the backend that was down", zap.String("queue", q.name))
+	q.db.logger.Load().Info("the backend counts as up again: no pending event is left to test it", zap.String("queue", q.name))
 	q.metrics.down.Set(0)
 }
 
-// refused notes that an event is not stored because too many are.
+// refused counts an event that is not stored because too many are pending.
 func (q *queue) refused(h *Handler) {
 	q.metrics.stored[resultRefused].Inc()
 	q.db.countSoon()
@@ -228,7 +228,7 @@ func (q *queue) refused(h *Handler) {
 	}
 }
 
-// noteStored counts an event by what became of storing it.
+// noteStored counts an event by the result of storing it.
 func (q *queue) noteStored(err error, took time.Duration) {
 	switch {
 	case err == nil:

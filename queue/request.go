@@ -18,7 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// newRequest takes what is needed of a request, and of the event in it.
+// newRequest returns the data to store from a request and its event.
 func newRequest(r *http.Request, e *event.Event) *request.Request {
 	original := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
 	stored := &request.Request{
@@ -54,11 +54,11 @@ func newRequest(r *http.Request, e *event.Event) *request.Request {
 			}
 		}
 	}
-	delete(stored.Vars, "unhandled") // which is of one run of the handlers
+	delete(stored.Vars, "unhandled") // belongs to one run of the handlers
 	return stored
 }
 
-// prepare makes the request of one attempt. Nothing of it is shared with another.
+// prepare makes the request of one attempt. It shares no data with other attempts.
 func prepare(ctx context.Context, r *request.Request, server *caddyhttp.Server, w http.ResponseWriter, rec *store.Record) *http.Request {
 	if r.Local != nil {
 		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(r.Local))

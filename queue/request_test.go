@@ -29,7 +29,7 @@ func contextWithLocal(r *http.Request, local net.Addr) context.Context {
 	return context.WithValue(r.Context(), http.LocalAddrContextKey, local)
 }
 
-// arrived is a request as a server of Caddy hands it to the queue.
+// arrived is a request as the queue gets it from a server of Caddy.
 func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*http.Request, *event.Event) {
 	tb.Helper()
 	r := httptest.NewRequest(http.MethodPost, uri, strings.NewReader(text))
@@ -42,7 +42,7 @@ func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*ht
 	return r, e
 }
 
-// stored returns the request as it comes back from a store, as attempt 3.
+// stored returns the request of attempt 3, made from a stored request.
 func stored(tb testing.TB, r *http.Request, e *event.Event) *http.Request {
 	tb.Helper()
 	a := &addition{rec: &store.Record{ID: "id", Received: time.Unix(1_795_592_263, 0), Attempts: 3}, request: newRequest(r, e)}
@@ -109,11 +109,11 @@ func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
 	}
 }
 
-// Variables come back if they are plain values. One that is not does not spoil the rest.
+// Variables with plain values are stored. Others are left out.
 func TestStoredVariables(t *testing.T) {
 	for _, tt := range []struct {
 		name        string
-		value, want any // nil: it does not come back
+		value, want any // nil: it is not stored
 	}{
 		{"a text", "green", "green"},
 		{"an empty text", "", ""},
@@ -174,7 +174,7 @@ func TestStoredRequestHasItsAddresses(t *testing.T) {
 	}
 }
 
-// What is not what was stored is not delivered, and no error shows a part of it.
+// A damaged request is not delivered, and no error shows a part of it.
 func TestStoredRequestThatIsSpoilt(t *testing.T) {
 	r, e := arrived(t, "http://example.com/c0nf1d3nt1al", body, nil)
 	whole := &addition{rec: &store.Record{ID: "id"}, request: newRequest(r, e)}
@@ -187,7 +187,7 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 	head := func(text string) *store.Record {
 		return resealed(append(binary.AppendUvarint(nil, uint64(len(text))), text...))
 	}
-	const sum, short, notJSON = "the checksum does not match", "the stored request is cut short", "the stored request is not the JSON that it was"
+	const sum, short, notJSON = "the checksum does not match", "the stored request is cut short", "the stored request is not valid JSON"
 	for _, tt := range []struct {
 		name, message string
 		rec           *store.Record
@@ -214,7 +214,7 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 	}
 }
 
-// The form of what is stored must not change: a later version reads it.
+// The form of a stored request must not change: a later version reads it.
 func TestStoredForm(t *testing.T) {
 	r, e := arrived(t, "https://example.com/webhook?x=1", "the body", func(r *http.Request) {
 		r.Header = http.Header{"X-A": {"1"}}
@@ -226,7 +226,7 @@ func TestStoredForm(t *testing.T) {
 	assert.Equal(t, "the body", string(encoded[n+int(length):]))
 	var object map[string]any
 	require.NoError(t, json.Unmarshal(encoded[n:n+int(length)], &object))
-	delete(object, "vars") // which is Caddy's
+	delete(object, "vars") // depends on Caddy
 	assert.Equal(t, map[string]any{
 		"method": "POST", "proto": "HTTP/1.1", "host": "example.com", "remote_addr": "192.0.2.1:1234",
 		"target":   map[string]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},
@@ -248,7 +248,7 @@ func FuzzStoredRequest(f *testing.F) {
 	f.Add("", []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}, []byte(nil), true)
 	f.Fuzz(func(t *testing.T, id string, encoded, checksum []byte, seal bool) {
 		rec := &store.Record{ID: id, Request: encoded, Checksum: checksum, Attempts: 1}
-		if seal { // so that what comes after the checksum sees it
+		if seal { // so that the checks after the checksum run
 			rec.Checksum = rec.Sum()
 		}
 		decoded, err := request.Decode(rec)

@@ -15,24 +15,24 @@ var (
 	databases = caddy.NewUsagePool()
 )
 
-// use is the use that one handler makes of its queue, from the start of the app until its
-// Cleanup. Even after that, a handler gets requests on connections that were open before a
-// reload. So each request uses the queue too, and the last user closes it.
+// use is a handler's reference to its queue, from the start of the app until Cleanup. Even
+// after that, a handler gets requests on connections that were open before a reload. So
+// each request has a reference too, and the last one to go closes the queue.
 type use struct {
 	h         *Handler
 	queue     atomic.Pointer[queue] // nil before the start and after Cleanup
-	grace     time.Duration         // that attempts under way have when Caddy ends, 0 for all of their time
+	grace     time.Duration         // for running attempts when Caddy stops, 0 for no limit
 	started   chan struct{}         // closed by open
-	requests  sync.RWMutex          // each request has it for reading
-	releasing sync.WaitGroup        // what cleanup has begun
-	leaving   sync.WaitGroup        // what requests have begun
+	requests  sync.RWMutex          // read-locked by each request
+	releasing sync.WaitGroup        // releases begun by cleanup
+	leaving   sync.WaitGroup        // releases begun by requests
 }
 
 func newUse(h *Handler) *use { return &use{h: h, started: make(chan struct{})} }
 
 func (u *use) key() string { return u.h.opener.Key() + "\x00" + u.h.Name }
 
-// acquire opens the queue, or finds it open. It does not wait for the database.
+// acquire returns the queue, and opens it if needed. It does not wait for the database.
 func (u *use) acquire() *queue {
 	value, _, _ := queues.LoadOrNew(u.key(), func() (caddy.Destructor, error) {
 		return newQueue(u.h.Name, u.h.opener, u.h.app.logger), nil
@@ -40,8 +40,8 @@ func (u *use) acquire() *queue {
 	return value.(*queue)
 }
 
-// release ends what acquire began. The last user closes the queue, when the attempts under
-// way have ended.
+// release gives back the reference of acquire. The last one closes the queue, when the
+// running attempts have ended.
 func (u *use) release(by *sync.WaitGroup, then func()) {
 	by.Go(func() {
 		_, _ = queues.Delete(u.key())
@@ -49,7 +49,7 @@ func (u *use) release(by *sync.WaitGroup, then func()) {
 	})
 }
 
-// open is for the start of the app.
+// open attaches the handler when the app starts.
 func (u *use) open() {
 	q := u.acquire()
 	q.attach(u.h)
@@ -93,13 +93,13 @@ func (u *use) cleanup() {
 	}
 }
 
-// end gives up the queue because Caddy ends: it waits for the last request and for the
-// attempts under way. Events whose attempts are cut off are due at once.
+// end gives up the queue when Caddy stops: it waits for the last request and for running
+// attempts. If an attempt is cancelled, its event is due at once.
 func (u *use) end() {
 	if u.grace > 0 {
 		defer time.AfterFunc(u.grace, u.queue.Load().cutOff).Stop()
 	}
 	u.queue.Store(nil)
-	u.requests.Lock() // for good: a request that comes now would not end
+	u.requests.Lock() // never unlocked: no request may begin now
 	_, _ = queues.Delete(u.key())
 }

@@ -276,7 +276,7 @@ if (str_contains($body, 'hangs')) sleep(3600);`)
 	seen := func(id string) int { return strings.Count(readFile(t, root+"/seen"), id) }
 	send("hangs") // one of the two workers of PHP
 	waitFor(t, "the line of the log", c.process, func() bool {
-		return strings.Contains(c.output.String(), "an attempt goes on though attempt_timeout is over")
+		return strings.Contains(c.output.String(), "an attempt goes on after attempt_timeout")
 	})
 	waitFor(t, "it is tried again, but not while that goes on", c.process, func() bool {
 		list := c.list(t)
@@ -300,8 +300,8 @@ func TestQueueDeliverBlocksThatFail(t *testing.T) {
 	cut := rawBackend(t, "HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nonly this")
 	garbage := rawBackend(t, "SSH-2.0-OpenSSH_9.2\r\n")
 	rows := []struct{ name, deliver, says string }{
-		{"takes nothing", "respond /another taken", "no directive of the deliver block took it"},
-		{"takes nothing behind templates, which makes 200 of that", "templates\n\t\t\t\trespond /another taken", "no directive of the deliver block took it"},
+		{"takes nothing", "respond /another taken", "no directive of the deliver block handled the event"},
+		{"takes nothing behind templates, which makes 200 of that", "templates\n\t\t\t\trespond /another taken", "no directive of the deliver block handled the event"},
 		{"abort", "abort", "the answer was cut short, or abort ended it"},
 		{"an error", "error 418", "status 418"},
 		{"an answer that is cut", "reverse_proxy " + cut, "the answer was cut short, or abort ended it"},

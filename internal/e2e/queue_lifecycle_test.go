@@ -70,7 +70,7 @@ func TestQueueAcrossReloads(t *testing.T) { //nolint:tparallel // its subtests s
 		waitFor(t, "the metric has them", c.process, func() bool { return c.metric(pendingMetric) == "10" })
 		c.configure("", "http://{{addr}} {\n\trespond /other \"the other site\"\n\terror 404\n}")
 		c.reload()
-		c.logged("events wait in a queue that is not configured")
+		c.logged("events are pending in a queue that is not configured")
 		assert.Contains(t, c.output.String(), `"queue":"default","pending":10`)
 		c.configure("", strings.Replace(queueSite(next.addr, "name another"), "/webhook", "/another", 1))
 		c.reload()
@@ -259,7 +259,7 @@ func TestQueueCommands(t *testing.T) {
 		require.Equal(t, http.StatusOK, s.once(t, fmt.Sprint("bad-", i)).status)
 	}
 	waitFor(t, "they are dead", c.process, func() bool { return len(c.list(t, "--dead")) == 3 })
-	assert.Equal(t, 3, strings.Count(c.output.String(), "an event is dead: the backend has not taken it for max_age"), "a line for each")
+	assert.Equal(t, 3, strings.Count(c.output.String(), "an event is dead: the backend has not accepted it for max_age"), "a line for each")
 	waitFor(t, "the metric says so", c.process, func() bool {
 		return c.metric(`caddy_inkit_queue_events{queue="default",state="dead"}`) == "3"
 	})

@@ -424,7 +424,7 @@ func TestPostgresMigrate(t *testing.T) {
 	server.Exec(t, name, "CREATE ROLE few LOGIN PASSWORD '"+pgtest.Password+"'", "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
 	backend := newTaker(t, func(string, int) int { return http.StatusServiceUnavailable })
 	c := pgCaddy(t, backend.addr, strings.Replace(server.DSN(name), "//postgres:", "//few:", 1), "")
-	c.logged("the role may not make the tables: run the SQL that caddy inkit-queue migrate --print shows")
+	c.logged("the role may not make the tables: run the SQL of caddy inkit-queue migrate --print")
 	_, err := c.command("inkit-queue", "migrate", "--config", c.path("Caddyfile"))
 	require.ErrorContains(t, err, "the role may not make the tables")
 	assert.NotContains(t, err.Error(), pgtest.Password)

@@ -203,8 +203,8 @@ func (m *machine) start(t *testing.T) {
 	})
 }
 
-// load sends events. When so many were accepted, the power is cut after so many steps of
-// the disk. It returns when no sender has a Caddy any more.
+// load sends events. After the given number of accepted events and of steps of the disk,
+// it cuts the power. It returns when the Caddys of all senders are gone.
 func (m *machine) load(t *testing.T, senders, events, steps int) {
 	t.Helper()
 	client := m.client()

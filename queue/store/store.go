@@ -1,6 +1,6 @@
-// Package store says what a queue asks of a database, and in which terms. The packages
-// below it keep that promise: sqlite and postgres, each a module of Caddy, with the SQL
-// that both share in sqlstore.
+// Package store is the interface between a queue and its database. The packages below
+// implement it: sqlite and postgres, each a module of Caddy, with the SQL that both share
+// in sqlstore.
 package store
 
 import (
@@ -15,55 +15,54 @@ import (
 
 // The states of an event in a store.
 const (
-	Pending = "pending"   // waits for its next attempt, or an attempt is under way
-	Dead    = "dead"      // set aside until an operator retries or drops it
-	History = "delivered" // deleted, but for a small row of the history
+	Pending = "pending"   // waits for its next attempt, or is in one
+	Dead    = "dead"      // not attempted until an operator retries or drops it
+	History = "delivered" // deleted, except for a small row of the history
 )
 
-// Latest is the longest time from now at which an event may be due: the longest
-// Retry-After and its jitter. An event that is due later was written by a clock that was
-// wrong, and is due now. An attempt_timeout that is longer raises the bound.
+// Latest is the longest time until an event may be due: the longest Retry-After and its
+// jitter, or attempt_timeout if that is longer. An event with a later due time was written
+// with a wrong clock, and is due now.
 const Latest = 72 * time.Minute
 
-// Record is an event in a store. An operator may want to read its columns; an attempt
-// needs Request.
+// Record is an event in a store. Operators read its columns; an attempt needs Request.
 type Record struct {
 	ID         string // unique over all queues, in the order of time
 	Queue      string
 	State      string
 	Received   time.Time // by the clock of the Caddy that received it
-	Attempts   int       // how many have begun
+	Attempts   int       // how many attempts have begun
 	LastError  string    // of the last attempt that failed
 	EventType  string    // as inkit_webhook reads it: empty if the body is not Inkit's JSON
 	ResourceID string
 	Request    []byte // the encoded request
 	Checksum   []byte // of ID and Request
 
-	// For Batch.Add: how long from now the event is due, and, if the owner of the batch
-	// is attempting it at this moment, for how long nobody else may.
+	// For Batch.Add: the time until the event is due and, if the owner of the batch is
+	// attempting it now, until other owners may attempt it.
 	Delay time.Duration
 	Lease time.Duration
 
-	// As a store returns it, by the clock of the store: when its age began to count, when
-	// its next attempt is due, and when the lease of the attempt under way ends.
+	// From a store, by its clock: the start of the event's age, the time of its next
+	// attempt, and the end of the lease of its running attempt.
 	Queued, Due, LeasedUntil time.Time
 
-	// Age is how long the event had been queued when it was claimed.
+	// Age is the age of the event when it was claimed.
 	Age time.Duration
 
-	// Of the history: when the backend took the event, and the status of its answer.
+	// In the history: when the backend accepted the event, and the status of its answer.
 	Finished time.Time
 	Status   int
 
-	// For Batch.Add: the digest of an event that is stored once, and for how long that is
-	// remembered. Apply sets First to the id of an earlier event with this digest. The
-	// record is not added then.
+	// For Batch.Add, of an event of a type in once: its digest, and how long to remember
+	// it. If an earlier event has the same digest, Apply sets First to its id, and does
+	// not add the record.
 	Digest   []byte
 	Remember time.Duration
 	First    string
 }
 
-// Sum returns the checksum of the fields that must not change in the store.
+// Sum returns the checksum of ID and Request, which must not change in the store.
 func (r *Record) Sum() []byte {
 	hash := sha256.New()
 	hash.Write([]byte(r.ID))
@@ -76,51 +75,51 @@ func (r *Record) Sum() []byte {
 type Finish struct {
 	ID, Queue string
 	Outcome   Outcome
-	After     time.Duration // for Later: how long from now the next attempt is due
-	LastError string        // for Later and Dead
+	After     time.Duration // for Later: the time until the next attempt is due
+	LastError string        // for Later and SetAside
 }
 
-// Outcome says how an attempt ended.
+// Outcome is the result of an attempt.
 type Outcome int
 
 // The outcomes of an attempt.
 const (
 	Delivered Outcome = iota // the event is deleted
-	Later                    // it is attempted again
-	SetAside                 // it is set aside as dead
+	Later                    // the event is attempted again
+	SetAside                 // the event is dead
 	Released                 // Caddy stops: the event is due at once, for any owner
-	Unbegun                  // likewise, and the attempt that was counted did not begin
+	Unbegun                  // as Released, and the attempt does not count: it did not begin
 )
 
 // Claim asks for events that are due. Store.Apply fills Records.
 type Claim struct {
 	Queue   string
 	Max     int           // how many events at most
-	Lease   time.Duration // for how long no other owner may attempt them
-	Newest  bool          // the latest arrivals first, instead of the longest due
+	Lease   time.Duration // until other owners may attempt them
+	Newest  bool          // the newest events first, not those that are due the longest
 	Records []*Record
 }
 
 // Batch is the work of one transaction.
 type Batch struct {
-	Owner   string // holds the leases of Add and Claims
+	Owner   string // of the leases of Add and Claims
 	Add     []*Record
 	Finish  []Finish
 	Claims  []*Claim
 	History []*Record // rows of the history
-	Keys    []Key     // for Copy: those that are there already stay as they are
+	Keys    []Key     // for Copy: existing keys do not change
 
 	// Left are the finishes that Apply could not write, because another transaction has
-	// locked their rows. The caller tries them again.
+	// locked their rows. The caller tries again.
 	Left []Finish
 }
 
 // Peek is a cheap look at a queue.
 type Peek struct {
 	Empty bool          // no event is pending
-	Wait  time.Duration // until the next event is due, 0 if one is
+	Wait  time.Duration // until the next event is due, 0 if one is due now
 
-	Paused time.Time // since when the queue is paused, zero if it is not
+	Paused time.Time // start of the pause, zero if there is none
 }
 
 // Count is the number of events of a queue in a state.
@@ -139,24 +138,24 @@ type Filter struct {
 	Error    string    // a part of the last error
 	Since    time.Time // received at this time or later
 	Until    time.Time // received before this time
-	IDs      []string  // not nil: only these
+	IDs      []string  // only these, unless nil
 	Due      bool      // only pending events whose attempt is due
 
-	After  string // a position: Page.Next, or an id
-	Newest bool   // the newest first, instead of the oldest
+	After  string // start after this position: Page.Next, or an id
+	Newest bool   // the newest first, not the oldest
 	Limit  int    // how many at most, 0 for MaxPage
 }
 
 // MaxPage is how many events Search returns at most.
 const MaxPage = 500
 
-// Page is a part of what a filter selects.
+// Page is a part of the events that a filter selects.
 type Page struct {
 	Records []*Record // in the order of their ids
 
-	// Next is the position to go on from, empty at the end. A search that takes long stops
-	// early, perhaps without a record: it has looked at all events up to Next, whose time
-	// TimeOf tells.
+	// Next is the position of the next page, empty at the end. A long search stops early,
+	// perhaps without a record, after it has read all events up to Next. TimeOf returns
+	// the time of Next.
 	Next string
 }
 
@@ -169,53 +168,53 @@ func TimeOf(id string) time.Time {
 	return time.Unix(parsed.Time().UnixTime())
 }
 
-// Key says that an event was stored, so that no second one is.
+// Key marks an event as stored, so that its duplicates are not stored.
 type Key struct {
 	Queue      string
 	Digest     []byte
-	ID         string    // of the first
-	Expires    time.Time // when the key is forgotten
-	Duplicates int       // how many more came
+	ID         string    // of the first event
+	Expires    time.Time // when the key is deleted
+	Duplicates int       // how many duplicates came
 }
 
-// Status is a look at a database for an operator.
+// Status is the state of a database for an operator.
 type Status struct {
 	Size   int64 // in bytes
 	Queues []QueueStatus
 	Kept   [24]int // events of all queues that are pending or dead, by the hour in which they arrived
 }
 
-// QueueStatus is a look at one queue. What it says of deliveries is as complete as the
-// history: with a history of 0, it is nothing.
+// QueueStatus is the state of one queue. Its numbers of deliveries come from the history:
+// with a history of 0, they are 0.
 type QueueStatus struct {
 	Queue         string
 	Pending, Dead int
 	Oldest        time.Duration // the age of the oldest pending event
-	Next          time.Duration // until the next attempt is due; 0 if it is, or if none is pending
-	Paused        time.Time     // since when; zero if it is not
+	Next          time.Duration // until the next attempt is due; 0 if one is due, or none is pending
+	Paused        time.Time     // start of the pause, zero if there is none
 
 	LastHour, LastDay int     // delivered
 	Hours             [24]int // delivered an hour: the last one is the hour that ends now
-	Retries           int     // attempts that failed at the events that were delivered in the last day
+	Retries           int     // failed attempts at the events delivered in the last day
 	Failed            [24]int // likewise, an hour
-	Duplicates        int     // that came to keys which are remembered
+	Duplicates        int     // of all remembered keys
 
 	// Errors are the most frequent last errors of pending and dead events, five at most.
-	// Of many events, the oldest and the newest are looked at.
+	// With many events, only the oldest and the newest count.
 	Errors []ErrorCount
 }
 
-// ErrorCount is how often an error is the last one of an event.
+// ErrorCount is the number of events with a last error.
 type ErrorCount struct {
 	Error  string `json:"error"`
 	Events int    `json:"events"`
 }
 
-// Keep says how much of the history of a queue stays.
+// Keep is the limit of the history of a queue.
 type Keep struct {
 	Queue string
 	For   time.Duration
-	Rows  int // 0 for not counted now
+	Rows  int // 0 for no limit now
 }
 
 // Upkeep is the result of Store.Tidy.
@@ -224,61 +223,60 @@ type Upkeep struct {
 	DamagedFiles int  // damaged databases that were moved aside and are still there
 }
 
-// Store keeps events in a database. It heals itself: a method returns an error only if
-// it could not do its work after that. All methods may be called by several goroutines;
-// each owner calls Apply from one goroutine. No error shows a part of an event, or
-// credentials.
+// Store keeps events in a database. It repairs itself: a method returns an error only if
+// it fails after that. All methods may be called by several goroutines, but Apply by only
+// one goroutine of each owner. No error shows a part of an event, or credentials.
 type Store interface {
-	// Apply writes all of a batch except Left, or nothing. Without an error, it is on
-	// the disk. After an error of a connection, nobody knows. Adding an event that is
-	// there already changes nothing. A finish of an event that another owner has leased
-	// changes nothing, unless it is Delivered.
+	// Apply writes all of a batch except Left, or nothing. Without an error, the batch is
+	// on the disk. After a connection error, it may be. Adding an existing event changes
+	// nothing. A finish of an event with the lease of another owner changes nothing,
+	// unless it is Delivered.
 	Apply(ctx context.Context, b *Batch) error
 
-	// Due fills Records with events that are due, without leasing them, after Apply has
-	// failed with why: a database that cannot be written must still be emptied. It returns
-	// why if another process could attempt the same events.
+	// Due fills Records with due events without a lease, after Apply has failed with why:
+	// events of a read-only database must be delivered too. It returns why if another
+	// process could attempt the same events.
 	Due(ctx context.Context, c *Claim, why error) error
 
-	// Peek changes nothing. It costs the same for few events and for many.
+	// Peek changes nothing. It is as fast with many events as with few.
 	Peek(ctx context.Context, queue string) (Peek, error)
 
-	// Counts returns a count for each queue and state that has events. The time it takes
-	// grows with their number.
+	// Counts returns a count for each queue and state that has events. Its time grows with
+	// their number.
 	Counts(ctx context.Context) ([]Count, error)
 
-	// Search returns a page of events of all states that the filter names. Their requests
-	// are left out unless withRequest is true; those of the history have none. It takes
-	// about half a second at most.
+	// Search returns a page of the events that the filter selects. They have their requests
+	// only if withRequest is true, and events of the history never have one. It takes about
+	// half a second at most.
 	Search(ctx context.Context, filter Filter, withRequest bool) (Page, error)
 
-	// Keys returns keys of Batch.Add in the order of queue and digest, a page of them.
+	// Keys returns a page of the keys of Batch.Add, in the order of queue and digest.
 	Keys(ctx context.Context, after Key) ([]Key, error)
 
-	// Status looks at the queues that are in the database, and at those that are named.
+	// Status returns the state of all queues in the database, and of the named queues.
 	Status(ctx context.Context, queues ...string) (Status, error)
 
-	// Pause makes a queue paused, or ends that, and reports whether that is a change.
+	// Pause pauses a queue, or ends the pause, and reports whether that is a change.
 	Pause(ctx context.Context, queue string, paused bool) (changed bool, err error)
 
-	// Retry makes events pending and due with a fresh age, except those with an attempt
-	// under way, and returns how many.
+	// Retry makes events pending and due, with an age of 0, except events with a running
+	// attempt, and returns how many.
 	Retry(ctx context.Context, filter Filter) (int, error)
 
-	// Drop deletes events and returns how many. Their keys are forgotten: if one of them
-	// is sent again, it is stored.
+	// Drop deletes events with their keys, and returns how many. If one of them is sent
+	// again, it is stored.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
-	// Tidy does a small part of the upkeep: it deletes history and keys that are over, and
-	// gives free space back to the disk.
+	// Tidy does a small part of the upkeep: it deletes expired history and keys, and gives
+	// free space back to the disk.
 	Tidy(ctx context.Context, keep []Keep) (Upkeep, error)
 
 	Close() error
 }
 
-// The errors that callers of a store tell apart.
+// The errors that callers of a store distinguish.
 var (
-	// ErrFull means that there is no room for more events. Deleting still works.
+	// ErrFull means that there is no space for more events. Deleting still works.
 	ErrFull = errors.New("no space is left for the database")
 
 	// ErrLocked means that another process is writing, or has not ended its transaction.
@@ -291,34 +289,34 @@ var (
 	ErrOlder = errors.New("the database has the schema of an older version, which cannot be migrated")
 )
 
-// Opening says who opens a store.
+// Opening has the settings for Open.
 type Opening struct {
-	Logger *zap.Logger // for what the store does to heal itself; required
+	Logger *zap.Logger // for repairs by the store; required
 
-	// Command is true for a command of an operator, beside a Caddy that runs: it waits
-	// longer for locks and leaves nothing behind.
+	// Command is true for a command of an operator, which may run beside Caddy: the store
+	// waits longer for locks, and repairs nothing.
 	Command bool
 
-	// Existing refuses a database that is not there yet, instead of making it.
+	// Existing makes a missing database an error. Otherwise Open makes one.
 	Existing bool
 }
 
 // Opener is a module of the namespace inkit_queue.stores.
 type Opener interface {
-	// Key identifies the database, so that queues can share it. It shows no credentials.
+	// Key identifies the database, so that queues can share it. It has no credentials.
 	Key() string
 
-	// Open opens the database, and makes its schema if that is missing.
+	// Open opens the database, and makes a missing schema.
 	Open(ctx context.Context, o Opening) (Store, error)
 
-	// Migration returns the SQL that makes the schema, for an operator to run. It is empty
-	// for a database that needs no operator.
+	// Migration returns the SQL of the schema for an operator to run. It is empty for a
+	// database that needs no operator.
 	Migration() string
 }
 
-// Each calls f for all events that match, a page at a time. While f works, the database
-// is not being read: f may wait for a terminal or write elsewhere, and the log of SQLite
-// does not grow meanwhile.
+// Each calls f for all matching events, a page at a time. No read of the database is open
+// while f runs: f may wait for a terminal or write elsewhere, and the log of SQLite does
+// not grow.
 func Each(ctx context.Context, s Store, filter Filter, withRequest bool, f func(page []*Record) error) error {
 	for {
 		page, err := s.Search(ctx, filter, withRequest)
@@ -336,8 +334,8 @@ func Each(ctx context.Context, s Store, filter Filter, withRequest bool, f func(
 	}
 }
 
-// Copy adds a page of events to a store as they are, dead ones included. Those that are
-// there already stay as they are.
+// Copy adds a page of pending and dead events to a store. It does not change existing
+// events.
 func Copy(ctx context.Context, to Store, owner string, page []*Record) error {
 	b := &Batch{Owner: owner, Add: page}
 	for _, r := range page {
@@ -350,8 +348,8 @@ func Copy(ctx context.Context, to Store, owner string, page []*Record) error {
 	return to.Apply(ctx, b)
 }
 
-// CopyMemory adds what a database remembers beside its events: the history, the keys, and
-// which queues are paused. What is there already stays as it is.
+// CopyMemory copies the history, the keys and the pauses. It does not change existing
+// ones.
 func CopyMemory(ctx context.Context, to, from Store) error {
 	err := Each(ctx, from, Filter{States: []string{History}}, false, func(page []*Record) error {
 		return to.Apply(ctx, &Batch{History: page})

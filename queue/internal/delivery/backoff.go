@@ -4,16 +4,16 @@ package delivery
 import "time"
 
 const (
-	// An event is attempted again after about as long as it has waited so far, as Postfix
-	// does it, within these bounds.
+	// The wait before the next attempt is about the age of the event, as in Postfix, within
+	// these bounds.
 	minBackoff = time.Second
 	maxBackoff = 5 * time.Minute
 
-	// jitter is by how much a wait is longer at most, as a part of it.
+	// jitter is the largest part that is added to a wait.
 	jitter = 0.2
 )
 
-// Backoff returns how long an event of that age waits for its next attempt. random is
+// Backoff returns the wait before the next attempt at an event of this age. random is
 // between 0 and 1.
 func Backoff(age time.Duration, random float64) time.Duration {
 	wait := float64(min(max(age, minBackoff), maxBackoff))

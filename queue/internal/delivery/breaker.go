@@ -6,31 +6,31 @@ import (
 )
 
 const (
-	// downAfter is how many different events in a row must reach nobody for the backend to
-	// be taken for down, and probeInterval the pause between two probes of it.
+	// After downAfter failed attempts in a row, of different events, the backend counts as
+	// down. probeInterval is the pause between two probes of it.
 	downAfter     = 5
 	probeInterval = time.Second
 
-	// forgetAfter is how long a backend that is down has no event to be probed with, until
-	// it is taken for up: an attempt that failed just now may still have to be written.
+	// If no event is pending for forgetAfter, a backend that is down counts as up. It is not
+	// 0, since the writer may not have stored the last event yet.
 	forgetAfter = 15 * time.Second
 )
 
-// Breaker knows whether the backend of a queue is down, by the attempts of this process.
-// While it is down there is one attempt a second; when one succeeds, the number of attempts
-// at a time doubles from 1. Its times are monotonic: a clock that is set changes nothing.
+// Breaker decides from the attempts of this process whether the backend is down. While it
+// is down, there is one attempt a second; when one succeeds, the number of attempts at a
+// time doubles from 1. Its times are monotonic: setting the clock changes nothing.
 type Breaker struct {
 	mu    sync.Mutex
 	down  bool
 	since time.Time
 	probe time.Time       // when the next probe may begin
-	empty time.Time       // since when there is nothing to probe with
-	lost  map[string]bool // the events in a row that reached nobody
-	ramp  int             // how many attempts there may be at a time, 0 for no limit
+	empty time.Time       // since when no event is pending
+	lost  map[string]bool // the events in a row that did not reach the backend
+	ramp  int             // limit of attempts at a time, 0 for none
 }
 
-// Reached notes that an attempt has reached the backend. If it was down, it returns for
-// how long.
+// Reached records that an attempt has reached the backend. If the backend was down, it
+// returns for how long.
 func (b *Breaker) Reached(limit int) (down time.Duration, back bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -45,8 +45,8 @@ func (b *Breaker) Reached(limit int) (down time.Duration, back bool) {
 	return 0, false
 }
 
-// Unreached notes that an attempt at an event has reached nobody, and reports whether the
-// backend is taken for down with it.
+// Unreached records that an attempt has not reached the backend, and reports whether the
+// backend counts as down from now on.
 func (b *Breaker) Unreached(id string) (down bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -71,7 +71,7 @@ func (b *Breaker) Down() bool {
 	return b.down
 }
 
-// DownSince returns since when the backend is down, zero if it is not.
+// DownSince returns the time since which the backend is down, zero if it is up.
 func (b *Breaker) DownSince() time.Time {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -88,8 +88,8 @@ func (b *Breaker) Allows(running int) bool {
 	return !b.down && (b.ramp == 0 || running < b.ramp)
 }
 
-// Empty notes whether any event is pending, and reports whether a backend that was down
-// is taken for up with it, because there is nothing to probe it with.
+// Empty records whether no event is pending, and reports whether a backend that was down
+// counts as up from now on, because no event is left to probe it with.
 func (b *Breaker) Empty(empty bool) (forgotten bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -105,14 +105,14 @@ func (b *Breaker) Empty(empty bool) (forgotten bool) {
 	return false
 }
 
-// look fills in what the plan needs to know.
+// look fills in the fields of a Look about the backend.
 func (b *Breaker) look(l *Look) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	l.Down, l.Ramp, l.Probe = b.down, b.ramp, max(0, time.Until(b.probe))
 }
 
-// probing notes that a probe begins. It ends by Reached or Unreached, or with its lease.
+// probing records that a probe begins. It ends by Reached or Unreached, or with its lease.
 func (b *Breaker) probing(lease time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -74,7 +74,7 @@ func TestBreaker(t *testing.T) {
 	const found = ""
 	for _, tt := range []struct {
 		name     string
-		attempts []string // the ids of events that reached nobody, or found
+		attempts []string // ids of events that did not reach the backend, or found
 		down     bool
 		ramp     int
 	}{
@@ -182,7 +182,7 @@ func TestLimits(t *testing.T) {
 	})
 }
 
-// source has events that are due, and notes the claims.
+// source has due events, and records the claims.
 type source struct {
 	due    []*store.Record
 	claims []store.Claim

@@ -7,12 +7,12 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// most is the size of the semaphores. All that is above the limit is taken for good.
+// most is the size of the semaphores. The part above the limit is never released.
 const most = 1 << 20
 
-// Limits bound the attempts at a time, first come, first served. Old events, which were
-// stored before, get three quarters of them, so that new ones do not wait behind a backlog
-// that hangs.
+// Limits bound the attempts at a time, first come, first served. Old events, stored by an
+// earlier request, get three quarters of them, so that new events do not wait behind a
+// backlog that hangs.
 type Limits struct {
 	all, old *semaphore.Weighted
 
@@ -28,11 +28,11 @@ func NewLimits() *Limits {
 	return l
 }
 
-// oldLimit returns how many of the attempts may be at old events.
+// oldLimit returns the limit of attempts at old events.
 func oldLimit(limit int) int { return min(limit, max(1, limit*3/4)) }
 
-// Resize changes the number of attempts at a time. A smaller one holds when the attempts
-// under way have ended.
+// Resize changes the number of attempts at a time. A smaller number applies once enough
+// running attempts have ended.
 func (l *Limits) Resize(limit int) {
 	limit = min(limit, most)
 	l.mu.Lock()
@@ -58,17 +58,17 @@ func (l *Limits) Limit() int {
 	return l.limit
 }
 
-// TryNew takes the place of an attempt at a new event, if one is free.
+// TryNew takes a place for an attempt at a new event, if one is free.
 func (l *Limits) TryNew() bool { return l.all.TryAcquire(1) }
 
-// New waits for the place of an attempt at a new event.
+// New waits for a place for an attempt at a new event.
 func (l *Limits) New(ctx context.Context) bool { return l.all.Acquire(ctx, 1) == nil }
 
-// EndNew gives it back.
+// EndNew gives that place back.
 func (l *Limits) EndNew() { l.all.Release(1) }
 
-// Old waits for the place of an attempt at an old event, and takes more if they are free.
-// It returns how many, which is 0 if the context has ended.
+// Old waits for a place for an attempt at an old event, and takes more if they are free.
+// It returns how many it has taken: 0 if the context has ended.
 func (l *Limits) Old(ctx context.Context, wanted int) (n int) {
 	if l.old.Acquire(ctx, 1) != nil {
 		return 0

@@ -2,23 +2,23 @@ package delivery
 
 import "time"
 
-// pollInterval is how long an event may be due that another process has stored or given
-// back.
+// pollInterval is how long an event may be due unnoticed if another process has stored or
+// released it.
 const pollInterval = time.Second
 
-// Look is what is known when the schedule decides.
+// Look is the state of a queue from which the schedule decides.
 type Look struct {
-	Failed  bool          // the database could not be asked
+	Failed  bool          // the query of the database failed
 	Empty   bool          // no event is pending
 	Wait    time.Duration // until the next one is due
 	Down    bool          // the backend is down
-	Probe   time.Duration // until the next probe of it may begin
-	Ramp    int           // how many attempts there may be at a time since it is back, 0 for no limit
-	Limit   int           // how many attempts at old events there may be at a time
-	Running int           // how many there are
+	Probe   time.Duration // until the next probe of the backend may begin
+	Ramp    int           // limit of attempts at a time after the backend was down, 0 for none
+	Limit   int           // limit of attempts at old events at a time
+	Running int           // running attempts at old events
 }
 
-// Step is what the schedule does next: claim events, if Claim is not 0, and otherwise wait.
+// Step is the next step of the schedule: claim events, or wait if Claim is 0.
 type Step struct {
 	Claim int
 
@@ -26,10 +26,10 @@ type Step struct {
 	// dead backend and would be probed forever. New events are the least likely cause.
 	Newest bool
 
-	Wait time.Duration // an event that is stored or finished meanwhile ends it
+	Wait time.Duration // ends early when an event is stored or finished
 }
 
-// Plan decides how many events are claimed now, or how long to wait.
+// Plan decides how many events to claim now, or how long to wait.
 func Plan(l Look) Step {
 	limit := l.Limit
 	switch {

@@ -8,16 +8,16 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// LeaseMargin is how much longer than an attempt its lease is.
+// LeaseMargin is the part of a lease after the end of its attempt.
 const LeaseMargin = 2 * time.Second
 
-// Source is where the stored events of a queue are.
+// Source is the database with the stored events of a queue.
 type Source interface {
 	Peek() (store.Peek, error)
 	Claim(c *store.Claim) ([]*store.Record, error)
 }
 
-// Schedule has the stored events of a queue attempted when they are due.
+// Schedule attempts the stored events of a queue when they are due.
 type Schedule struct {
 	Source  Source
 	Breaker *Breaker
@@ -26,24 +26,24 @@ type Schedule struct {
 	// Queue is the name of the queue.
 	Queue string
 
-	// Timeout returns how long an attempt may take, or 0 while nobody can make one.
+	// Timeout returns how long an attempt may take, or 0 while no handler delivers.
 	Timeout func() time.Duration
 
 	// Attempt makes one attempt, and calls ended when it is over.
 	Attempt func(r *store.Record, claimed time.Time, ended func())
 
-	// Forgotten is called when a backend that was down is taken for up, because there is
-	// nothing left to find out with.
+	// Forgotten is called when a backend that was down counts as up again, because no event
+	// is left to probe it with.
 	Forgotten func()
 
-	// Woken holds the last Wake. It needs room for one.
+	// Woken receives Wake. It needs a buffer of one.
 	Woken chan struct{}
 
 	running atomic.Int64
 }
 
-// Wake says that an event may be due sooner than the schedule knows, or that an attempt
-// may begin.
+// Wake makes the schedule look again: an event may be due sooner, or an attempt may now
+// begin.
 func (s *Schedule) Wake() {
 	select {
 	case s.Woken <- struct{}{}:
@@ -51,7 +51,7 @@ func (s *Schedule) Wake() {
 	}
 }
 
-// Run works until the context ends.
+// Run attempts events until the context ends.
 func (s *Schedule) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		wait := s.next(ctx)
@@ -71,7 +71,7 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 	}
 	look := Look{Limit: oldLimit(s.Limits.Limit()), Running: int(s.running.Load())}
 	s.Breaker.look(&look)
-	if look.Down && look.Probe > 0 { // each new event wakes this: the database need not be asked
+	if look.Down && look.Probe > 0 { // each new event wakes the schedule: spare the database
 		return min(look.Probe, pollInterval)
 	}
 	peek, err := s.Source.Peek()
@@ -87,7 +87,7 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 	if places == 0 {
 		return 0
 	}
-	if s.Breaker.Down() != look.Down { // it has changed while this waited for a place
+	if s.Breaker.Down() != look.Down { // it has changed during the wait for a place
 		s.Limits.EndOld(places)
 		return 0
 	}

@@ -1,5 +1,5 @@
-// Package live says which queues the running Caddy has, for whoever must not import the
-// engine.
+// Package live lists the queues of the running Caddy, for packages that must not import
+// the engine.
 package live
 
 import (
@@ -11,22 +11,22 @@ import (
 // Queue is a queue of the running Caddy.
 type Queue struct {
 	Name      string
-	Database  string        // the key of its database, which shows no credentials
+	Database  string        // the key of its database, without credentials
 	History   time.Duration // how long the history stays, 0 for none
 	MaxEvents int
 
 	// Store returns the database, or nil with the reason why it is not open.
 	Store func() (store.Store, error)
 
-	// Down returns since when this Caddy takes the backend for down, zero if it does not.
+	// Down returns the time since which the backend counts as down, zero if it is up.
 	Down func() time.Time
 
-	// Wake has the queue look for events that are due, and whether it is paused.
+	// Wake makes the queue check for due events and for a pause.
 	Wake func()
 }
 
 // Queues is the app of inkit_queue.
 type Queues interface {
-	// Queues returns the queues of its configuration, none before it has started.
+	// Queues returns the queues of its configuration, none before the app has started.
 	Queues() []Queue
 }

@@ -1,5 +1,5 @@
-// Package request is the stored form of a request: what an attempt is made from, and what
-// an operator is shown of it.
+// Package request is the stored form of a request: attempts use it, and operators can
+// print it.
 package request
 
 import (
@@ -18,16 +18,16 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// Request is what an attempt needs of the request that brought an event. Every
-// attempt is made from it, the first one too, so that all of them are the same.
+// Request has the data of the sender's request that an attempt needs. Every attempt uses
+// it, even the first one, so that all attempts are the same.
 //
-// What does not come back is what only lived in the request: regular expressions that
-// matched, certificates of clients, and what a map directive in front of the queue has
-// set. Directives in the deliver block are not concerned.
+// Some data is not stored: the captures of regular expressions, the certificates of
+// clients, and the placeholders of a map directive in front of the queue. Directives in
+// the deliver block work in each attempt.
 type Request struct {
 	Method     string      `json:"method"`
-	Target     Target      `json:"target"`   // as it is, rewrites included
-	Original   Target      `json:"original"` // as it arrived
+	Target     Target      `json:"target"`   // after rewrites
+	Original   Target      `json:"original"` // as the sender sent it
 	Proto      string      `json:"proto"`
 	Host       string      `json:"host"`
 	Header     Fields      `json:"header"`
@@ -35,8 +35,8 @@ type Request struct {
 	Local      *Address    `json:"local,omitempty"`
 	TLS        *Connection `json:"tls,omitempty"`
 
-	// Vars are the variables of the request that are plain values. The address of the
-	// client is one of them, as Caddy saw it then.
+	// Vars are the variables of the request with plain values. One of them is the address
+	// of the client.
 	Vars Vars `json:"vars,omitempty"`
 
 	SecretName     string `json:"secret_name,omitempty"`
@@ -45,15 +45,15 @@ type Request struct {
 	Body []byte `json:"-"`
 }
 
-// Target is what a URL holds in a request to a server. Its Text alone would not do: a
-// path may start with two slashes.
+// Target has the parts of the URL of a request. A single Text would not be enough: the path
+// may start with two slashes.
 type Target struct {
 	URI      Text `json:"uri"`
 	Path     Text `json:"path"`
 	RawPath  Text `json:"raw_path,omitempty"`
 	RawQuery Text `json:"raw_query,omitempty"`
 
-	// ForceQuery says that there is a question mark and nothing behind it.
+	// ForceQuery is true for a URL that ends in a question mark.
 	ForceQuery bool `json:"force_query,omitempty"`
 }
 
@@ -67,8 +67,8 @@ func (t Target) URL() *url.URL {
 	return &url.URL{Path: string(t.Path), RawPath: string(t.RawPath), RawQuery: string(t.RawQuery), ForceQuery: t.ForceQuery}
 }
 
-// Text is a string that comes back as it was, though it may not be UTF-8, as a path
-// with %FF in it and header fields of old programs are not. JSON would change it.
+// Text is a string that is stored unchanged even if it is not UTF-8, such as a path with
+// %FF or a header field of an old program. JSON would change it.
 type Text string
 
 func (t Text) MarshalJSON() ([]byte, error) {
@@ -90,7 +90,7 @@ func (t *Text) UnmarshalJSON(b []byte) error {
 	return json.Unmarshal(b, (*string)(t))
 }
 
-// Fields is a header of which each line is a text.
+// Fields is a header whose values are stored as Text.
 type Fields http.Header
 
 func (f Fields) MarshalJSON() ([]byte, error) {
@@ -115,8 +115,8 @@ func (f *Fields) UnmarshalJSON(b []byte) error {
 	return err
 }
 
-// Vars are plain values of which each comes back with its type: a placeholder shows
-// 1000000 and not 1e+06.
+// Vars are plain values that are stored with their types: a placeholder shows 1000000
+// and not 1e+06.
 type Vars map[string]any
 
 func (v Vars) MarshalJSON() ([]byte, error) {
@@ -158,13 +158,13 @@ type Address struct {
 func (a *Address) Network() string { return a.Net }
 func (a *Address) String() string  { return a.Addr }
 
-// Connection is what placeholders and matchers ask of a TLS connection.
+// Connection has the data of a TLS connection that placeholders and matchers use.
 type Connection struct {
 	Version     uint16 `json:"version"`
 	CipherSuite uint16 `json:"cipher_suite"`
 	ServerName  string `json:"server_name,omitempty"`
 	Protocol    string `json:"protocol,omitempty"`
-	Early       bool   `json:"early,omitempty"` // it was early data, which can be replayed
+	Early       bool   `json:"early,omitempty"` // early data, which can be replayed
 }
 
 // Encode returns the stored form: the length of the head, the head as JSON, the body.
@@ -178,7 +178,7 @@ func (r *Request) Encode() ([]byte, error) {
 	return append(encoded, r.Body...), nil
 }
 
-// Decode returns the request of a record, if it is the one that was stored.
+// Decode returns the request of a record. A damaged one is an error.
 func Decode(rec *store.Record) (*Request, error) {
 	if !bytes.Equal(rec.Checksum, rec.Sum()) {
 		return nil, errors.New("the checksum does not match")
@@ -189,7 +189,7 @@ func Decode(rec *store.Record) (*Request, error) {
 	}
 	r := &Request{Body: rec.Request[n+int(length):]}
 	if err := json.Unmarshal(rec.Request[n:n+int(length)], r); err != nil {
-		return nil, errors.New("the stored request is not the JSON that it was") // whose error shows a part of it
+		return nil, errors.New("the stored request is not valid JSON") // err would show a part of it
 	}
 	if r.Header == nil {
 		r.Header = make(Fields)
@@ -197,7 +197,7 @@ func Decode(rec *store.Record) (*Request, error) {
 	return r, nil
 }
 
-// Redact takes out what a replay would need: the signature, and credentials.
+// Redact removes the signature and credentials, which a replay would need.
 func (r *Request) Redact() {
 	for _, field := range []string{"Inkit-Signature", "Authorization", "Proxy-Authorization", "Cookie"} {
 		if _, ok := r.Header[field]; ok {
@@ -206,8 +206,8 @@ func (r *Request) Redact() {
 	}
 }
 
-// Printable replaces what would have a terminal do something, except for the characters
-// in keep.
+// Printable replaces control characters, which a terminal would obey, except for those in
+// keep.
 func Printable(s string, keep ...rune) string {
 	return strings.Map(func(r rune) rune {
 		if unicode.IsPrint(r) || slices.Contains(keep, r) {

@@ -1,5 +1,5 @@
-// Package writer is the group commit of a database: one goroutine puts everything that
-// waits into one transaction. It knows events and their ends, and nothing of Caddy.
+// Package writer is the group commit of a database: one goroutine puts all waiting work
+// into one transaction. It does not import Caddy.
 package writer
 
 import (
@@ -16,9 +16,9 @@ const (
 	// maxBatch is how many events one transaction adds.
 	maxBatch = 500
 
-	// History is written with the next transaction, or after historyPause, so many rows at a
-	// time that no event waits for long. While it cannot be written, at most historyRoom rows
-	// wait, and further ones are lost.
+	// History is written with the next transaction, or after historyPause. A transaction has
+	// at most maxHistory rows, so that no event waits for long. While the database fails, at
+	// most historyRoom rows wait, and the others are lost.
 	maxHistory   = 1000
 	historyPause = time.Second
 	historyRoom  = 100_000
@@ -26,8 +26,8 @@ const (
 	// applyTimeout is how long a transaction may take.
 	applyTimeout = 20 * time.Second
 
-	// After a failed transaction the writer pauses, longer each time within these bounds.
-	// openPause is the pause between two tries to open the database.
+	// After a failed transaction the writer pauses, twice as long each time, within these
+	// bounds. openPause is the pause between two tries to open the database.
 	minPause  = 50 * time.Millisecond
 	maxPause  = 500 * time.Millisecond
 	openPause = time.Second
@@ -37,15 +37,15 @@ var (
 	// ErrNotOpen is the error of a database that is not open yet.
 	ErrNotOpen = errors.New("the database is not open yet")
 
-	// ErrCalledBack is the error of an event that was delivered before it was written.
+	// ErrCalledBack is the error of an event that was delivered before it was stored.
 	ErrCalledBack = errors.New("delivered before it was written")
 
-	// ErrDuplicate is the error of an event that is stored once, and was stored before:
-	// Record.First is the first one, which is on the disk.
+	// ErrDuplicate is the error of an event of a type in once that was stored before.
+	// Record.First is the id of the first event, which is on the disk.
 	ErrDuplicate = errors.New("stored before")
 )
 
-// Observer hears what becomes of transactions. It is called without a lock of the writer,
+// Observer gets the results of transactions. It is called without a lock of the writer,
 // from one goroutine at a time, and must not block.
 type Observer interface {
 	Opened()
@@ -64,15 +64,15 @@ type Writer struct {
 
 	mu       sync.Mutex
 	store    store.Store // nil until it is open
-	broken   error       // why it is not open
-	failing  bool        // whether the last transaction that added events has failed
+	broken   error       // why the store is not open
+	failing  bool        // the last transaction that added events has failed
 	adds     []*Addition
 	finishes []store.Finish
 	claims   []*claim
 	history  []*store.Record
 
-	// attempting are the events that this process attempts, until the end of the attempt is
-	// written. No claim returns them, whatever a clock that was set says.
+	// attempting are the events that this process attempts, until the result is written. No
+	// claim returns them, even if the clock is set.
 	attempting map[string]bool
 }
 
@@ -82,7 +82,7 @@ type Addition struct {
 	record     *store.Record
 	encode     func() ([]byte, error)
 	deadline   time.Time
-	finish     *store.Finish // of an attempt that ended while the event was being written
+	finish     *store.Finish // result of an attempt that ended during the write
 	state      state
 	err        error
 	done       chan struct{}
@@ -97,10 +97,10 @@ const (
 	ended
 )
 
-// Done is closed when it is known whether the event is on the disk.
+// Done is closed when the event is on the disk, or could not be stored.
 func (a *Addition) Done() <-chan struct{} { return a.done }
 
-// Err returns nil if the event is on the disk. It is for after Done.
+// Err returns nil if the event is on the disk. Call it after Done.
 func (a *Addition) Err() error { return a.err }
 
 func (a *Addition) end(err error) {
@@ -112,7 +112,7 @@ func (a *Addition) end(err error) {
 	a.ended(err)
 }
 
-// change makes the record that of an event after an attempt. It is not written yet.
+// change applies the result of an attempt to a record that is not written yet.
 func (a *Addition) change(f store.Finish) {
 	if f.Outcome == store.Delivered {
 		a.end(ErrCalledBack)
@@ -130,7 +130,7 @@ type claim struct {
 	done chan error
 }
 
-// New returns a writer that works until Close. The owner is the name of this process in
+// New starts a writer, which runs until Close. The owner is the name of this process in
 // the leases.
 func New(owner string, open func(context.Context) (store.Store, error), observer Observer) *Writer {
 	w := &Writer{
@@ -142,8 +142,8 @@ func New(owner string, open func(context.Context) (store.Store, error), observer
 	return w
 }
 
-// Close writes everything that waits and closes the database. Nobody may use the writer
-// any more, or wait for an addition.
+// Close writes all waiting work and closes the database. After that, do not use the writer
+// or wait for an addition.
 func (w *Writer) Close() {
 	close(w.closing)
 	<-w.closed
@@ -163,16 +163,16 @@ func (w *Writer) Store() (store.Store, error) {
 	return w.store, w.broken
 }
 
-// Failing reports whether events cannot be written, as far as is known.
+// Failing reports whether the last try to write events failed.
 func (w *Writer) Failing() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return w.failing
 }
 
-// Add writes an event. If the transaction fails, it tries again until the deadline, except
-// on a full disk. encode returns the request of the record; it is called just before. ended
-// is called with the error of Err, and must not block.
+// Add writes an event. If the transaction fails, the writer tries again until the deadline,
+// except on a full disk. It calls encode for the request of the record before each try, and
+// ended with the error of Err at the end. ended must not block.
 func (w *Writer) Add(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
 	a := &Addition{attempting: w.attempting, record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
 	w.mu.Lock()
@@ -185,8 +185,7 @@ func (w *Writer) Add(r *store.Record, encode func() ([]byte, error), deadline ti
 	return a
 }
 
-// Finish writes how an attempt ended. The addition is that of the event, or nil if the
-// event was claimed.
+// Finish writes the result of an attempt. The addition is nil if the event was claimed.
 func (w *Writer) Finish(a *Addition, f store.Finish) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -201,7 +200,7 @@ func (w *Writer) Finish(a *Addition, f store.Finish) {
 	}
 }
 
-// Remember writes a row of the history, soon. Nobody waits for it.
+// Remember writes a row of the history with a later transaction.
 func (w *Writer) Remember(r *store.Record) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -220,9 +219,8 @@ func (w *Writer) remembered() bool {
 	return len(w.history) == 0
 }
 
-// Claim leases events that are due, except those that this process attempts at this moment
-// or has attempted without being able to write how that ended. Each claimed event must be
-// finished.
+// Claim leases events that are due. It leaves out events that this process is attempting,
+// and events whose result is not written yet. Call Finish for each claimed event.
 func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 	waits := &claim{c, make(chan error, 1)}
 	w.mu.Lock()
@@ -239,8 +237,8 @@ func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 	return c.Records, nil
 }
 
-// exclude leaves out of a claim the events that are attempted already, and notes the others.
-// That must happen before the next transaction, which may end such an attempt.
+// exclude removes events from a claim that this process attempts already, and registers the
+// others. It must run before the next transaction, which may end such an attempt.
 func (w *Writer) exclude(c *claim) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -312,7 +310,7 @@ func (w *Writer) opened() bool {
 	return true
 }
 
-// expireLocked ends the additions whose time is over.
+// expireLocked ends the additions whose deadline is over.
 func (w *Writer) expireLocked(err error) {
 	w.adds = slices.DeleteFunc(w.adds, func(a *Addition) bool {
 		if a.state == waiting && !time.Now().Before(a.deadline) {
@@ -334,7 +332,7 @@ func (w *Writer) take() (adds []*Addition, b *store.Batch, claims []*claim, s st
 	for _, c := range claims {
 		b.Claims = append(b.Claims, c.Claim)
 	}
-	w.expireLocked(errors.New("the time of its sender is over"))
+	w.expireLocked(errors.New("the event could not be stored in time"))
 	n := min(len(w.adds), maxBatch)
 	for _, a := range w.adds[:n] {
 		a.state = writing
@@ -348,7 +346,7 @@ func (w *Writer) take() (adds []*Addition, b *store.Batch, claims []*claim, s st
 	return adds, b, claims, w.store
 }
 
-// write does the work that waits in one transaction, and reports whether it succeeded.
+// write does the waiting work in one transaction, and reports whether it succeeded.
 func (w *Writer) write() bool {
 	adds, b, claims, s := w.take()
 	if s == nil || len(adds)+len(b.Finish)+len(b.History)+len(claims) == 0 {
@@ -392,8 +390,8 @@ func (w *Writer) write() bool {
 	return err == nil && len(b.Left) == 0
 }
 
-// failed takes a batch back after its transaction has failed. On a full disk, its
-// additions are not tried again: their senders can try later.
+// failed puts a batch back after its transaction has failed. On a full disk, its additions
+// are not tried again: their senders can try later.
 func (w *Writer) failed(adds []*Addition, b *store.Batch, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -13,7 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// database is a store whose transactions a test lets fail.
+// database is a store with transactions that a test can let fail.
 type database struct {
 	store.Store
 
@@ -265,7 +265,7 @@ func TestWriter(t *testing.T) {
 				w.Finish(a, store.Finish{ID: "new"})
 				w.Finish(nil, store.Finish{ID: "old"})
 			}
-			late := &claim{&store.Claim{Queue: "default", Max: 2}, make(chan error)} // whose goroutine is slow
+			late := &claim{&store.Claim{Queue: "default", Max: 2}, make(chan error)} // its goroutine is slow
 			w.mu.Lock()
 			w.claims = append(w.claims, late)
 			w.mu.Unlock()

@@ -15,8 +15,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// BenchmarkPostgres measures transactions of 16 events, with few and with many events
-// that wait, and after a million have been through. Run it with -benchtime=5s.
+// BenchmarkPostgres measures transactions of 16 events, with few and with many pending
+// events, and after a million delivered events. Run it with -benchtime=5s.
 func BenchmarkPostgres(b *testing.B) {
 	server := pgtest.Start(b)
 	open := func(b *testing.B, pending int) (store.Store, string) {

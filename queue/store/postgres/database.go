@@ -16,7 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 )
 
-// schemaLock is the advisory lock under which the schema is made: "inkit" in ASCII.
+// schemaLock is the advisory lock for making the schema: "inkit" in ASCII.
 const schemaLock = 0x696e6b6974
 
 // database is a store in PostgreSQL. Its pool heals broken connections.
@@ -53,7 +53,7 @@ func (p *Postgres) Open(ctx context.Context, o store.Opening) (store.Store, erro
 	return s, nil
 }
 
-// dialect is that of tables in a schema.
+// dialect returns the dialect for tables in a schema.
 func dialect(schema string) sqlstore.Dialect {
 	qualified := ""
 	if schema != "" {
@@ -61,12 +61,12 @@ func dialect(schema string) sqlstore.Dialect {
 	}
 	return sqlstore.Dialect{
 		Bytes: "BYTEA", Schema: qualified, Rows: 100, Skip: "FOR UPDATE OF e SKIP LOCKED",
-		// not clock_timestamp(), for which PostgreSQL uses no index
+		// not clock_timestamp(): PostgreSQL uses no index for it
 		Now: "(extract(epoch FROM statement_timestamp()) * 1000)::bigint",
 		Tx:  &sql.TxOptions{Isolation: sql.LevelReadCommitted},
-		// The default of a role or a database may be less than durable, and through pgbouncer
-		// only the settings of the transaction are sure to hold. If this Caddy vanishes, its
-		// locks must go before other Caddys have waited for too long.
+		// The default of a role or a database may not be durable, and through pgbouncer only
+		// the settings of a transaction are reliable. If this Caddy vanishes, its locks must
+		// end before other Caddys have waited too long.
 		Begin: `SELECT set_config('idle_in_transaction_session_timeout', '2s', true),
 			CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write') THEN set_config('synchronous_commit', 'on', true) END`,
 		More: vacuum,
@@ -75,10 +75,10 @@ func dialect(schema string) sqlstore.Dialect {
 	}
 }
 
-// vacuum says when to remove dead rows. BenchmarkPostgres measures it: with the server's
-// defaults, a look took 4.5 times as long after a million events as before, and a count 73
-// times; with these, 1.5 and 2 times. A fillfactor would be of no use: each update moves
-// due, which is in an index.
+// vacuum sets when the server removes dead rows. BenchmarkPostgres measures it: with the
+// server's defaults, Peek took 4.5 times as long after a million events as before, and
+// Counts 73 times; with these settings, 1.5 and 2 times. A fillfactor would not help: each
+// update changes due, which is in an index.
 const vacuum = `
 ALTER TABLE {schema}inkit_queue_events SET (
 	autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 10000, autovacuum_vacuum_cost_delay = 0,
@@ -87,7 +87,7 @@ ALTER TABLE {schema}inkit_queue_events SET (
 );
 `
 
-// prepare makes the schema if it is not there, and finds out whether it can be used.
+// prepare makes a missing schema, and checks that the role can use it.
 func (s *database) prepare(ctx context.Context, schema string, o store.Opening) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*answerTimeout)
 	defer cancel()
@@ -100,12 +100,12 @@ func (s *database) prepare(ctx context.Context, schema string, o store.Opening) 
 	case encoding != "UTF8":
 		return fmt.Errorf("the database has the encoding %s, and must have UTF8", encoding)
 	case schema == "" && !current.Valid:
-		return errors.New("no schema of the role's search path is there: name one")
+		return errors.New("no schema in the role's search path exists: set schema")
 	case schema == "":
 		schema = current.String
 	}
 	if fsync != "on" {
-		o.Logger.Warn("the server does not write to its disk when it says so (fsync is off): a crash loses events")
+		o.Logger.Warn("the server has fsync off: a crash of the server loses events, turn fsync on")
 	}
 	s.Schema = pgx.Identifier{schema}.Sanitize() + "."
 	if err := s.makeTables(ctx, schema); err != nil {
@@ -114,8 +114,8 @@ func (s *database) prepare(ctx context.Context, schema string, o store.Opening) 
 	return s.check(ctx)
 }
 
-// check says which rights the role lacks now, and not when it needs them, and refuses
-// tables that a crash of the server would empty.
+// check reports missing rights of the role at the start, not at their first use, and
+// refuses tables that a crash of the server would empty.
 func (s *database) check(ctx context.Context) error {
 	for _, name := range []string{"events", "history", "once", "paused"} {
 		table := "inkit_queue_" + name
@@ -138,7 +138,7 @@ func (s *database) check(ctx context.Context) error {
 	return nil
 }
 
-// makeTables makes the schema and its tables, if they are not there.
+// makeTables makes the schema and its tables, if they are missing.
 func (s *database) makeTables(ctx context.Context, schema string) error {
 	tx, err := s.BeginTx(ctx)
 	if err != nil {
@@ -146,7 +146,7 @@ func (s *database) makeTables(ctx context.Context, schema string) error {
 	}
 	defer func() { _ = tx.Rollback() }()
 	var schemaExists, exists bool
-	if _, err = tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock($1)`, schemaLock); err == nil { // other Caddys start too
+	if _, err = tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock($1)`, schemaLock); err == nil { // other Caddys may start now
 		err = tx.QueryRowContext(ctx, `
 			SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1), EXISTS (
 				SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -159,7 +159,7 @@ func (s *database) makeTables(ctx context.Context, schema string) error {
 		err = s.Migrate(ctx, tx, exists)
 	}
 	if !exists && sqlState(err) == "42501" {
-		return fmt.Errorf("%w: the role may not make the tables: run the SQL that caddy inkit-queue migrate --print shows", s.wrap(err))
+		return fmt.Errorf("%w: the role may not make the tables: run the SQL of caddy inkit-queue migrate --print", s.wrap(err))
 	}
 	if err == nil {
 		err = tx.Commit()
@@ -167,8 +167,8 @@ func (s *database) makeTables(ctx context.Context, schema string) error {
 	return s.wrap(err)
 }
 
-// notice hears that a commit returns though no standby has confirmed it, because somebody
-// on the server has ended the wait. To the client, the commit looks like any other.
+// notice counts commits that no standby has confirmed, because the wait was cancelled on
+// the server. To the client, such a commit looks like any other.
 func (s *database) notice(_ *pgconn.PgConn, n *pgconn.Notice) {
 	if n.Routine == "SyncRepWaitForLSN" {
 		s.unconfirmed.Add(1)
@@ -181,7 +181,7 @@ func (s *database) Apply(ctx context.Context, b *store.Batch) error {
 	before := s.unconfirmed.Load()
 	err := s.DB.Apply(ctx, b)
 	if err == nil && s.unconfirmed.Load() != before {
-		err = errors.New("no standby has confirmed the commit: somebody has ended the wait for it")
+		err = errors.New("no standby has confirmed the commit: the wait for it was cancelled on the server")
 	}
 	return err
 }

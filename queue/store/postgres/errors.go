@@ -14,12 +14,12 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// lost are the states (SQLSTATE) of a server that cannot be written to any more: it stops,
-// it starts, or it has become a standby.
+// lost are the codes (SQLSTATE) of a server that no longer accepts writes: it stops, it
+// starts, or it has become a standby.
 var lost = []string{"25006", "57P01", "57P02", "57P03"}
 
-// wrap translates an error of the driver. If one connection is of no use any more, neither
-// are the others, which are to the same server.
+// wrap translates an error of the driver. If one connection is lost, it closes them all,
+// since they lead to the same server.
 func (s *database) wrap(err error) error {
 	if err == nil || errors.Is(err, store.ErrNewer) || errors.Is(err, store.ErrOlder) {
 		return err
@@ -41,7 +41,7 @@ func timedOut(err error) bool {
 	return errors.Is(err, context.DeadlineExceeded) || pgconn.Timeout(err)
 }
 
-// sqlState returns the code of an error of the server, and nothing for others.
+// sqlState returns the code of an error of the server, "" for other errors.
 func sqlState(err error) string {
 	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
 		return pgErr.Code
@@ -49,7 +49,7 @@ func sqlState(err error) string {
 	return ""
 }
 
-// hints are for the states of a server that operators meet.
+// hints explain the codes that operators meet.
 var hints = map[string]string{
 	"28P01": "wrong password, or none",
 	"28000": "the role is unknown, or pg_hba.conf does not let it in from here",
@@ -60,8 +60,8 @@ var hints = map[string]string{
 }
 
 // describe returns the driver's own text, after a hint for the errors that operators meet.
-// The text of a connection that cannot be made shows host, role and database, and never the
-// password. The text of a refused value could show a part of an event, and is left out.
+// The text of a failed connection shows host, role and database, but not the password. The
+// text of a refused value is left out: it could show a part of an event.
 func describe(err error) string {
 	state := sqlState(err)
 	if strings.HasPrefix(state, "22") || strings.HasPrefix(state, "23") {

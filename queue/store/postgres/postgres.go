@@ -26,23 +26,22 @@ func init() {
 
 // Postgres keeps the events of a queue in PostgreSQL, which several Caddys can share.
 //
-// Each of them takes events, and delivers what is due, whoever took it. Version 12 of
-// PostgreSQL is the lowest. The tables are made when the queue starts, if they are not
-// there; `caddy inkit-queue migrate --print` shows the SQL for a role that may not make
-// any. With SELECT, INSERT, UPDATE and DELETE on them the role can do its work.
+// Each Caddy stores events, and delivers due events of all Caddys. PostgreSQL must be
+// version 12 or later. Missing tables are made when the queue starts. If the role may not
+// make tables, run the SQL of `caddy inkit-queue migrate --print` with another role. The
+// role needs SELECT, INSERT, UPDATE and DELETE on the tables.
 //
-// Of several servers in the connection string, the one that can be written to is used.
-// A pooler such as pgbouncer may be in between, in the mode that gives a connection to
-// each transaction.
+// With several servers in the connection string, the one that accepts writes is used. A
+// pooler such as pgbouncer may be in between, in transaction mode.
 type Postgres struct {
-	// The connection string, as libpq takes it, such as
+	// The connection string in the form of libpq, such as
 	// `postgres://inkit@db1,db2/inkit?sslmode=verify-full`. Either one placeholder and
-	// nothing else, or a text without placeholders. Required. A placeholder is resolved
-	// again for each new connection.
+	// nothing else, or a text without placeholders. A placeholder is resolved again for
+	// each new connection. Required.
 	DSN string `json:"dsn,omitempty"`
 
-	// The schema of the tables. It is made if it is not there. Default: the first of
-	// the role's search path.
+	// The schema of the tables. A missing schema is made. Default: the first existing one
+	// in the role's search path.
 	Schema string `json:"schema,omitempty"`
 }
 
@@ -54,13 +53,13 @@ func (Postgres) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Validate refuses a connection string that cannot be one.
+// Validate refuses an invalid connection string or schema name.
 func (p *Postgres) Validate() error {
 	if p.DSN == "" {
 		return errors.New("dsn: is required")
 	}
 	if len(p.Schema) > 63 || strings.ContainsRune(p.Schema, 0) {
-		return errors.New("schema: must be the name of one, of 63 bytes at most")
+		return errors.New("schema: must be a name of at most 63 bytes")
 	}
 	_, err := p.config(nil)
 	return err
@@ -73,8 +72,8 @@ func (p *Postgres) Validate() error {
 //		schema <name>
 //	}
 //
-// On its own line the connection string must be a placeholder. Errors show no word of
-// the input, any of which may be a part of it.
+// On the line of store, only a placeholder is allowed. Errors show no word of the input:
+// it may be a part of the connection string.
 func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume the name of the store
 	if d.NextArg() {
@@ -92,7 +91,7 @@ func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		args := d.RemainingArgs()
 		switch {
 		case value == nil:
-			return d.Err("store: postgres must hold dsn and schema only")
+			return d.Err("store: postgres takes only dsn and schema")
 		case *value != "":
 			return d.Err(word + ": must not be repeated")
 		case len(args) != 1 || args[0] == "":
@@ -103,7 +102,7 @@ func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// Key is of store.Opener. It does not change with the value of a placeholder.
+// Key is of store.Opener. The value of a placeholder does not change it.
 func (p *Postgres) Key() string {
 	hash := sha256.Sum256([]byte(p.DSN + "\x00" + p.Schema))
 	return fmt.Sprintf("postgres %x", hash[:6])
@@ -120,17 +119,17 @@ func (p *Postgres) Migration() string {
 }
 
 const (
-	// answerTimeout is how long a transaction may take: a connection that hangs must not
-	// keep the others from being used.
+	// answerTimeout is how long a transaction may take, so that one hanging connection
+	// does not block the others.
 	answerTimeout = 5 * time.Second
 
 	// connectTimeout is how long one server may take to accept a connection, so that there
-	// is time for the next, unless the connection string says otherwise.
+	// is time for the next server. The connection string can change it.
 	connectTimeout = 2 * time.Second
 
-	// maxConnections is how many there may be, unless the connection string says otherwise.
-	// Two to four are in use; but one that hangs stays for 15 s more, until the driver has
-	// closed it.
+	// maxConnections is the size of the pool. The connection string can change it. Two to
+	// four connections are in use, but a hanging one stays for 15 s more, until the driver
+	// has closed it.
 	maxConnections = 20
 )
 
@@ -139,7 +138,7 @@ var (
 	foreign  = regexp.MustCompile(`^(env\..*|file\..*|\$[\w:.]+|\$\{.*\}|\$\(.*\)|%\w+%)$`)
 )
 
-// config resolves and parses the connection string, and reads the files that it names.
+// config resolves and parses the connection string, and reads the files in it.
 func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) {
 	dsn := p.DSN
 	switch name, ok := placeholder.Name(dsn); {
@@ -149,7 +148,7 @@ func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) 
 			return nil, errors.New("dsn: " + err.Error())
 		}
 	case foreign.MatchString(dsn):
-		return nil, errors.New("dsn: stands for a text in a way that Caddy does not know: write {env.NAME} or {file./path}")
+		return nil, errors.New("dsn: has a placeholder in a form that Caddy does not know: write {env.NAME} or {file./path}")
 	case embedded.MatchString(dsn):
 		return nil, errors.New("dsn: must be either one placeholder and nothing else, or a text without placeholders")
 	}
@@ -162,7 +161,7 @@ func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) 
 	}
 	c := config.ConnConfig
 	c.OnNotice = notice
-	// No statement outlives its transaction, which pgbouncer may give to any server.
+	// No prepared statements: pgbouncer may give the next transaction to another server.
 	c.DefaultQueryExecMode = pgx.QueryExecModeExec
 	if c.ConnectTimeout == 0 {
 		c.ConnectTimeout = connectTimeout
@@ -177,12 +176,12 @@ func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) 
 	return config, nil
 }
 
-// knownFailures are the words of the driver that hold no part of the connection string.
+// knownFailures are messages of the driver without a part of the connection string.
 var knownFailures = regexp.MustCompile("`: (failed to configure TLS|failed to read service|invalid port|invalid connect_timeout|" +
 	`could not match \d+ port numbers to \d+ hosts|unknown target_session_attrs|unknown channel_binding|invalid require_auth)`)
 
-// parseFailure says why a connection string cannot be parsed, and shows nothing of it,
-// as the error does.
+// parseFailure returns why a connection string cannot be parsed. Unlike err, it shows no
+// part of the string.
 func parseFailure(err error) string {
 	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
 		return "names a file that cannot be read: " + pathErr.Err.Error()

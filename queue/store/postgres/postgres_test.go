@@ -27,8 +27,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// Tests in parallel wait for a server that hangs, so there may be more of them than
-	// there are processors. -parallel on the command line has the last word.
+	// Parallel tests mostly wait for a server, so there may be more of them than processors.
+	// -parallel on the command line overrides this.
 	if err := flag.Set("test.parallel", "24"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -77,7 +77,7 @@ func limitedDSN(server *pgtest.Server, database, role string) string {
 	return strings.Replace(server.DSN(database), "postgres:"+pgtest.Password, role+":"+pgtest.Password, 1)
 }
 
-// limited makes a role, and returns the connection string of it.
+// limited makes a role, and returns its connection string.
 func limited(t *testing.T, server *pgtest.Server, database, role string) string {
 	t.Helper()
 	server.Exec(t, database, "CREATE ROLE "+role+" LOGIN PASSWORD '"+pgtest.Password+"'")
@@ -124,7 +124,7 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 		"a role that may not make tables": {func(t *testing.T) string {
 			name := server.NewDatabase(t)
 			return limited(t, server, name, "maker")
-		}, `permission denied for schema public (SQLSTATE 42501): the role may not make the tables: run the SQL that caddy inkit-queue migrate --print shows`, nil},
+		}, `permission denied for schema public (SQLSTATE 42501): the role may not make the tables: run the SQL of caddy inkit-queue migrate --print`, nil},
 		"a role without rights": {func(t *testing.T) string {
 			name := made(t)
 			dsn := limited(t, server, name, "reader")
@@ -136,10 +136,10 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 		}, "the table inkit_queue_events is missing", nil},
 		"a schema of an older version": {func(t *testing.T) string {
 			return server.DSN(made(t, "UPDATE inkit_queue_schema SET version = 0"))
-		}, "the database has the schema of an older version, which cannot be migrated: 0, and this one needs 1", store.ErrOlder},
+		}, "the database has the schema of an older version, which cannot be migrated: 0, and this Caddy needs 1", store.ErrOlder},
 		"a schema of a newer version": {func(t *testing.T) string {
 			return server.DSN(made(t, "UPDATE inkit_queue_schema SET version = 2"))
-		}, "the database has the schema of a later version: 2, and this one knows 1", store.ErrNewer},
+		}, "the database has the schema of a later version: 2, and this Caddy knows 1", store.ErrNewer},
 		"a schema without a version": {func(t *testing.T) string {
 			return server.DSN(made(t, "DELETE FROM inkit_queue_schema"))
 		}, "no rows in result set", nil},
@@ -154,7 +154,7 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 			name := server.NewDatabase(t)
 			server.Exec(t, name, "ALTER DATABASE "+name+" SET search_path = nowhere")
 			return server.DSN(name)
-		}, "no schema of the role's search path is there: name one", nil},
+		}, "no schema in the role's search path exists: set schema", nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dsn := tt.dsn(t)
@@ -168,12 +168,12 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 	}
 }
 
-// proxy passes on what a client and the server say, until the client has spoken as many
-// times as it may: from then on it swallows what comes on that connection.
+// proxy forwards messages between a client and the server, until the client has sent as
+// many as it may: from then on it drops all messages of that connection.
 type proxy struct {
 	net.Listener
 	server string
-	may    atomic.Int64 // what is left
+	may    atomic.Int64 // messages that the client may still send
 	hung   atomic.Bool
 }
 
@@ -240,11 +240,11 @@ func (p *proxy) dsn(dsn string) string {
 	return strings.Replace(dsn, ":"+p.server+"/", ":"+port+"/", 1)
 }
 
-// A connection on which nothing comes back must be given up, whatever is on its way on
-// it, and the next transaction must succeed on another one.
+// A connection without answers must be given up at any message, and the next transaction
+// must succeed on another connection.
 func TestPostgresConnectionThatHangs(t *testing.T) {
 	t.Parallel()
-	const giveUp = 5*time.Second + 1500*time.Millisecond // a timeout, and what else it takes
+	const giveUp = 5*time.Second + 1500*time.Millisecond // a timeout, and a margin
 	server := pgtest.Start(t, "fsync=off")
 	name := server.NewDatabase(t)
 	require.NoError(t, openPostgres(t, opener(server.DSN(name))).Close())
@@ -289,12 +289,12 @@ func TestPostgresConnectionThatHangs(t *testing.T) {
 		s := openPostgres(t, opener(p.dsn(server.DSN(server.NewDatabase(t)))))
 		before := p.may.Load()
 		require.NoError(t, tt.do(s, "a"))
-		says := int(before - p.may.Load()) // how many times the client speaks
+		says := int(before - p.may.Load()) // messages of the client
 		t.Logf("%s the client speaks %d times", tt.what, says)
 		for may := range says {
 			t.Run(fmt.Sprint(tt.what, " after ", may), func(t *testing.T) {
 				t.Parallel()
-				name := server.NewDatabase(t) // whose rows no other transaction has locked
+				name := server.NewDatabase(t) // no other transaction has locked its rows
 				p := newProxy(t, server.Port, 1000)
 				s := openPostgres(t, opener(p.dsn(server.DSN(name))))
 				p.may.Store(int64(may))
@@ -318,7 +318,7 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 		for _, port := range []string{server.Port, bouncer} {
 			t.Run(fmt.Sprintf("%s on the server, by port %s", configured, port), func(t *testing.T) {
 				name := server.NewDatabase(t)
-				// no transaction waits for the standby that is not there: its triggers undo it
+				// no transaction waits for the missing standby: its triggers undo the transaction
 				server.Exec(t, name, "ALTER DATABASE "+name+" SET synchronous_commit = "+configured,
 					"SET synchronous_commit = local; "+(&postgres.Postgres{}).Migration(),
 					`CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''it is %'', current_setting(''synchronous_commit''); END'`,
@@ -344,8 +344,8 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 		require.Eventually(t, func() bool {
 			return server.Query(t, name, `SELECT count(*)::text FROM (SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query = 'commit') c`) != "0"
 		}, 4*time.Second, 10*time.Millisecond)
-		require.EqualError(t, <-failed, "no standby has confirmed the commit: somebody has ended the wait for it")
-		// both are there, though: whoever reads them may deliver them
+		require.EqualError(t, <-failed, "no standby has confirmed the commit: the wait for it was cancelled on the server")
+		// both events are stored, though: any process may deliver them
 		assert.Equal(t, "2", server.Query(t, name, "SELECT count(*)::text FROM inkit_queue_events"))
 	})
 }
@@ -372,7 +372,7 @@ func TestPostgresCredentialsThatChange(t *testing.T) {
 	assert.NotContains(t, key, file)
 }
 
-// What the documentation says of a connection by TLS and of where a password may stand.
+// The documented ways to connect by TLS, and to give a password.
 func TestPostgresConnecting(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
 	name := server.NewDatabase(t)
@@ -438,7 +438,7 @@ func TestPostgresConnecting(t *testing.T) {
 	})
 }
 
-// A role that may do what the documentation says, and no more.
+// A role with only the documented rights.
 func TestPostgresRoleWithFourRights(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
 	name := server.NewDatabase(t)
@@ -477,7 +477,7 @@ func TestPostgresSchemaIsMadeOnce(t *testing.T) {
 	assert.Equal(t, server.Query(t, made, columns), server.Query(t, printed, columns), "what migrate --print shows is what is made")
 }
 
-// A row that somebody else has locked holds up no other, and is finished later.
+// A row that another transaction has locked delays no other row, and is finished later.
 func TestPostgresLockedRow(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
 	name := server.NewDatabase(t)
@@ -529,6 +529,6 @@ func TestPostgresDiskFull(t *testing.T) {
 	for i := range n {
 		require.NoError(t, s.Apply(t.Context(), &store.Batch{Owner: "me", Finish: []store.Finish{{ID: fmt.Sprint(i), Queue: "default", Outcome: store.Delivered}}}), "deleting works")
 	}
-	server.Exec(t, "small", "DROP TABLE filler", "VACUUM inkit_queue_events") // which takes some room too
+	server.Exec(t, "small", "DROP TABLE filler", "VACUUM inkit_queue_events") // this takes some space too
 	require.NoError(t, add(s, newRecord("again")))
 }

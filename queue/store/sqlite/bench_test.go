@@ -12,8 +12,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// BenchmarkSQLite measures transactions of 16 events, with few and with many events
-// that wait.
+// BenchmarkSQLite measures transactions of 16 events, with few and with many pending
+// events.
 func BenchmarkSQLite(b *testing.B) {
 	open := func(b *testing.B, pending int) store.Store {
 		b.Helper()

@@ -19,24 +19,24 @@ import (
 )
 
 const (
-	// busyTimeout is how long a transaction waits for another process. Nobody but its
-	// operator waits for a command, beside a Caddy that writes all the time.
+	// busyTimeout is how long a transaction waits for another process. A command waits
+	// longer, since the running Caddy writes all the time.
 	busyTimeout        = 4 * time.Second
 	commandBusyTimeout = 30 * time.Second
 
 	// rowsPerStatement is how many events a statement adds: more are no faster.
 	rowsPerStatement = 8
 
-	// reserveSize is the room that is given up when the disk is full: that of the
-	// write-ahead log, all of which may have to be copied into the file.
+	// reserveSize is the space that is freed when the disk is full: the size of the
+	// write-ahead log, since all of it may have to be copied into the file.
 	reserveSize = 1 << 20
 )
 
-// file is an open database file. It notices its troubles, and healing ends them.
+// file is an open database file. It detects damage, and healing repairs it.
 type file struct {
 	sqlstore.DB
 	path string      // without symbolic links: SQLite puts its log beside the real file
-	main os.FileInfo // of the file as it was opened
+	main os.FileInfo // of the opened file
 	log  os.FileInfo // of its write-ahead log
 
 	room room
@@ -85,9 +85,9 @@ func openFile(ctx context.Context, path string, o store.Opening) (*file, error) 
 	if o.Command {
 		return f, nil
 	}
-	for _, suffix := range []string{"", "-wal", "-shm"} { // files that were there may be readable for others
+	for _, suffix := range []string{"", "-wal", "-shm"} { // existing files may be readable for other users
 		if info, err := os.Stat(path + suffix); err == nil && info.Mode().Perm()&0o077 != 0 {
-			_ = os.Chmod(path+suffix, 0o600) // fails only for somebody who does not own the file
+			_ = os.Chmod(path+suffix, 0o600) // fails only for a user who does not own the file
 		}
 	}
 	f.room.full = !f.room.make()
@@ -111,15 +111,15 @@ func openSQLite(path string, connections int, busy time.Duration, pragmas ...str
 	return db
 }
 
-// prepare makes the schema, unless the file holds something else. If the schema is there
-// it only reads: a command need not wait for a Caddy that is busy writing.
+// prepare makes the schema, unless the file has other tables. If the schema exists, it only
+// reads, so that a command does not wait for the writes of Caddy.
 func (f *file) prepare(ctx context.Context) error {
-	exists, err := f.exists(ctx, f.Write) // its first read opens the log, also of a copy that has none
+	exists, err := f.exists(ctx, f.Write) // the first read opens the log, or makes it for a copy without one
 	switch {
 	case err != nil:
 		_, statErr := os.Stat(f.room.reserve)
 		if err = wrap(err); errors.Is(err, errDamaged) && statErr != nil && isCode(err, sqlite3.SQLITE_NOTADB) {
-			return errors.New("is no database, and not ours")
+			return errors.New("is not a database")
 		}
 		return err
 	case exists:
@@ -140,7 +140,7 @@ func (f *file) prepare(ctx context.Context) error {
 	return wrap(err)
 }
 
-// exists reports whether the schema is there, and refuses a database of something else.
+// exists reports whether the schema exists, and refuses the database of another program.
 func (f *file) exists(ctx context.Context, db sqlstore.Querier) (bool, error) {
 	var tables, ours int
 	err := db.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
@@ -150,7 +150,7 @@ func (f *file) exists(ctx context.Context, db sqlstore.Querier) (bool, error) {
 	return ours > 0, err
 }
 
-// Apply is of store.Store. Nothing is added while the disk is full, so that there is room
+// Apply is of store.Store. It adds nothing while the disk is full, so that there is space
 // to finish the events in the database.
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 	if len(b.Add)+len(b.History)+len(b.Keys) > 0 && !f.room.isThere() {
@@ -187,7 +187,7 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err
 
 var globEscape = strings.NewReplacer(`*`, `\*`, `?`, `\?`, `[`, `\[`, `\`, `\\`)
 
-// isAtPath reports whether the file and its log are still where they were opened.
+// isAtPath reports whether the file and its log are still at their paths.
 func (f *file) isAtPath() bool {
 	return isFile(f.path, f.main) && isFile(f.path+"-wal", f.log)
 }
@@ -197,16 +197,16 @@ func isFile(path string, opened os.FileInfo) bool {
 	return err == nil && os.SameFile(info, opened)
 }
 
-// room is a file whose space is given up when the disk is full.
+// room is a reserve file that is deleted when the disk is full.
 type room struct {
 	reserve string // its path
 
 	mu    sync.Mutex
-	full  bool      // whether it is given up
+	full  bool      // the file is deleted
 	retry time.Time // when to try to make it again
 }
 
-// make writes the file if it is not there, and reports whether it is there now.
+// make writes the file if it is missing, and reports whether it exists now.
 func (r *room) make() bool {
 	if info, err := os.Stat(r.reserve); err == nil && info.Size() == reserveSize {
 		return true
@@ -222,7 +222,7 @@ func (r *room) make() bool {
 	return err == nil
 }
 
-// isThere reports whether there is room to add events. Once a second, it tries to make it.
+// isThere reports whether there is space to add events. Once a second, it tries make.
 func (r *room) isThere() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -240,8 +240,8 @@ func (r *room) giveUp() {
 	_ = os.Remove(r.reserve)
 }
 
-// errDamaged means that the file cannot be read as a database. No caller of a store sees
-// it: healing moves the file aside.
+// errDamaged means that the file cannot be read as a database. A store never returns it:
+// healing moves the file aside.
 var errDamaged = errors.New("the database is damaged")
 
 // wrap translates an error of SQLite.
@@ -257,7 +257,7 @@ func wrap(err error) error {
 	return err
 }
 
-// isCode reports whether err is of SQLite and has a code, or an extended one of it.
+// isCode reports whether err is an SQLite error with this code or an extension of it.
 func isCode(err error, code int) bool {
 	sqliteErr, ok := errors.AsType[*sqlite.Error](err)
 	return ok && (sqliteErr.Code() == code || sqliteErr.Code()&0xff == code)

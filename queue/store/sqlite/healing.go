@@ -25,10 +25,10 @@ type healing struct {
 	path    string
 	opening store.Opening
 
-	// mu is held for reading while the file is in use, and for writing while another one
-	// takes its place.
+	// mu is read-locked while the file is in use, and locked while another file takes its
+	// place.
 	mu   sync.RWMutex
-	file *file // nil after a try to take another one has failed
+	file *file // nil if opening another one has failed
 }
 
 // open opens the file, and moves a damaged one aside.
@@ -46,7 +46,7 @@ func (h *healing) open(ctx context.Context) error {
 	return err
 }
 
-// moveAside renames a damaged database, with its log, to a name that says when.
+// moveAside renames a damaged database and its log to a name with the time.
 func (h *healing) moveAside(why error) error {
 	path := real(h.path)
 	name := path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
@@ -56,7 +56,7 @@ func (h *healing) moveAside(why error) error {
 			return why
 		}
 	}
-	h.opening.Logger.Error("the database is damaged: it was moved aside, and what can be recovered of its events is for an operator to recover",
+	h.opening.Logger.Error("the database is damaged: it was moved aside, recover its events as in docs/queue.md",
 		zap.String("moved_to", name), zap.Error(why))
 	return nil
 }
@@ -84,7 +84,7 @@ func (h *healing) try(f func(*file) error) (*file, error) {
 	return h.file, f(h.file)
 }
 
-// with is use for what has a result.
+// with is use for a function with a result.
 func with[T any](ctx context.Context, h *healing, f func(*file) (T, error)) (result T, err error) {
 	err = h.use(ctx, func(file *file) (err error) {
 		result, err = f(file)
@@ -93,8 +93,8 @@ func with[T any](ctx context.Context, h *healing, f func(*file) (T, error)) (res
 	return result, err
 }
 
-// heal opens another file in the place of one that is damaged, or else was deleted or
-// replaced, unless somebody else has done so.
+// heal replaces a file that is damaged, or was deleted or replaced, unless another
+// goroutine has done so.
 func (h *healing) heal(ctx context.Context, old *file, damage error) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -113,7 +113,7 @@ func (h *healing) heal(ctx context.Context, old *file, damage error) error {
 	return h.open(ctx)
 }
 
-// rescue copies the events of a file that is not at its path any more into the one that is
+// rescue copies the events of a file that is no longer at its path into the file that is
 // there now, or into a new one.
 func (h *healing) rescue(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rescueTimeout)
@@ -121,7 +121,7 @@ func (h *healing) rescue(ctx context.Context) error {
 	old := h.file
 	moved, err := old.leave(ctx)
 	if err != nil {
-		return err // the old file is still there for this process
+		return err // this process can still use the old file
 	}
 	if !moved {
 		h.opening.Logger.Error("the write-ahead log of the database was deleted while it was open: nothing is lost")
@@ -133,7 +133,7 @@ func (h *healing) rescue(ctx context.Context) error {
 		return err
 	}
 	copied := 0
-	// by the connection that writes: one that is opened now would open the new file
+	// by the open connection: another one would open the new file
 	from := &sqlstore.DB{Dialect: old.Dialect, Read: old.Write, Write: old.Write}
 	err = store.Each(ctx, from, store.Filter{}, true, func(page []*store.Record) error {
 		copied += len(page)
@@ -153,8 +153,8 @@ func (h *healing) rescue(ctx context.Context) error {
 }
 
 // leave prepares for another file at the path, and reports whether there is or can be one.
-// The log goes into the file, wherever that is now. Then the log must not be at its path
-// any more: SQLite would take it for that of the other file.
+// It copies the log into the file, wherever that is now. Then it deletes the log: SQLite
+// would use it for the other file.
 func (f *file) leave(ctx context.Context) (moved bool, err error) {
 	var busy, pages, copied int
 	err = f.Write.QueryRowContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`).Scan(&busy, &pages, &copied)
@@ -177,8 +177,8 @@ func (f *file) leave(ctx context.Context) (moved bool, err error) {
 
 // The methods of store.Store.
 
-// Apply copies the events when the file is not at its path any more: the transaction is in
-// a file that nobody will find.
+// Apply copies the events when the file is no longer at its path: nobody would find the
+// transaction in the old file.
 func (h *healing) Apply(ctx context.Context, b *store.Batch) error {
 	var moved *file
 	err := h.use(ctx, func(f *file) error {

@@ -26,21 +26,21 @@ func init() {
 	})
 }
 
-// An SQLite older than 3.51.3 can damage a database that two processes write to. This
-// does not compile with one.
+// SQLite before 3.51.3 can damage a database that two processes write to. This line does
+// not compile with it.
 const _ = uint(sqlite3.SQLITE_VERSION_NUMBER - 3_051_003)
 
 // SQLite keeps the events of a queue in a file on this machine.
 //
-// The file and its folder are made if they are not there, for nobody else to read.
-// Several queues, and several processes on the machine, can share one file. It must
-// not lie on a network file system. Beside it, SQLite keeps a write-ahead log
-// (`-wal`) and an index of that (`-shm`), and this module a megabyte of room
-// (`-reserve`) that is given up when the disk is full, since deleting takes room too.
+// A missing file or folder is made, and only Caddy's user can read it. Several queues,
+// and several processes on the machine, can share one file. It must not be on a network
+// file system. Beside it are SQLite's write-ahead log (`-wal`), the index of the log
+// (`-shm`), and a reserve of a megabyte (`-reserve`). The reserve is deleted when the
+// disk is full, since deleting events takes space too.
 type SQLite struct {
-	// The path of the file, in which placeholders such as `{env.NAME}` are replaced when
-	// the configuration is loaded. One that is relative starts at the directory in which
-	// Caddy was started. Default: `inkit_queue.db` in Caddy's data directory.
+	// The path of the file. Placeholders such as `{env.NAME}` are replaced when the
+	// configuration is loaded. A relative path starts at Caddy's working directory.
+	// Default: `inkit_queue.db` in Caddy's data directory.
 	Path string `json:"path,omitempty"`
 }
 
@@ -67,7 +67,7 @@ func (s *SQLite) Provision(caddy.Context) (err error) {
 // Validate refuses a path that the driver would cut.
 func (s *SQLite) Validate() error {
 	if strings.Contains(s.Path, "?") {
-		return errors.New("path: must not hold a question mark")
+		return errors.New("path: must not contain a question mark")
 	}
 	return nil
 }
@@ -89,23 +89,23 @@ func (s *SQLite) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 // Key is of store.Opener.
 func (s *SQLite) Key() string { return "sqlite " + s.Path }
 
-// Migration is of store.Opener: whoever may write the file makes its schema.
+// Migration is of store.Opener. A process that may write the file makes its schema.
 func (*SQLite) Migration() string { return "" }
 
-// Open is of store.Opener. A file that is not a database of this module is left alone. A
-// damaged one is moved aside.
+// Open is of store.Opener. It refuses a file that is not a database of this module, and
+// moves a damaged one aside.
 func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error) {
 	h := &healing{path: s.Path, opening: o}
 	if err := h.open(ctx); err != nil {
 		return nil, err
 	}
-	if o.Command { // which heals nothing: a Caddy may be running
+	if o.Command { // repairs nothing: Caddy may be running
 		return h.file, nil
 	}
 	return h, nil
 }
 
-// Same reports whether two stores that commands have opened are in one file.
+// Same reports whether two stores, both opened for commands, are in one file.
 func Same(a, b store.Store) bool {
 	one, isFile := a.(*file)
 	other, isFileToo := b.(*file)

@@ -31,8 +31,8 @@ func TestSQLiteIsAStore(t *testing.T) {
 	})
 }
 
-// A power cut leaves a write-ahead log that is cut anywhere. What was acknowledged
-// before that place is there.
+// A power cut leaves a write-ahead log that is cut anywhere. Events acknowledged before
+// the cut are stored.
 func TestSQLiteLogThatIsCut(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "running.db")

@@ -13,18 +13,18 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// tidyStep is how many rows one statement of the upkeep deletes, and keysPage how many
+// tidyStep is how many rows one statement of Tidy deletes, and keysPage is how many
 // keys are read at a time.
 const (
 	tidyStep = 500
 	keysPage = 500
 )
 
-// once notes the keys of new events, and returns the events that are to be stored: an event
-// whose key was there already is the same as the first.
+// once writes the keys of new events, and returns the events to store. An event whose key
+// exists already is a duplicate of the first event.
 func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) (first []*store.Record, err error) {
 	firsts := make(map[string]*store.Record) // of this batch, by queue and digest
-	more := make(map[*store.Record]int)      // how many equal ones the batch has
+	more := make(map[*store.Record]int)      // the number of duplicates in this batch
 	var keyed []*store.Record
 	for _, r := range added {
 		r.First = ""
@@ -108,8 +108,8 @@ func (d *DB) remember(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 	return nil
 }
 
-// addHistory writes rows of the history. It prepares a statement once: parsing it takes as
-// long as running it.
+// addHistory writes rows of the history. It prepares a statement once, since parsing takes
+// as long as running.
 func (d *DB) addHistory(ctx context.Context, tx *sql.Tx, history []*store.Record) error {
 	var prepared *sql.Stmt
 	size := 2 * d.Rows
@@ -144,7 +144,7 @@ func (d *DB) addHistory(ctx context.Context, tx *sql.Tx, history []*store.Record
 // Keys is of store.Store.
 func (d *DB) Keys(ctx context.Context, after store.Key) (keys []store.Key, err error) {
 	if after.Digest == nil {
-		after.Digest = []byte{} // which is not NULL
+		after.Digest = []byte{} // not NULL
 	}
 	rows, err := d.Read.QueryContext(ctx, d.text(`
 		SELECT queue, digest, id, expires, duplicates FROM {schema}inkit_queue_once
@@ -179,7 +179,7 @@ func (d *DB) Pause(ctx context.Context, queue string, paused bool) (changed bool
 	return changed, err
 }
 
-// Tidy is of store.Store. It deletes a few rows at a time, so that no event waits for it.
+// Tidy is of store.Store. It deletes a few rows at a time, so that no event waits long.
 func (d *DB) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err error) {
 	for _, k := range keep {
 		var over, now int64

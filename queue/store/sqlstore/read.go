@@ -9,8 +9,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// Due is of store.Store. Who cannot write while others can must not deliver the same
-// events. On a full disk, nobody can.
+// Due is of store.Store. If another process may still write, it may deliver the same
+// events: then Due returns why. On a full disk, no process can write.
 func (d *DB) Due(ctx context.Context, c *store.Claim, why error) error {
 	if errors.Is(why, store.ErrLocked) || d.Skip != "" && !errors.Is(why, store.ErrFull) {
 		return why
@@ -42,7 +42,7 @@ func (d *DB) Peek(ctx context.Context, queue string) (p store.Peek, err error) {
 	p.Empty = !first.Valid
 	p.Wait = time.Duration(max(0, first.Int64-now)) * time.Millisecond
 	if last.Int64-now > store.Latest.Milliseconds() {
-		p.Wait = 0 // a clock was wrong: the next claim mends it
+		p.Wait = 0 // a clock was wrong: the next claim corrects it
 	}
 	if paused.Valid {
 		p.Paused = time.UnixMilli(paused.Int64)

@@ -15,22 +15,22 @@ import (
 )
 
 const (
-	// searchStep is how many rows one statement looks at, and searchTime how long a search
-	// goes on. Then it says how far it has come.
+	// searchStep is how many rows one statement reads, and searchTime is the limit of one
+	// search. Then it returns its position.
 	searchStep = 5000
 	searchTime = 400 * time.Millisecond
 
-	// idMargin is how much the time in an id may differ from the time of the event.
+	// idMargin is the largest difference between the time in an id and the event's time.
 	idMargin = time.Second
 )
 
-// condition is the condition of a statement, and its arguments.
+// condition is the WHERE condition of a statement, and its arguments.
 type condition struct {
 	parts []string
 	args  []any
 }
 
-// add adds a part, in which %d stands for the number of each of its arguments.
+// add adds a part, in which each %d is replaced by the number of an argument.
 func (c *condition) add(part string, args ...any) {
 	numbers := make([]any, len(args))
 	for i, arg := range args {
@@ -42,7 +42,7 @@ func (c *condition) add(part string, args ...any) {
 
 func (c *condition) String() string { return strings.Join(append(c.parts, "TRUE"), " AND ") }
 
-// in adds that a column has one of these values.
+// in adds the condition that a column has one of these values.
 func (c *condition) in(column string, values []string) {
 	marks := append(make([]string, 0, 1+len(values)), "NULL") // for no values at all
 	for _, value := range values {
@@ -62,7 +62,7 @@ func idAt(t time.Time) string {
 	return id.String()
 }
 
-// bounds adds the bounds that the times of a filter set to ids, for which there is an index.
+// bounds adds bounds of ids from the times of a filter, since ids have an index.
 func (c *condition) bounds(f store.Filter) {
 	if !f.Since.IsZero() {
 		c.add("id >= $%d", idAt(f.Since.Add(-idMargin)))
@@ -72,13 +72,13 @@ func (c *condition) bounds(f store.Filter) {
 	}
 }
 
-// where returns the condition of a filter, but for its states.
+// where returns the condition of a filter, except for its states.
 func where(f store.Filter) *condition {
 	c := new(condition)
 	if f.Queue != "" && f.Due {
 		c.add("queue = $%d", f.Queue)
 	} else if f.Queue != "" {
-		c.add("queue || '' = $%d", f.Queue) // which no index answers: the rows come in the order of their ids
+		c.add("queue || '' = $%d", f.Queue) // no index, so that the rows come in the order of their ids
 	}
 	if f.Due {
 		c.add("state = 'pending' AND due <= {now}")
@@ -111,10 +111,10 @@ const (
 	events  = "inkit_queue_events"
 	history = "inkit_queue_history"
 
-	isDead = "state = 'dead'" // for which there is an index
+	isDead = "state = 'dead'" // has an index
 )
 
-// tables returns the tables of a filter, with the condition that its states are.
+// tables returns the tables of a filter, each with the condition for its states.
 func tables(f store.Filter) map[string]string {
 	found := make(map[string]string)
 	pending := f.States == nil || slices.Contains(f.States, store.Pending)
@@ -169,8 +169,8 @@ func compare(f store.Filter, a, b string) int {
 	return cmp.Compare(a, b)
 }
 
-// searchTable searches one table. If no index answers the filter, it looks at some rows
-// after the other, until it has found enough or the time is over.
+// searchTable searches one table. Without an index for the filter, it reads searchStep rows
+// at a time, until it has found enough or the time is over.
 func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filter, withRequest bool, limit time.Duration) (page store.Page, err error) {
 	began := time.Now()
 	indexed := f.IDs != nil || f.Resource != "" || f.Due || // or each row matches
@@ -208,8 +208,8 @@ func order(f store.Filter) (after, until, direction string) {
 	return "id > $%d", "id <= $%d", "ASC"
 }
 
-// stepEnd returns the last id of the rows that the next statement looks at, or nothing if
-// it looks at all that are left.
+// stepEnd returns the last id of the rows that the next statement reads, or "" if it reads
+// all remaining rows.
 func (d *DB) stepEnd(ctx context.Context, table, state string, f store.Filter) (id string, err error) {
 	after, _, direction := order(f)
 	c := new(condition)
@@ -233,7 +233,7 @@ const (
 	historyColumns = `id, queue, 'delivered', received, 0, 0, NULL, attempts, '', event_type, resource_id, finished, status, `
 )
 
-// searchRows returns what a filter selects of the rows up to end.
+// searchRows returns the rows up to end that a filter selects.
 func (d *DB) searchRows(ctx context.Context, table, state string, f store.Filter, end string, withRequest bool) (found []*store.Record, err error) {
 	after, until, direction := order(f)
 	c := where(f)
@@ -330,7 +330,7 @@ func (d *DB) inTx(ctx context.Context, f func(tx *sql.Tx) error) error {
 	return d.Wrap(err)
 }
 
-// exec runs a statement, and returns how many rows it has changed.
+// exec runs a statement, and returns the number of changed rows.
 func (d *DB) exec(ctx context.Context, tx *sql.Tx, query string, args ...any) (int, error) {
 	result, err := tx.ExecContext(ctx, d.text(query), args...)
 	if err != nil {

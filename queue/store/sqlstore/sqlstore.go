@@ -1,5 +1,5 @@
-// Package sqlstore is the SQL that the stores share: one schema, one way of doing each
-// thing, and a Dialect for the few places in which databases differ.
+// Package sqlstore is the SQL that the stores share: one schema, and a Dialect for the
+// few differences between databases.
 package sqlstore
 
 import (
@@ -14,43 +14,42 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// version is that of schema.sql.
+// version is the version of schema.sql.
 const version = 1
 
 //go:embed schema.sql
 var schema string
 
-// Dialect is what differs between databases. It takes the place of {bytes}, {clustered}, {schema},
-// {now} and {skip} in the statements of this package.
+// Dialect has the differences between databases. Its values replace {bytes}, {clustered},
+// {schema}, {now} and {skip} in the statements of this package.
 type Dialect struct {
-	Bytes     string         // the type of bytes
-	Clustered string         // makes a table that is its primary key
-	Schema    string         // stands before the names of tables, with its dot
+	Bytes     string         // the column type for bytes
+	Clustered string         // makes a table that is stored in its primary key
+	Schema    string         // the prefix of table names, with its dot
 	Rows      int            // how many events one statement adds or finishes
 	Plain     bool           // arguments are ? in rows of VALUES: the driver of SQLite is slow with many $1
 	Now       string         // the clock in milliseconds, the same throughout a statement
-	Skip      string         // makes a SELECT pass over locked rows; empty if no row can be locked
-	Begin     string         // the first statement of a transaction that writes, if there is one
-	Tx        *sql.TxOptions // of such a transaction
-	More      string         // what the schema has beyond schema.sql
+	Skip      string         // makes a SELECT skip locked rows; empty if no row can be locked
+	Begin     string         // the first statement of a transaction that writes, or empty
+	Tx        *sql.TxOptions // of a transaction that writes
+	More      string         // statements after schema.sql
 	Size      string         // a SELECT of the size of the database in bytes
 
 	// Wrap translates an error of the driver into those of package store.
 	Wrap func(error) error
 }
 
-// DB is a store on a database that does not heal itself: that is for the packages that
-// embed it.
+// DB is a store that does not repair its database: the packages that embed it do that.
 type DB struct {
 	Dialect
 	Write, Read *sql.DB
 
-	adds sync.Map // a prepared statement for each number of events that one adds, if Plain
+	adds sync.Map // prepared statements by the number of events that they add, if Plain
 }
 
 func (d *DB) text(query string) string {
 	for _, part := range [][2]string{{"{bytes}", d.Bytes}, {"{clustered}", d.Clustered}, {"{schema}", d.Schema}, {"{now}", d.Now}, {"{skip}", d.Skip}} {
-		query = strings.ReplaceAll(query, part[0], part[1]) // a Replacer costs more to make than it saves
+		query = strings.ReplaceAll(query, part[0], part[1]) // making a Replacer would take longer
 	}
 	return query
 }
@@ -71,7 +70,7 @@ func (d *DB) BeginTx(ctx context.Context) (*sql.Tx, error) {
 // SchemaSQL returns the statements that make the schema.
 func (d *DB) SchemaSQL() string { return d.text(schema + d.More) }
 
-// Migrate makes the schema if it is not there. The caller keeps others from doing the same.
+// Migrate makes the schema if it is missing. The caller locks out other processes.
 func (d *DB) Migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
 	if exists {
 		return d.CheckVersion(ctx, tx)
@@ -85,7 +84,7 @@ type Querier interface {
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
 
-// CheckVersion refuses a schema that is not the one of this version.
+// CheckVersion refuses a schema of another version.
 func (d *DB) CheckVersion(ctx context.Context, db Querier) error {
 	var found int
 	if err := db.QueryRowContext(ctx, d.text(`SELECT version FROM {schema}inkit_queue_schema`)).Scan(&found); err != nil {
@@ -93,9 +92,9 @@ func (d *DB) CheckVersion(ctx context.Context, db Querier) error {
 	}
 	switch {
 	case found > version:
-		return fmt.Errorf("%w: %d, and this one knows %d", store.ErrNewer, found, version)
+		return fmt.Errorf("%w: %d, and this Caddy knows %d", store.ErrNewer, found, version)
 	case found < version:
-		return fmt.Errorf("%w: %d, and this one needs %d", store.ErrOlder, found, version)
+		return fmt.Errorf("%w: %d, and this Caddy needs %d", store.ErrOlder, found, version)
 	}
 	return nil
 }

@@ -12,8 +12,8 @@ import (
 )
 
 const (
-	// errorRows is how many events Status looks at for their last errors, at each end, and
-	// maxErrors how many errors it returns.
+	// errorRows is how many of the oldest and of the newest events Status reads for their
+	// last errors. maxErrors is how many errors it returns.
 	errorRows = 10_000
 	maxErrors = 5
 
@@ -47,7 +47,7 @@ func (d *DB) Status(ctx context.Context, queues ...string) (status store.Status,
 		}
 	}
 	for _, table := range []string{"history", "once", "paused"} {
-		for queue := ""; ; of(queue) { // from one queue to the next: there are few, of many rows
+		for queue := ""; ; of(queue) { // jumps from queue to queue: there are few queues and many rows
 			var next sql.NullString
 			if err := d.Read.QueryRowContext(ctx, d.text(`SELECT min(queue) FROM {schema}inkit_queue_`+table+` WHERE queue > $1`), queue).Scan(&next); err != nil {
 				return status, d.Wrap(err)
@@ -79,7 +79,7 @@ func (d *DB) Status(ctx context.Context, queues ...string) (status store.Status,
 	return status, nil
 }
 
-// statusOfMemory fills in what the history and the keys say.
+// statusOfMemory fills in the numbers from the history and the keys.
 func (d *DB) statusOfMemory(ctx context.Context, q *store.QueueStatus) error {
 	rows, err := d.Read.QueryContext(ctx, d.text(fmt.Sprintf(`
 		SELECT ({now} - finished) / %[1]d, count(*), sum(attempts - 1) FROM {schema}inkit_queue_history
@@ -93,7 +93,7 @@ func (d *DB) statusOfMemory(ctx context.Context, q *store.QueueStatus) error {
 		if err := rows.Scan(&ago, &delivered, &retries); err != nil {
 			return err
 		}
-		ago = min(max(ago, 0), len(q.Hours)-1) // whatever the clock of a Caddy said
+		ago = min(max(ago, 0), len(q.Hours)-1) // the clock of a Caddy may be wrong
 		q.Hours[len(q.Hours)-1-ago] += delivered
 		q.LastDay += delivered
 		q.Retries += retries
@@ -107,8 +107,8 @@ func (d *DB) statusOfMemory(ctx context.Context, q *store.QueueStatus) error {
 		SELECT coalesce(sum(duplicates), 0) FROM {schema}inkit_queue_once WHERE queue = $1 AND duplicates > 0`), q.Queue).Scan(&q.Duplicates)
 }
 
-// statusOfErrors fills in the most frequent last errors. It looks at the oldest events and
-// at the newest.
+// statusOfErrors fills in the most frequent last errors of the oldest and the newest
+// events.
 func (d *DB) statusOfErrors(ctx context.Context, of func(string) *store.QueueStatus) error {
 	rows, err := d.Read.QueryContext(ctx, d.text(fmt.Sprintf(`
 		SELECT queue, last_error, count(*) FROM {schema}inkit_queue_events WHERE last_error <> '' AND id IN (

@@ -56,14 +56,14 @@ func (d *DB) apply(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 	return nil
 }
 
-// plain returns a text that every database takes: UTF-8 without NUL. Otherwise one event
-// would make the batch that it is in fail each time.
+// plain returns a text that every database accepts: UTF-8 without NUL. Otherwise one event
+// would make its whole batch fail each time.
 func plain(text string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
 }
 
-// label returns a type or a resource id as it is stored: PostgreSQL has no room in an index
-// for a long one.
+// label returns the stored form of a type or a resource id. It cuts a long one, which has no
+// space in an index of PostgreSQL.
 func label(text string) string {
 	const longest = 256 // bytes
 	if text = plain(text); len(text) > longest {
@@ -72,8 +72,8 @@ func label(text string) string {
 	return text
 }
 
-// values returns n rows of arguments for VALUES, each like pattern, in which ? stands for
-// an argument.
+// values returns n rows of arguments for VALUES, each like pattern, with ? for an
+// argument.
 func values(n int, pattern string) string {
 	var b strings.Builder
 	arg := 0
@@ -93,7 +93,7 @@ func values(n int, pattern string) string {
 	return b.String()
 }
 
-// rows is values for a statement that has no other arguments.
+// rows is values for a statement without other arguments.
 func (d *DB) rows(n int, pattern string) string {
 	if d.Plain {
 		return strings.Repeat(pattern+",", n-1) + pattern
@@ -102,7 +102,7 @@ func (d *DB) rows(n int, pattern string) string {
 }
 
 // prepareAdd prepares the statements that add n events: SQLite takes as long to parse one
-// as to run it. In a transaction, the one connection would be taken.
+// as to run it. It runs before the transaction, which uses the only connection.
 func (d *DB) prepareAdd(ctx context.Context, n int) error {
 	if !d.Plain {
 		return nil
@@ -177,7 +177,7 @@ func (d *DB) finish(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 			args = append(args, finishRow(f)...)
 		}
 		args = append(args, b.Owner)
-		// an owner that has lost the lease must not change the event any more
+		// an owner without the lease must not change the event
 		mine := fmt.Sprintf(`(owner IS NULL OR owner = $%d)`, len(args))
 		locked := ""
 		if d.Skip != "" {
@@ -204,8 +204,8 @@ func ids(finishes []store.Finish) []any {
 	return all
 }
 
-// finishRow returns the id, state, delay and error of an event after an attempt, and how
-// many attempts are to be taken off.
+// finishRow returns the id, state, delay and error of an event after an attempt, and the
+// number of attempts to subtract.
 func finishRow(f store.Finish) []any {
 	switch f.Outcome {
 	case store.Later:
@@ -214,14 +214,14 @@ func finishRow(f store.Finish) []any {
 		return []any{f.ID, store.Dead, int64(0), plain(f.LastError), 0}
 	case store.Unbegun:
 		return []any{f.ID, store.Pending, int64(0), nil, 1}
-	case store.Released, store.Delivered: // a delivered event has no row any more
+	case store.Released, store.Delivered: // the row of a delivered event is deleted
 		return []any{f.ID, store.Pending, int64(0), nil, 0}
 	}
 	panic("an outcome that there is not")
 }
 
-// finishSome runs a statement that finishes events, and adds to Left those whose rows are
-// locked: they are still there, and condition still holds for them.
+// finishSome runs a statement that finishes events, and adds events with locked rows to
+// Left: their rows still exist, and still match condition.
 func (d *DB) finishSome(ctx context.Context, tx *sql.Tx, b *store.Batch, some []store.Finish, query string, args []any, condition string) error {
 	result, err := tx.ExecContext(ctx, d.text(query), args...)
 	if err != nil || d.Skip == "" {
@@ -257,7 +257,7 @@ func (d *DB) finishSome(ctx context.Context, tx *sql.Tx, b *store.Batch, some []
 }
 
 func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
-	// Events that are due later than an honest clock can say are due now.
+	// Events with a due time that only a wrong clock can give are due now.
 	_, err := tx.ExecContext(ctx, d.text(`
 		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
 			SELECT e.id FROM {schema}inkit_queue_events AS e
@@ -266,7 +266,7 @@ func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.C
 	if err != nil {
 		return err
 	}
-	if claim.Newest { // first among the last arrivals: sorting all that are due takes long
+	if claim.Newest { // first look at the last arrivals: sorting all due events takes long
 		err := d.claimFrom(ctx, tx, owner, claim,
 			`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT 16 + 4 * $2) AS n CROSS JOIN {schema}inkit_queue_events AS e WHERE e.id = n.id AND`, `e.id DESC`)
 		if err != nil || len(claim.Records) > 0 {

@@ -32,7 +32,7 @@ func Apply(b *testing.B, s store.Store, batch *store.Batch) {
 	require.NoError(b, s.Apply(context.Background(), batch))
 }
 
-// Deliver delivers n events, and returns what is to be written of that.
+// Deliver delivers n events, and returns the batch to write for that.
 func Deliver(b *testing.B, s store.Store, n int, before []store.Finish) []store.Finish {
 	b.Helper()
 	claim := &store.Claim{Queue: "default", Max: n, Lease: time.Minute}
@@ -45,7 +45,7 @@ func Deliver(b *testing.B, s store.Store, n int, before []store.Finish) []store.
 	return finish
 }
 
-// Measure is for a store with events that wait.
+// Measure measures a store with pending events.
 func Measure(b *testing.B, name string, s store.Store) {
 	b.Helper()
 	b.Run(name+"/store", func(b *testing.B) {
@@ -57,7 +57,7 @@ func Measure(b *testing.B, name string, s store.Store) {
 		var finish []store.Finish
 		for b.Loop() {
 			finish = Deliver(b, s, benchSize, finish)
-			Apply(b, s, NewBatch(benchSize)) // so that there are as many
+			Apply(b, s, NewBatch(benchSize)) // keeps the number of events
 		}
 		Apply(b, s, &store.Batch{Owner: "me", Finish: finish})
 	})

@@ -11,7 +11,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// idAt returns an id of a time, as a queue makes them.
+// idAt returns an id with a time, like the ids of a queue.
 func idAt(at time.Time) string {
 	id := uuid.Must(uuid.NewV7())
 	for i := range 6 {
@@ -30,14 +30,14 @@ func delivered(id string, change func(r *store.Record)) *store.Record {
 	return r
 }
 
-// keyed returns an event that is stored once.
+// keyed returns an event of a type in once.
 func keyed(id, digest string) *store.Record {
 	r := record(id)
 	r.Digest, r.Remember = []byte(digest), time.Hour
 	return r
 }
 
-// memory says what a store remembers beside its events.
+// memory tests the history, the keys and the pauses of a store.
 func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 	t.Helper()
 	test := func(name string, f func(t *testing.T, s store.Store)) {
@@ -46,7 +46,7 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 	test("a search", searches)
 	test("a row of the history", func(t *testing.T, s store.Store) {
 		apply(t, s, &store.Batch{History: []*store.Record{delivered("a", func(r *store.Record) { r.EventType = "a\x00b" }), delivered("b", nil)}})
-		apply(t, s, &store.Batch{History: []*store.Record{delivered("a", nil)}}) // whose transaction was in doubt
+		apply(t, s, &store.Batch{History: []*store.Record{delivered("a", nil)}}) // as after a transaction in doubt
 		row := find(t, s, "b")
 		require.NotNil(t, row)
 		assert.Equal(t, []any{store.History, "default", "DOCUMENT_CREATE_FINISHED", `doc_ä"'\%`, 1, 204},
@@ -114,7 +114,7 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 					b := &store.Batch{Owner: fmt.Sprint(which)}
 					for j := range size {
 						if which == 1 {
-							j = size - 1 - j // in the other order
+							j = size - 1 - j // in reverse order
 						}
 						b.Add = append(b.Add, keyed(fmt.Sprintf("%d-%d-%d", which, i, j), fmt.Sprintf("digest-%d-%d", i, j)))
 					}

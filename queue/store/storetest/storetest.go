@@ -1,5 +1,4 @@
-// Package storetest says what a store of inkit_queue must do, whatever database is
-// behind it.
+// Package storetest tests a store of inkit_queue with any database.
 package storetest
 
 import (
@@ -19,11 +18,11 @@ import (
 	"go.uber.org/zap/zaptest"
 )
 
-// Database is one that is empty.
+// Database is an empty database.
 type Database struct {
 	store.Opener
 
-	// Exec runs a statement on it, past the store.
+	// Exec runs a statement in the database without the store.
 	Exec func(t *testing.T, statement string)
 }
 
@@ -51,8 +50,8 @@ func open(t *testing.T, db Database) store.Store {
 	return s
 }
 
-// record returns an event as the queue makes them, with all that a database could
-// spoil.
+// record returns an event like those of the queue, with values that a database could
+// change.
 func record(id string) *store.Record {
 	request := make([]byte, 256)
 	for i := range request {
@@ -111,7 +110,7 @@ func finish(t *testing.T, s store.Store, owner string, all ...store.Finish) {
 	apply(t, s, &store.Batch{Owner: owner, Finish: all})
 }
 
-// find returns an event as it is in the database, or nil.
+// find returns an event from the database, or nil.
 func find(t *testing.T, s store.Store, id string) (found *store.Record) {
 	t.Helper()
 	page, err := s.Search(t.Context(), store.Filter{IDs: []string{id}, States: []string{store.Pending, store.Dead, store.History}}, true)
@@ -134,7 +133,7 @@ func counts(t *testing.T, s store.Store) map[string]int {
 	return all
 }
 
-// Run runs the suite. Each of its tests gets a database of its own.
+// Run runs the suite. Each test gets its own database.
 func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 	test := func(name string, f func(t *testing.T, s store.Store)) {
 		t.Run(name, func(t *testing.T) { f(t, open(t, newDatabase(t))) })
@@ -221,7 +220,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 	})
 	test("a lease keeps others away until it ends", func(t *testing.T, s store.Store) {
 		r := record("live")
-		r.Lease, r.Attempts = 3*time.Second, 1 // as one that is being delivered when it is added
+		r.Lease, r.Attempts = 3*time.Second, 1 // added during its first attempt
 		add(t, s, r, record("due"))
 		assert.Equal(t, []string{"due"}, claim(t, s, "me", 10, 3*time.Second))
 		assert.Empty(t, claim(t, s, "other", 10, time.Minute))
@@ -455,7 +454,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		const events = 600
 		var mu sync.Mutex
 		claimed := make(map[string]int)
-		apply := func(s store.Store, b *store.Batch) error { // on a slow disk, the other one may write for long
+		apply := func(s store.Store, b *store.Batch) error { // on a slow disk, the other store may write for long
 			for deadline := time.Now().Add(time.Minute); ; {
 				if err := s.Apply(context.Background(), b); !errors.Is(err, store.ErrLocked) || time.Now().After(deadline) {
 					return err
