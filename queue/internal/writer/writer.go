@@ -16,13 +16,6 @@ const (
 	// maxBatch is how many events one transaction adds.
 	maxBatch = 500
 
-	// History is written with the next transaction, or after historyPause. A transaction has
-	// at most maxHistory rows, so that no event waits for long. While the database fails, at
-	// most historyRoom rows wait, and the others are lost.
-	maxHistory   = 1000
-	historyPause = time.Second
-	historyRoom  = 100_000
-
 	// applyTimeout is how long a transaction may take.
 	applyTimeout = 20 * time.Second
 
@@ -198,25 +191,6 @@ func (w *Writer) Finish(a *Addition, f store.Finish) {
 	case a.state == waiting:
 		a.change(f)
 	}
-}
-
-// Remember writes a row of the history with a later transaction.
-func (w *Writer) Remember(r *store.Record) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if len(w.history) == 0 {
-		time.AfterFunc(historyPause, w.poke)
-	}
-	if len(w.history) < historyRoom {
-		w.history = append(w.history, r)
-	}
-}
-
-// remembered reports whether all history is written.
-func (w *Writer) remembered() bool {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return len(w.history) == 0
 }
 
 // Claim leases events that are due. It leaves out events that this process is attempting,
