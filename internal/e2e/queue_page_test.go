@@ -213,12 +213,12 @@ func TestQueuePageWithCertificates(t *testing.T) {
 	c, s := pageCaddy(t, pageSite(t, "With certificates of your own network",
 		"queue.example.com", "https://localhost:"+port(at), "tls {", "tls internal {", "/etc/caddy/operators.pem", pool))
 	require.True(t, s.send(t.Context(), "doc_1", 0))
-	waitFor(t, "there is a certificate", c.process, func() bool {
-		_, err := os.Stat(c.path("caddy/certificates/local/localhost/localhost.crt"))
-		return err == nil
-	})
 	with := func(certificate *x509.Certificate, key *ecdsa.PrivateKey) visitor {
 		v := plainVisitor(nil)
+		waitFor(t, "Caddy has made its authority", c.process, func() bool {
+			_, err := os.Stat(c.path("caddy/pki/authorities/local/root.crt"))
+			return err == nil
+		})
 		config := c.tlsConfig()
 		if certificate != nil {
 			config.Certificates = []tls.Certificate{{Certificate: [][]byte{certificate.Raw}, PrivateKey: key}}
@@ -228,10 +228,14 @@ func TestQueuePageWithCertificates(t *testing.T) {
 	}
 	url := "https://localhost:" + port(at) + "/"
 	v := with(certificate, key)
-	res, err := v.client.Get(url)
-	require.NoError(t, err)
-	res.Body.Close()
-	assert.Equal(t, 2, res.ProtoMajor, "HTTP/2")
+	waitFor(t, "Caddy has its certificate", c.process, func() bool {
+		res, err := v.client.Get(url)
+		if err != nil {
+			return false
+		}
+		res.Body.Close()
+		return assert.Equal(t, 2, res.ProtoMajor, "HTTP/2")
+	})
 	v.uses(t, url, "CN=alice")
 	for _, stranger := range []visitor{with(nil, nil), with(other, otherKey)} {
 		_, err := stranger.client.Get(url) //nolint:bodyclose // there is none
