@@ -34,7 +34,7 @@ func (v *visit) selection() (s selection, f store.Filter, ok bool, err error) {
 	return s, f, form.Has("matching") && s.Filter.State != store.History, err
 }
 
-// back leads the browser to where the form was, with a sentence about what was done.
+// back leads the browser to the place of the form, with a sentence about the action.
 func (v *visit) back(to, code string, c changed) error {
 	if !strings.Contains(to, "?") {
 		to += "?"
@@ -48,15 +48,15 @@ func (v *visit) back(to, code string, c changed) error {
 	return nil
 }
 
-// log notes who did what. An action that failed may have changed some events.
+// log notes the user and the action. An action that failed may have changed some events.
 func (v *visit) log(action, queue string, n int, err error) {
 	v.h.logger.Info("an operator has changed the queue", zap.String("user", v.user), zap.String("action", action),
 		zap.String("queue", queue), zap.Int("events", n), zap.Error(err))
 }
 
 // apply makes a change of events, logs it, and leads back.
-func (v *visit) apply(action, code, to string, f store.Filter, what func(store.Store, context.Context, store.Filter) (int, error)) error {
-	c, err := v.h.change(v.r.Context(), f, what)
+func (v *visit) apply(action, code, to string, f store.Filter, change func(store.Store, context.Context, store.Filter) (int, error)) error {
+	c, err := v.h.change(v.r.Context(), f, change)
 	v.log(action, cmp.Or(strings.Join(c.queues, ","), f.Queue), c.n, err)
 	if err != nil {
 		return v.render(http.StatusServiceUnavailable, "message", "Not all was done", err, done(code, strconv.Itoa(c.n), false))
@@ -88,12 +88,12 @@ func (v *visit) drop() error {
 	case !ok:
 		return v.back(s.Filter.Link(), "none", changed{})
 	case v.r.PostForm.Get("sure") == "yes":
-		s.Filter.Until = v.r.PostForm.Get("before") // which only bounds what was counted
+		s.Filter.Until = v.r.PostForm.Get("before") // the bound of the count
 		return v.apply("drop", "dropped", s.Filter.Link(), f, store.Store.Drop)
 	}
 	view := struct {
 		selection
-		Fixed filter // as what is dropped
+		Fixed filter // the filter of the events to drop
 		Count int
 		More  bool // there are more than Count
 	}{selection: s, Fixed: s.Filter.fix(v.now)}

@@ -76,7 +76,7 @@ func (d *database) store() (store.Store, error) {
 	return s, nil
 }
 
-// wake has the queues see what has changed.
+// wake has the queues look at their events again.
 func (d *database) wake() {
 	for _, q := range d.queues {
 		q.Wake()

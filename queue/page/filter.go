@@ -12,7 +12,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// filter is what a list is asked for, by the same names in its URL and in its forms.
+// filter is the filter of a list, with the same names in its URL and in its forms.
 type filter struct {
 	Queue, State, Type, Resource, Error, Since, Until, Order, After string
 }
@@ -32,7 +32,7 @@ func newFilter(v url.Values) (f filter) {
 	return f
 }
 
-// Values returns what is set.
+// Values returns the fields that are set.
 func (f filter) Values() url.Values {
 	v := make(url.Values)
 	for name, field := range f.fields() {

@@ -1,5 +1,5 @@
-// Package page is the page of the queue for its operator: what waits and why, and the
-// buttons to retry, drop and pause. It is a Caddy HTTP handler,
+// Package page is the page of the queue for its operator: the events with their last
+// errors, and the buttons to retry, drop and pause. It is a Caddy HTTP handler,
 // http.handlers.inkit_queue_page, that reads the databases of the queues in its Caddy.
 package page
 
@@ -49,8 +49,8 @@ var headers = map[string]string{
 // `http_basic` authentication. Without a user, each request is an error with HTTP status
 // 403, and the log says why, once a minute at most.
 //
-// It answers in every folder: what stands after the last slash of the path says which
-// part of the page is asked for. All its links are relative, so that it can be served
+// It answers in every folder: the word after the last slash of the path names the part of
+// the page. All its links are relative, so that it can be served
 // under a path, with or without stripping it.
 type Handler struct {
 	// The placeholder that holds the name of the user. One that a client can set, such as
@@ -67,7 +67,7 @@ type Handler struct {
 	shared     *shared
 }
 
-// shared is what requests share.
+// shared is the state that requests share.
 type shared struct {
 	turn chan struct{}
 
@@ -118,7 +118,7 @@ func (h *Handler) Validate() error {
 	return nil
 }
 
-// errNobody says what is missing in front of the page.
+// errNobody says that no directive in front has set a user.
 var errNobody = errors.New("no user: a directive in front of inkit_queue_page must authenticate one")
 
 // ServeHTTP serves the page. The next handler is not called.

@@ -460,7 +460,7 @@ func TestPauseAndResume(t *testing.T) {
 	assert.Contains(t, p.get("/"), `action="pause"`)
 	assert.Equal(t, "./?done=paused&n=0", p.post("/pause", url.Values{"queue": {"default"}}).Header.Get("Location"))
 	assert.Equal(t, "./?done=same&n=0", p.post("/pause", url.Values{"queue": {"default"}}).Header.Get("Location"))
-	assert.Contains(t, p.get("/?done=paused&n=0"), "The queue is paused. Events are taken and kept, and none is attempted.")
+	assert.Contains(t, p.get("/?done=paused&n=0"), "The queue is paused. Events are stored without attempts.")
 	assert.Contains(t, p.get("/"), `action="resume"`)
 	assert.Equal(t, 404, p.post("/pause", url.Values{"queue": {"none"}}).StatusCode)
 	assert.Equal(t, "./?done=resumed&n=0", p.post("/resume", url.Values{"queue": {"default"}}).Header.Get("Location"))
@@ -645,7 +645,7 @@ func TestEventThatIsDamagedOrGone(t *testing.T) {
 	assert.Contains(t, p.get("/event?id="+ids[1]), "The request cannot be shown: the checksum does not match.")
 	delivered := p.get("/event?id=" + ids[2])
 	assert.Contains(t, delivered, "the backend answered 204")
-	assert.Contains(t, delivered, "The request of a delivered event is not kept.")
+	assert.Contains(t, delivered, "The request of a delivered event is no longer stored.")
 	assert.NotContains(t, delivered, "<button")
 }
 

@@ -37,7 +37,7 @@ var words = template.FuncMap{
 	"after":  func(d time.Duration) moment { return newMoment(time.Now().Add(d)) },
 }
 
-// shorten replaces what the browser must not act on, and cuts off what is too long.
+// shorten replaces characters that a browser would act on, and cuts a long text.
 func shorten(most int, s string) string {
 	if runes := []rune(s); len(runes) > most {
 		s = string(runes[:most]) + "…"
@@ -54,11 +54,11 @@ func number(n int) string {
 	return s
 }
 
-func plural(n int, what string) string {
+func plural(n int, noun string) string {
 	if n == 1 {
-		return "1 " + what
+		return "1 " + noun
 	}
-	return number(n) + " " + what + "s"
+	return number(n) + " " + noun + "s"
 }
 
 func size(bytes int64) string {
@@ -140,7 +140,7 @@ func depth(b []byte) (most int) {
 	return most
 }
 
-// done returns the sentence about what was done. A URL chooses one, and sets its number.
+// done returns the sentence about an action. A URL chooses one, and sets its number.
 func done(code, n string, more bool) string {
 	count, err := strconv.Atoi(n)
 	if err != nil || count < 0 {
@@ -160,7 +160,7 @@ func done(code, n string, more bool) string {
 	case "dropped":
 		sentence = plural(count, "event") + were + " dropped."
 	case "paused":
-		sentence = "The queue is paused. Events are taken and kept, and none is attempted."
+		sentence = "The queue is paused. Events are stored without attempts."
 	case "resumed":
 		sentence = "The queue goes on."
 	case "none":
