@@ -155,6 +155,7 @@ func TestWriter(t *testing.T) {
 			require.Len(t, d.batches, 1)
 			assert.Len(t, d.batches[0].History, 1)
 			time.Sleep(2 * historyPause)
+			synctest.Wait()
 			assert.Len(t, d.batches, 1)
 		}},
 		{"or within a second, many rows in few transactions", func(t *testing.T, w *Writer, d *database) {
@@ -178,6 +179,7 @@ func TestWriter(t *testing.T) {
 			d.apply = nil
 			d.mu.Unlock()
 			time.Sleep(10 * time.Second)
+			synctest.Wait()
 			rows := 0
 			for _, b := range d.batches {
 				rows += len(b.History)
@@ -198,6 +200,7 @@ func TestWriter(t *testing.T) {
 			require.Len(t, d.batches, 1)
 			assert.Len(t, d.batches[0].Finish, 1)
 			time.Sleep(2 * historyPause)
+			synctest.Wait()
 			assert.Len(t, d.batches, 1)
 		}},
 		{"the end writes all history", func(t *testing.T, w *Writer, d *database) {
