@@ -3,6 +3,7 @@ package writer
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -35,6 +36,14 @@ func (d *database) Apply(_ context.Context, b *store.Batch) error {
 	defer d.mu.Unlock()
 	d.batches = append(d.batches, *b)
 	return nil
+}
+
+// written returns the transactions that have succeeded.
+func (d *database) written() []store.Batch {
+	synctest.Wait()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return slices.Clone(d.batches)
 }
 
 func (d *database) Due(_ context.Context, _ *store.Claim, why error) error { return why }
@@ -73,8 +82,8 @@ func TestWriter(t *testing.T) {
 			for _, a := range rest {
 				<-a.Done()
 			}
-			require.Len(t, d.batches, 2)
-			assert.Len(t, d.batches[1].Add, 10)
+			require.Len(t, d.written(), 2)
+			assert.Len(t, d.written()[1].Add, 10)
 		}},
 		{"an event whose transaction fails is tried again until it succeeds", func(t *testing.T, w *Writer, d *database) {
 			until := time.Now().Add(3 * time.Second)
@@ -112,8 +121,8 @@ func TestWriter(t *testing.T) {
 			require.ErrorIs(t, a.Err(), store.ErrFull)
 			assert.Zero(t, time.Since(began))
 			synctest.Wait()
-			require.NotEmpty(t, d.batches)
-			assert.Equal(t, "delivered", d.batches[0].Finish[0].ID)
+			require.NotEmpty(t, d.written())
+			assert.Equal(t, "delivered", d.written()[0].Finish[0].ID)
 		}},
 		{"an event that is delivered before it is written is called back", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{})
@@ -125,7 +134,7 @@ func TestWriter(t *testing.T) {
 			require.ErrorIs(t, a.Err(), ErrCalledBack)
 			close(slow)
 			synctest.Wait()
-			require.Len(t, d.batches, 1)
+			require.Len(t, d.written(), 1)
 		}},
 		{"an event that is delivered while its transaction fails is called back", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{})
@@ -145,29 +154,29 @@ func TestWriter(t *testing.T) {
 			w.Finish(a, store.Finish{ID: "a", Outcome: store.Later, After: time.Second, LastError: "status 500"})
 			close(slow)
 			synctest.Wait()
-			require.Len(t, d.batches, 2)
-			assert.Equal(t, "status 500", d.batches[1].Finish[0].LastError)
+			require.Len(t, d.written(), 2)
+			assert.Equal(t, "status 500", d.written()[1].Finish[0].LastError)
 		}},
 		{"history goes with the next transaction", func(t *testing.T, w *Writer, d *database) {
 			w.Remember(event("delivered"))
 			w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
 			synctest.Wait()
-			require.Len(t, d.batches, 1)
-			assert.Len(t, d.batches[0].History, 1)
+			require.Len(t, d.written(), 1)
+			assert.Len(t, d.written()[0].History, 1)
 			time.Sleep(2 * historyPause)
 			synctest.Wait()
-			assert.Len(t, d.batches, 1)
+			assert.Len(t, d.written(), 1)
 		}},
 		{"or within a second, many rows in few transactions", func(t *testing.T, w *Writer, d *database) {
 			for range 2 * maxHistory {
 				w.Remember(event("delivered"))
 			}
 			synctest.Wait()
-			assert.Empty(t, d.batches)
+			assert.Empty(t, d.written())
 			time.Sleep(historyPause)
 			synctest.Wait()
-			require.Len(t, d.batches, 2)
-			assert.Len(t, d.batches[1].History, maxHistory)
+			require.Len(t, d.written(), 2)
+			assert.Len(t, d.written()[1].History, maxHistory)
 		}},
 		{"history that cannot be written is tried again, and is bounded", func(t *testing.T, w *Writer, d *database) {
 			d.apply = func(*store.Batch) error { return broken }
@@ -181,7 +190,7 @@ func TestWriter(t *testing.T) {
 			time.Sleep(10 * time.Second)
 			synctest.Wait()
 			rows := 0
-			for _, b := range d.batches {
+			for _, b := range d.written() {
 				rows += len(b.History)
 			}
 			assert.Equal(t, historyRoom, rows)
@@ -197,11 +206,11 @@ func TestWriter(t *testing.T) {
 			w.Remember(event("delivered"))
 			w.Finish(nil, store.Finish{ID: "delivered"})
 			synctest.Wait()
-			require.Len(t, d.batches, 1)
-			assert.Len(t, d.batches[0].Finish, 1)
+			require.Len(t, d.written(), 1)
+			assert.Len(t, d.written()[0].Finish, 1)
 			time.Sleep(2 * historyPause)
 			synctest.Wait()
-			assert.Len(t, d.batches, 1)
+			assert.Len(t, d.written(), 1)
 		}},
 		{"the end writes all history", func(t *testing.T, w *Writer, d *database) {
 			for range 3 * maxHistory {
@@ -209,7 +218,7 @@ func TestWriter(t *testing.T) {
 			}
 			t.Cleanup(func() {
 				rows := 0
-				for _, b := range d.batches {
+				for _, b := range d.written() {
 					rows += len(b.History)
 				}
 				assert.Equal(t, 3*maxHistory, rows)
@@ -222,7 +231,7 @@ func TestWriter(t *testing.T) {
 			require.ErrorIs(t, a.Err(), ErrDuplicate)
 			w.Finish(a, store.Finish{ID: "a"})
 			synctest.Wait()
-			assert.Len(t, d.batches, 1)
+			assert.Len(t, d.written(), 1)
 		}},
 		{"a finish whose row is locked is tried again, and its event not claimed meanwhile", func(t *testing.T, w *Writer, d *database) {
 			locked := true
@@ -277,7 +286,7 @@ func TestWriter(t *testing.T) {
 			require.NoError(t, <-late.done)
 			synctest.Wait()
 			assert.Empty(t, late.Records)
-			assert.Len(t, d.batches[len(d.batches)-1].Finish, 2)
+			assert.Len(t, d.written()[len(d.written())-1].Finish, 2)
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
