@@ -79,7 +79,14 @@ const cannotBeKept = "cannot store events"
 func TestQueueOnADiskThatIsFull(t *testing.T) {
 	t.Parallel()
 	backend, up := switchable(t)
-	c := newQueueCaddy(t, backend.addr, "")
+	takes := backend.status
+	backend.status = func(id string, attempt int) int {
+		if id == "taken" {
+			return http.StatusOK
+		}
+		return takes(id, attempt)
+	}
+	c := newQueueCaddy(t, backend.addr, "once DOCUMENT_DELETED")
 	tmpfs(t, c.path("queue"), "size=4m")
 	c.start()
 	s := newSender(t, c)
@@ -94,6 +101,9 @@ func TestQueueOnADiskThatIsFull(t *testing.T) {
 	refused(t, s.once(t, large+"more"))
 	c.logged(cannotBeKept)
 	assert.NotEqual(t, "0", c.metric(`caddy_inkit_queue_stored_total{queue="default",result="failed"}`))
+	deleted := []byte(`{"event_type":"DOCUMENT_DELETED","resource_id":"taken"}`)
+	assert.Equal(t, http.StatusOK, post(t, "http://"+c.addr+"/webhook", deleted, sign(secret, deleted)).status, "a double is better than a loss")
+	c.logged("cannot store events before their first attempt")
 
 	up.Store(true)
 	waitFor(t, "an event passes to a backend that is up again, though the disk is full", c.process, func() bool {
