@@ -31,7 +31,7 @@ func (v *visit) selection() (s selection, f store.Filter, ok bool, err error) {
 	if f.States = states[""]; s.Filter.State == store.Pending || s.Filter.State == store.Dead {
 		f.States = states[s.Filter.State]
 	}
-	return s, f, form.Has("matching") && s.Filter.State != store.History, err
+	return s, f, form.Get("matching") == "yes" && s.Filter.State != store.History, err
 }
 
 // back leads the browser to the place of the form, with a sentence about the action.
@@ -58,7 +58,7 @@ func (v *visit) log(action, queue string, n int, err error) {
 func (v *visit) apply(action, code, to string, f store.Filter, change func(store.Store, context.Context, store.Filter) (int, error)) error {
 	c, err := v.h.change(v.r.Context(), f, change)
 	v.log(action, cmp.Or(strings.Join(c.queues, ","), f.Queue), c.n, err)
-	if err != nil {
+	if err != nil && (f.IDs == nil || c.n < len(f.IDs)) {
 		return v.render(http.StatusServiceUnavailable, "message", "Not all was done", err, done(code, strconv.Itoa(c.n), false))
 	}
 	return v.back(to, code, c)
@@ -79,7 +79,25 @@ func (v *visit) retry() error {
 	return v.apply("retry", "retried", to, f, store.Store.Retry)
 }
 
-// drop asks first. The form of the question has its answer.
+// question is the view that asks before events are dropped.
+type question struct {
+	selection
+	Fixed filter // the filter of the events to drop
+	Count int
+	More  bool // there are more than Count
+	Again bool // the number is not the one of the last question
+}
+
+// Counted returns the number of events as the form of the question sends it.
+func (q question) Counted() string {
+	if q.More {
+		return "more"
+	}
+	return strconv.Itoa(q.Count)
+}
+
+// drop asks first. The form of the question has its answer, and the number of events: if
+// others match by then, such as events with another last error, it asks again.
 func (v *visit) drop() error {
 	s, f, ok, err := v.selection()
 	switch {
@@ -87,21 +105,20 @@ func (v *visit) drop() error {
 		return v.render(http.StatusBadRequest, "message", "That form cannot be read", err, "")
 	case !ok:
 		return v.back(s.Filter.Link(), "none", changed{})
-	case v.r.PostForm.Get("sure") == "yes":
-		s.Filter.Until = v.r.PostForm.Get("before") // the bound of the count
-		return v.apply("drop", "dropped", s.Filter.Link(), f, store.Store.Drop)
 	}
-	view := struct {
-		selection
-		Fixed filter // the filter of the events to drop
-		Count int
-		More  bool // there are more than Count
-	}{selection: s, Fixed: s.Filter.fix(v.now)}
-	if s.IDs == nil {
+	view := question{selection: s, Fixed: s.Filter.fix(v.now)}
+	if s.IDs == nil && (f.Until.IsZero() || f.Until.After(v.now)) {
 		f.Until = v.now
 	}
-	if view.Count, view.More, err = v.h.count(v.r.Context(), f); err != nil {
+	if view.Count, view.More, err = v.h.count(v.r.Context(), f); err != nil && (s.IDs == nil || view.Count < len(s.IDs)) {
 		return v.render(http.StatusServiceUnavailable, "message", "The events cannot be counted", err, "")
+	}
+	if form := v.r.PostForm; form.Get("sure") == "yes" {
+		view.Filter.Until = form.Get("before") // the bound before the first question
+		if s.IDs != nil || form.Get("count") == view.Counted() {
+			return v.apply("drop", "dropped", view.Filter.Link(), f, store.Store.Drop)
+		}
+		view.Again = true
 	}
 	return v.render(http.StatusOK, "drop", "Drop events?", nil, view)
 }

@@ -55,6 +55,9 @@ func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 		began := time.Now()
 		return func() { time.AfterFunc(min(time.Since(began), maxPause), func() { <-h.shared.turn }) }, nil
 	case <-ctx.Done():
+		if ctx.Err() == context.Canceled { //nolint:errorlint // it is that one
+			return nil, context.Canceled // the visitor has gone
+		}
 		return nil, errBusy
 	}
 }
@@ -63,6 +66,19 @@ func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 type database struct {
 	key    string
 	queues []live.Queue
+}
+
+// databasesOf returns the databases that may have events of a queue: trouble with another
+// one does not concern a visitor who looks at that queue.
+func (h *Handler) databasesOf(queue string) []*database {
+	all := h.databases()
+	has := func(d *database) bool {
+		return slices.ContainsFunc(d.queues, func(q live.Queue) bool { return q.Name == queue })
+	}
+	if !slices.ContainsFunc(all, has) {
+		return all
+	}
+	return slices.DeleteFunc(all, func(d *database) bool { return !has(d) })
 }
 
 func (d *database) store() (store.Store, error) {
@@ -184,7 +200,7 @@ func (h *Handler) search(ctx context.Context, f store.Filter, withRequest bool) 
 		}
 		return cmp.Compare(a, b)
 	}
-	for _, d := range h.databases() {
+	for _, d := range h.databasesOf(f.Queue) {
 		s, openErr := d.store()
 		if openErr != nil {
 			err = errors.Join(err, openErr)
@@ -239,7 +255,7 @@ func (h *Handler) change(ctx context.Context, f store.Filter, what func(store.St
 	defer cancel()
 	defer h.forget()
 	f.Limit = changeStep
-	for _, d := range h.databases() {
+	for _, d := range h.databasesOf(f.Queue) {
 		s, openErr := d.store()
 		if openErr != nil {
 			err = errors.Join(err, openErr)

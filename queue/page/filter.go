@@ -27,7 +27,7 @@ func (f *filter) fields() map[string]*string {
 
 func newFilter(v url.Values) (f filter) {
 	for name, field := range f.fields() {
-		*field = strings.ToValidUTF8(v.Get(name), string(unicode.ReplacementChar))
+		*field = strings.TrimSpace(strings.ToValidUTF8(v.Get(name), string(unicode.ReplacementChar)))
 	}
 	return f
 }
@@ -108,7 +108,7 @@ func parseTime(text string, now time.Time) (time.Time, error) {
 		return now.Add(-ago), nil
 	}
 	for _, layout := range []string{time.RFC3339, "2006-01-02T15:04", "2006-01-02 15:04:05 UTC", "2006-01-02 15:04", time.DateOnly} {
-		if t, err := time.Parse(layout, text); err == nil {
+		if t, err := time.Parse(layout, text); err == nil && !t.IsZero() {
 			return t, nil
 		}
 	}

@@ -431,6 +431,30 @@ func TestRetryAndDrop(t *testing.T) {
 	assert.Equal(t, []string{"ops retry default,other 2", "ops retry default 1", "ops retry default 7", "ops drop default 2", "ops drop default 5"}, lines)
 }
 
+// Events that match only after the question are not dropped: it asks again.
+func TestDropAsksAgain(t *testing.T) {
+	p := newDefaultPage(t)
+	first := p.named("first")
+	page := content(t, p.post("/drop", url.Values{"matching": {"yes"}, "error": {"500"}, "until": {"1h"}}))
+	assert.Contains(t, page, "None of these events", "the filter has a bound of its own")
+	page = content(t, p.post("/drop", url.Values{"matching": {"yes"}, "error": {"500"}}))
+	assert.Contains(t, page, "<strong>1 event</strong>")
+	old := p.event("queue.db", func(r *store.Record, _ *request.Request) {
+		r.Received = time.Now().Add(-time.Minute)
+		id := uuid.Must(uuid.NewV7())
+		copy(id[:6], uuid.MustParse(first).NodeID()) // earlier than the question
+		id[0], id[1] = 0, 0
+		r.ID = id.String()
+	})
+	again := content(t, p.post("/drop", formOf(t, page)))
+	assert.Contains(t, again, "Other events match than at the last question. Nothing was dropped.")
+	assert.Contains(t, again, "<strong>2 events</strong>")
+	assert.ElementsMatch(t, []string{first, old}, p.ids(store.Filter{}))
+	res := p.post("/drop", formOf(t, again))
+	assert.Equal(t, "events?error=500&done=dropped&n=2", res.Header.Get("Location"))
+	assert.Empty(t, p.ids(store.Filter{}))
+}
+
 var hidden = regexp.MustCompile(`<input type="hidden" name="([^"]+)" value="([^"]*)">`)
 
 // formOf returns the form of a page.
@@ -703,6 +727,9 @@ func TestStates(t *testing.T) {
 		res := p.post("/retry", url.Values{"matching": {"yes"}})
 		assert.Equal(t, 503, res.StatusCode)
 		assert.Contains(t, content(t, res), "1 event was made due")
+		assert.NotContains(t, p.get("/events?queue=default"), "broken.db", "the other database is not concerned")
+		assert.Equal(t, 303, p.post("/retry", url.Values{"id": {id}}).StatusCode)
+		assert.Equal(t, 303, p.post("/drop", url.Values{"id": {id}, "sure": {"yes"}}).StatusCode)
 	})
 	t.Run("a database that is being opened", func(t *testing.T) {
 		p := newDefaultPage(t)

@@ -254,7 +254,7 @@ func (v *visit) event() error {
 			return v.render(http.StatusServiceUnavailable, "message", "The event cannot be read", err, "")
 		}
 		return v.message(http.StatusNotFound, "There is no event with this id",
-			"It was dropped, or it was delivered longer ago than the history goes back.")
+			"It was dropped, or it was delivered longer ago than the history goes back, or it never was in this database.")
 	}
 	view := struct {
 		Event   shownEvent

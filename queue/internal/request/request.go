@@ -210,7 +210,8 @@ func (r *Request) Redact() {
 // keep.
 func Printable(s string, keep ...rune) string {
 	return strings.Map(func(r rune) rune {
-		if unicode.IsPrint(r) || slices.Contains(keep, r) {
+		invisible := unicode.In(r, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector) || r == '\u2800'
+		if unicode.IsPrint(r) && !invisible || slices.Contains(keep, r) {
 			return r
 		}
 		return unicode.ReplacementChar
