@@ -138,7 +138,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 var nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 
 func (h *Handler) provisionNames() error {
-	const form = "name must be 1 to 64 of letters, digits, '.', '_' and '-'"
+	const form = "name must have 1 to 64 characters: letters, digits, '.', '_' or '-'"
 	if h.Name != "" && !nameForm.MatchString(h.Name) {
 		return errors.New(form)
 	}

@@ -691,7 +691,7 @@ func TestNameOfTheWebhook(t *testing.T) {
 		require.NoError(t, load(t, &Handler{Secrets: []Secret{{Value: testSecret}}, Name: name}))
 	}
 	for _, name := range []string{" ", "a b", "{env.NAME}", "a\xff", "ä", strings.Repeat("a", 65), "a\n"} {
-		require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: testSecret}}, Name: name}), "name must be 1 to 64 of letters, digits, '.', '_' and '-'")
+		require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: testSecret}}, Name: name}), "name must have 1 to 64 characters: letters, digits, '.', '_' or '-'")
 	}
 }
 

@@ -64,7 +64,7 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		return "{file." + writeFile(t, filepath.Join(dir, name), content) + "}"
 	}
 	one := func(value string) []Secret { return []Secret{{Value: value}} }
-	const nameMessage = "name must be 1 to 64 of letters, digits, '.', '_' and '-'"
+	const nameMessage = "name must have 1 to 64 characters: letters, digits, '.', '_' or '-'"
 	const partly = "secret 1: must be either one placeholder and nothing else, or a text without placeholders"
 
 	for _, tt := range []struct {

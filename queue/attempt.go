@@ -86,7 +86,7 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done 
 	timeUp := ctx.Err() == context.DeadlineExceeded
 	stop()
 	if !over.CompareAndSwap(false, true) {
-		h.logger.Debug("an attempt has ended after attempt_timeout", zap.String("id", rec.ID), zap.Error(err))
+		h.logger.Debug("an attempt that counted as failed at attempt_timeout has ended now", zap.String("id", rec.ID), zap.Error(err))
 		q.locked(func() { delete(q.overdue, rec.ID) })
 		return
 	}

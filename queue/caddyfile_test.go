@@ -132,7 +132,7 @@ func TestLoadErrors(t *testing.T) {
 		change(h)
 		return h
 	}
-	const nameForm = "name must be 1 to 64 of letters, digits, '.', '_' and '-'"
+	const nameForm = "name must have 1 to 64 characters: letters, digits, '.', '_' or '-'"
 	for _, tt := range []struct {
 		name    string
 		message string // empty if it loads

@@ -199,7 +199,7 @@ that are being delivered do not change.
 func retryOne(ctx context.Context) func(s store.Store, r *store.Record) error {
 	return func(s store.Store, r *store.Record) error {
 		if r.State == store.History {
-			return fmt.Errorf("%s is delivered: its request is deleted", r.ID)
+			return fmt.Errorf("%s cannot be retried: it was delivered, and its request is deleted", r.ID)
 		}
 		n, err := s.Retry(ctx, store.Filter{IDs: []string{r.ID}})
 		switch {

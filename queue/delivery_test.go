@@ -165,7 +165,7 @@ func TestBackendThatIsDownForNothing(t *testing.T) {
 		synctest.Wait()
 		assert.False(t, c.queue().breaker.Down())
 		assert.Zero(t, seriesOf(t, "for-nothing")["backend_down"])
-		assert.Equal(t, 1, c.logs.FilterMessage("the backend counts as up again: no pending event is left to test it").Len())
+		assert.Equal(t, 1, c.logs.FilterMessage("no pending event is left to test the backend with: it counts as up again").Len())
 		assert.Equal(t, "the backend's body", serve(t, c.handlers[0], post(body)).body)
 	})
 }

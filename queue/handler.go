@@ -186,7 +186,7 @@ var nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 func (h *Handler) Validate() error {
 	switch {
 	case !nameForm.MatchString(h.Name):
-		return errors.New("name must be 1 to 64 of letters, digits, '.', '_' and '-'")
+		return errors.New("name must have 1 to 64 characters: letters, digits, '.', '_' or '-'")
 	case *h.AnswerAfter < 0:
 		return errors.New("answer_after: must not be negative")
 	case h.AttemptTimeout < 0:

@@ -212,7 +212,7 @@ func (q *queue) unreached(h *Handler, id string, err error) {
 // forgetDown marks the backend as up again because no event is left to test it with: the
 // next new event tests it.
 func (q *queue) forgetDown() {
-	q.db.logger.Load().Info("the backend counts as up again: no pending event is left to test it", zap.String("queue", q.name))
+	q.db.logger.Load().Info("no pending event is left to test the backend with: it counts as up again", zap.String("queue", q.name))
 	q.metrics.down.Set(0)
 }
 
