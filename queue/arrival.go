@@ -139,20 +139,18 @@ func (a *arrival) begins() bool {
 // storeOnce stores an event of a type in once before its first attempt, and reports whether
 // that succeeded.
 func (a *arrival) storeOnce(deadline time.Time) bool {
-	if !a.q.db.writer.Failing() {
-		if durable := a.store(deadline); durable != nil {
-			timer := time.NewTimer(onceWait)
-			defer timer.Stop()
-			select {
-			case <-durable:
-				if a.addition.Err() == nil || a.isDuplicate() {
-					return true
-				}
-			case <-timer.C:
-			}
-		}
+	durable := a.store(deadline)
+	if durable == nil {
+		return false
 	}
-	return false
+	timer := time.NewTimer(onceWait)
+	defer timer.Stop()
+	select {
+	case <-durable:
+		return a.addition.Err() == nil || a.isDuplicate()
+	case <-timer.C:
+		return false
+	}
 }
 
 // isDuplicate reports whether an event of a type in once was stored before, and logs it.

@@ -218,7 +218,7 @@ func dropCommand(o *origin) *cobra.Command {
 		Use:   "drop <id>... | " + filterUsage + " [--yes] [--db <file> | --config <file>]",
 		Short: "Deletes events for good",
 		Long: `
-Deletes events, and prints them. You cannot undo this. A running delivery goes on.
+Deletes events. With ids, it prints them. You cannot undo this. A running delivery goes on.
 With ids, it does not ask; with a filter, it needs --yes. A delivered event is
 deleted from the history. If an event of a type in once is sent again after that,
 it is delivered.
@@ -231,6 +231,13 @@ it is delivered.
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		if flags.given() {
 			return dropFilter(cmd.Context(), o, flags, *yes)
+		}
+		o.forget = func(s store.Store, id string) (bool, error) { // its history is over, but not its key
+			n, err := s.Drop(cmd.Context(), store.Filter{IDs: []string{id}, States: []string{store.History}})
+			if n > 0 {
+				fmt.Println("dropped", request.Printable(id))
+			}
+			return n > 0, err
 		}
 		return o.eachID(cmd.Context(), ids, func(s store.Store, r *store.Record) error {
 			n, err := s.Drop(cmd.Context(), store.Filter{IDs: []string{r.ID}, States: []string{r.State}})

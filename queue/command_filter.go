@@ -40,6 +40,14 @@ func newFilterFlags(cmd *cobra.Command) *filterFlags {
 	flags.StringVar(&f.part, "error", "", "Only events whose last error contains this text")
 	flags.StringVar(&f.since, "since", "", "Only events that arrived within this time, such as 2h or 3d")
 	flags.StringVar(&f.until, "until", "", "Only events that arrived longer ago")
+	cmd.PreRunE = func(*cobra.Command, []string) error { // such as an unset variable of a script
+		for _, name := range []string{"type", "resource", "error", "since", "until"} {
+			if flag := flags.Lookup(name); flag.Changed && flag.Value.String() == "" {
+				return fmt.Errorf("--%s: must not be empty", name)
+			}
+		}
+		return nil
+	}
 	return f
 }
 

@@ -222,6 +222,7 @@ func TestRetryAndDrop(t *testing.T) {
 			"2 events are due\n1 are delivered, or being delivered, and were left\n", "", all,
 		},
 		{"retry by a filter that selects nothing", "retry --resource none", "0 events are due\n", "", all},
+		{"drop with a filter that is empty", "drop --state pending --resource= --yes", "", "--resource: must not be empty", all},
 		{"retry a delivered one", "retry 0-d1", "", "0-d1 cannot be retried: it was delivered, and its request is deleted", all},
 		{"drop by a filter, without --yes", "drop --state dead", "", "would drop 1 events: add --yes to drop them", all},
 		{"drop by a filter", "drop --state dead --yes", "1 events are dropped\n", "", with(map[string]string{"i3-dead": ""})},

@@ -241,7 +241,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 			EventType: e.Type(), ResourceID: e.ResourceID(),
 		},
 	}
-	if h.isOnce(a.record.EventType) {
+	if a.record.ResourceID != "" && h.isOnce(a.record.EventType) {
 		digest := sha256.Sum256(e.Body)
 		a.record.Digest, a.record.Remember = digest[:], time.Duration(h.Remember)
 	}

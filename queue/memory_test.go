@@ -180,7 +180,8 @@ func TestOnce(t *testing.T) {
 		{"a type that is not named", func(h *Handler) { h.Once = []string{"DOCUMENT", "TEMPLATE_*"} }, []string{body, body, body}, 3},
 		{"a type that is named", func(h *Handler) { h.Once = []string{"TEMPLATE_*", "DOCUMENT_CREATE_FINISHED"} }, []string{body, body}, 1},
 		{"no type", func(h *Handler) { h.Once = nil }, []string{body, body}, 2},
-		{"every type", func(h *Handler) { h.Once = []string{"*"} }, []string{"no JSON\n{}", "no JSON\n{}"}, 1},
+		{"every type", func(h *Handler) { h.Once = []string{"*"} }, []string{body, body}, 1},
+		{"every type, and no resource that tells two events apart", func(h *Handler) { h.Once = []string{"*"} }, []string{"no JSON\n{}", "no JSON\n{}"}, 2},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newRemembering(t, sqliteIn(t), tt.change)

@@ -21,6 +21,10 @@ type origin struct {
 	db, config, adapter string
 	make                bool // whether a missing database is made
 
+	// forget is called for an id without an event, and reports whether the database knew it
+	// all the same; nil for commands that need the event.
+	forget func(s store.Store, id string) (bool, error)
+
 	names map[string][]string // the configured queues of each database, by its key
 	key   string              // of the current database in each
 }
@@ -121,6 +125,18 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *
 			})
 			if err != nil {
 				return err
+			}
+		}
+		for id := range unknown {
+			if o.forget == nil {
+				break
+			}
+			known, err := o.forget(s, id)
+			if err != nil {
+				return err
+			}
+			if known {
+				delete(unknown, id)
 			}
 		}
 		return nil

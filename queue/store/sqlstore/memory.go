@@ -60,6 +60,9 @@ func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) (first
 	return first, nil
 }
 
+// keyOver says that a key counts no longer: its time is over, and its event has gone.
+const keyOver = `o.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = o.id)`
+
 func (d *DB) onceSome(ctx context.Context, tx *sql.Tx, some []*store.Record, firsts map[string]*store.Record, more map[*store.Record]int) error {
 	args := make([]any, 0, 5*len(some))
 	for _, r := range some {
@@ -69,9 +72,9 @@ func (d *DB) onceSome(ctx context.Context, tx *sql.Tx, some []*store.Record, fir
 		INSERT INTO {schema}inkit_queue_once AS o (queue, digest, id, expires, duplicates) VALUES `+
 		values(len(some), `(?, ?, ?, {now} + CAST(? AS BIGINT), CAST(? AS INTEGER))`)+`
 		ON CONFLICT (queue, digest) DO UPDATE SET
-			id = CASE WHEN o.expires <= {now} THEN excluded.id ELSE o.id END,
-			expires = CASE WHEN o.expires <= {now} THEN excluded.expires ELSE o.expires END,
-			duplicates = CASE WHEN o.expires <= {now} THEN excluded.duplicates WHEN o.id = excluded.id THEN o.duplicates ELSE o.duplicates + 1 + excluded.duplicates END
+			id = CASE WHEN `+keyOver+` THEN excluded.id ELSE o.id END,
+			expires = CASE WHEN `+keyOver+` THEN excluded.expires ELSE o.expires END,
+			duplicates = CASE WHEN `+keyOver+` THEN excluded.duplicates WHEN o.id = excluded.id THEN o.duplicates ELSE o.duplicates + 1 + excluded.duplicates END
 		RETURNING queue, digest, id`), args...)
 	if err != nil {
 		return err
@@ -201,7 +204,7 @@ func (d *DB) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err e
 		}
 	}
 	return u, d.Wrap(d.deleteAll(ctx, `DELETE FROM {schema}inkit_queue_once WHERE (queue, digest) IN (SELECT e.queue, e.digest FROM {schema}inkit_queue_once AS e
-		WHERE e.expires <= {now}`))
+		WHERE e.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = e.id)`))
 }
 
 // deleteAll repeats a statement that deletes, a step at a time.

@@ -298,7 +298,7 @@ func (d *DB) Retry(ctx context.Context, f store.Filter) (n int, err error) {
 
 // Drop is of store.Store.
 func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
-	err = d.inTx(ctx, func(tx *sql.Tx) error {
+	err = d.inTx(ctx, func(tx *sql.Tx) (err error) {
 		for table, state := range tables(f) {
 			c := where(f)
 			c.add(state)
@@ -312,7 +312,14 @@ func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
 			}
 			n += dropped
 		}
-		return nil
+		if f.IDs == nil || n > 0 {
+			return nil
+		}
+		c := new(condition) // the key of an event may outlive its history
+		c.in("id", f.IDs)
+		n, err = d.exec(ctx, tx, `DELETE FROM {schema}inkit_queue_once WHERE `+c.String()+
+			` AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS e WHERE e.id = inkit_queue_once.id)`, c.args...)
+		return err
 	})
 	return n, err
 }
