@@ -18,7 +18,7 @@ const (
 	// searchStep is how many rows one statement reads, and searchTime is the limit of one
 	// search. Then it returns its position.
 	searchStep = 5000
-	searchTime = 400 * time.Millisecond
+	searchTime = 200 * time.Millisecond
 
 	// idMargin is the largest difference between the time in an id and the event's time.
 	idMargin = time.Second
