@@ -24,6 +24,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/quic-go/quic-go/http3"
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
@@ -237,6 +238,15 @@ func TestQueuePageWithCertificates(t *testing.T) {
 		return assert.Equal(t, 2, res.ProtoMajor, "HTTP/2")
 	})
 	v.uses(t, url, "CN=alice")
+	third := with(certificate, key)
+	transport := &http3.Transport{TLSClientConfig: third.client.Transport.(*http.Transport).TLSClientConfig.Clone()}
+	t.Cleanup(func() { _ = transport.Close() })
+	third.client.Transport = transport
+	res, err := third.client.Get(url)
+	require.NoError(t, err)
+	res.Body.Close()
+	assert.Equal(t, 3, res.ProtoMajor, "HTTP/3")
+	third.uses(t, url, "CN=alice")
 	for _, stranger := range []visitor{with(nil, nil), with(other, otherKey)} {
 		_, err := stranger.client.Get(url) //nolint:bodyclose // there is none
 		require.Error(t, err)
