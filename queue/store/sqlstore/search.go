@@ -312,10 +312,10 @@ func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
 			}
 			n += dropped
 		}
-		if f.IDs == nil || n > 0 {
+		if f.IDs == nil || n > 0 || !slices.Contains(f.States, store.History) {
 			return nil
 		}
-		c := new(condition) // the key of an event may outlive its history
+		c := new(condition) // the key of a delivered event may outlive its history
 		c.in("id", f.IDs)
 		n, err = d.exec(ctx, tx, `DELETE FROM {schema}inkit_queue_once WHERE `+c.String()+
 			` AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS e WHERE e.id = inkit_queue_once.id)`, c.args...)

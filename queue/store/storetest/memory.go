@@ -113,6 +113,12 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 	test("dropping forgets a key whose event and history are gone", func(t *testing.T, s store.Store) {
 		add(t, s, keyed("a", "digest"))
 		apply(t, s, &store.Batch{Owner: "me", Finish: []store.Finish{{ID: "a", Queue: "default"}}})
+		n, err := s.Drop(t.Context(), store.Filter{IDs: []string{"a"}})
+		require.NoError(t, err)
+		assert.Zero(t, n, "it was to be dropped while pending, and was delivered before")
+		keys, err := s.Keys(t.Context(), store.Key{})
+		require.NoError(t, err)
+		assert.Len(t, keys, 1)
 		for _, want := range []int{1, 0} {
 			n, err := s.Drop(t.Context(), store.Filter{IDs: []string{"a"}, States: []string{store.History}})
 			require.NoError(t, err)
