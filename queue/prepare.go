@@ -27,9 +27,9 @@ func newRequest(r *http.Request, e *event.Event) *request.Request {
 		Original:       request.NewTarget(original.RequestURI, original.URL),
 		Proto:          r.Proto,
 		Host:           r.Host,
-		Header:         request.Fields(r.Header.Clone()),
+		Header:         r.Header.Clone(),
 		RemoteAddr:     r.RemoteAddr,
-		Vars:           make(request.Vars),
+		Vars:           make(map[string]any),
 		SecretName:     e.SecretName,
 		IdempotencyKey: e.IdempotencyKey,
 		Body:           e.Body,
@@ -46,10 +46,12 @@ func newRequest(r *http.Request, e *event.Event) *request.Request {
 	all, _ := r.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
 	for name, value := range all {
 		switch value := value.(type) {
-		case string, bool, int, int64:
+		case string, bool, int64:
 			stored.Vars[name] = value
+		case int:
+			stored.Vars[name] = int64(value) // the type that Decode returns
 		case float64:
-			if !math.IsNaN(value) && !math.IsInf(value, 0) { // JSON has none of these
+			if !math.IsNaN(value) && !math.IsInf(value, 0) { // show prints JSON, which has none of these
 				stored.Vars[name] = value
 			}
 		}
@@ -66,8 +68,8 @@ func prepare(ctx context.Context, r *request.Request, server *caddyhttp.Server, 
 		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(&request.Address{Net: "tcp"})) // Caddy's placeholders panic without
 	}
 	req := (&http.Request{
-		Method: r.Method, URL: r.Original.URL(), RequestURI: string(r.Original.URI), Host: r.Host,
-		Proto: r.Proto, Header: http.Header(r.Header).Clone(), RemoteAddr: r.RemoteAddr,
+		Method: r.Method, URL: r.Original.URL(), RequestURI: r.Original.URI, Host: r.Host,
+		Proto: r.Proto, Header: r.Header.Clone(), RemoteAddr: r.RemoteAddr,
 		ContentLength: int64(len(r.Body)),
 		Body:          io.NopCloser(bytes.NewReader(r.Body)),
 		GetBody:       func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(r.Body)), nil },
@@ -81,7 +83,7 @@ func prepare(ctx context.Context, r *request.Request, server *caddyhttp.Server, 
 	}
 	repl := caddy.NewReplacer()
 	req = caddyhttp.PrepareRequest(req, repl, w, server)
-	req.URL, req.RequestURI = r.Target.URL(), string(r.Target.URI)
+	req.URL, req.RequestURI = r.Target.URL(), r.Target.URI
 	for name, value := range r.Vars {
 		caddyhttp.SetVar(req.Context(), name, value)
 	}

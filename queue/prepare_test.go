@@ -3,8 +3,6 @@ package queue
 import (
 	"context"
 	"crypto/tls"
-	"encoding/binary"
-	"encoding/json"
 	"io"
 	"math"
 	"net"
@@ -15,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/fxamacker/cbor/v2"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
@@ -120,10 +119,11 @@ func TestStoredVariables(t *testing.T) {
 		{"a text that is not UTF-8", "a\xffb", "a\xffb"},
 		{"a text with NUL", "a\x00b", "a\x00b"},
 		{"a truth", true, true},
-		{"a number", 42, 42},
-		{"a long number", int64(1 << 40), 1 << 40},
+		{"a number", 42, int64(42)},
+		{"a long number", int64(1 << 40), int64(1 << 40)},
+		{"a number below 0", -1, int64(-1)},
 		{"a fraction", 0.5, 0.5},
-		{"a large number", 1_000_000, 1_000_000},
+		{"a large number", 1_000_000, int64(1_000_000)},
 		{"a text that looks like a number", "42", "42"},
 		{"not a number", math.NaN(), nil},
 		{"infinity", math.Inf(-1), nil},
@@ -184,10 +184,12 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 		rec.Checksum = rec.Sum()
 		return rec
 	}
-	head := func(text string) *store.Record {
-		return resealed(append(binary.AppendUvarint(nil, uint64(len(text))), text...))
+	head := func(value any) *store.Record {
+		encoded, err := cbor.Marshal(value)
+		require.NoError(t, err)
+		return resealed(encoded)
 	}
-	const sum, short, notJSON = "the checksum does not match", "the stored request is cut short", "the stored request is not valid JSON"
+	const sum, notCBOR = "the checksum does not match", "the stored request is not valid CBOR"
 	for _, tt := range []struct {
 		name, message string
 		rec           *store.Record
@@ -198,14 +200,14 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 		{"the request of another event", sum, &store.Record{ID: "other", Request: whole.rec.Request, Checksum: whole.rec.Checksum}},
 		{"no checksum", sum, &store.Record{ID: "id", Request: whole.rec.Request}},
 		{"a checksum that is cut", sum, &store.Record{ID: "id", Request: whole.rec.Request, Checksum: whole.rec.Checksum[:31]}},
-		{"nothing, with the checksum of nothing", short, resealed(nil)},
-		{"a length without an end", short, resealed([]byte{0x80, 0x80})},
-		{"a length that no number holds", short, resealed([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1})},
-		{"a length that is negative as a signed number", short, resealed(binary.AppendUvarint(nil, math.MaxUint64))},
-		{"a length beyond the end", short, resealed(append(binary.AppendUvarint(nil, 3), "{}"...))},
-		{"no JSON", notJSON, head("c0nf1d3nt1al")},
-		{"an array", notJSON, head(`["c0nf1d3nt1al"]`)},
-		{"a field of another type", notJSON, head(`{"method":{"c0nf1d3nt1al":1}}`)},
+		{"nothing, with the checksum of nothing", notCBOR, resealed(nil)},
+		{"a head without an end", notCBOR, resealed(whole.rec.Request[:40])},
+		{"a text that is longer than the rest", notCBOR, resealed(append([]byte{0x7b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, "c0nf1d3nt1al"...))},
+		{"a field of the header with more values than the rest has", notCBOR, resealed(append([]byte("\xa1\x66header\xa1\x61a\x9b"), 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff))},
+		{"no CBOR", notCBOR, resealed([]byte{0xff})},
+		{"a text", notCBOR, head("c0nf1d3nt1al")},
+		{"an array", notCBOR, head([]string{"c0nf1d3nt1al"})},
+		{"a field of another type", notCBOR, head(map[string]any{"method": []string{"c0nf1d3nt1al"}})},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := request.Decode(tt.rec)
@@ -222,16 +224,16 @@ func TestStoredForm(t *testing.T) {
 	})
 	encoded, err := newRequest(r, e).Encode()
 	require.NoError(t, err)
-	length, n := binary.Uvarint(encoded)
-	assert.Equal(t, "the body", string(encoded[n+int(length):]))
 	var object map[string]any
-	require.NoError(t, json.Unmarshal(encoded[n:n+int(length)], &object))
+	rest, err := cbor.UnmarshalFirst(encoded, &object)
+	require.NoError(t, err)
+	assert.Equal(t, "the body", string(rest))
 	delete(object, "vars") // depends on Caddy
 	assert.Equal(t, map[string]any{
 		"method": "POST", "proto": "HTTP/1.1", "host": "example.com", "remote_addr": "192.0.2.1:1234",
-		"target":   map[string]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},
-		"original": map[string]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},
-		"header":   map[string]any{"X-A": []any{"1"}}, "tls": object["tls"],
+		"target":   map[any]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},
+		"original": map[any]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},
+		"header":   map[any]any{"X-A": []any{"1"}}, "tls": object["tls"],
 		"secret_name": "current", "idempotency_key": "the key",
 	}, object)
 }
@@ -243,8 +245,8 @@ func FuzzStoredRequest(f *testing.F) {
 	f.Add("id", whole.rec.Request, whole.rec.Checksum, false)
 	f.Add("id", whole.rec.Request, whole.rec.Checksum, true)
 	f.Add("other", whole.rec.Request, whole.rec.Checksum, false)
-	f.Add("id", []byte("\x02{}the body"), []byte{}, true)
-	f.Add("id", []byte("\x04null"), []byte{}, true)
+	f.Add("id", []byte("\xa0the body"), []byte{}, true)
+	f.Add("id", []byte("\xf6"), []byte{}, true) // null
 	f.Add("", []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}, []byte(nil), true)
 	f.Fuzz(func(t *testing.T, id string, encoded, checksum []byte, seal bool) {
 		rec := &store.Record{ID: id, Request: encoded, Checksum: checksum, Attempts: 1}

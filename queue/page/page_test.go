@@ -88,7 +88,7 @@ func (p *fixture) event(db string, change func(*store.Record, *request.Request))
 	stored := &request.Request{
 		Method: "POST", Host: "example.com", Proto: "HTTP/2.0", RemoteAddr: "192.0.2.1:1234",
 		Target: request.Target{URI: "/hook"}, Original: request.Target{URI: "/webhook"},
-		Header: request.Fields{"Content-Type": {"application/json"}}, Body: []byte(`{"event_type":"a","resource_id":"b"}`),
+		Header: http.Header{"Content-Type": {"application/json"}}, Body: []byte(`{"event_type":"a","resource_id":"b"}`),
 	}
 	if change != nil {
 		change(r, stored)
@@ -541,7 +541,7 @@ func TestHostileEvents(t *testing.T) {
 			p := newPage(t, [2]string{"default", "queue.db"}, [2]string{"other", "queue.db"})
 			id := p.event("queue.db", func(r *store.Record, q *request.Request) {
 				r.ResourceID, r.EventType, r.LastError = hostile, hostile, hostile
-				text := request.Text(hostile)
+				text := hostile
 				q.Method, q.Host, q.Proto, q.RemoteAddr, q.SecretName, q.IdempotencyKey = hostile, hostile, hostile, hostile, hostile, hostile
 				q.Target = request.Target{URI: text}
 				q.Original = request.Target{URI: text + "x"}
@@ -549,7 +549,7 @@ func TestHostileEvents(t *testing.T) {
 				for _, field := range []string{"Inkit-Signature", "Authorization", "Proxy-Authorization", "Cookie"} {
 					q.Header[field] = []string{"CREDENTIAL" + hostile}
 				}
-				q.Vars = request.Vars{hostile: hostile, "number": 1000000, "bool": true}
+				q.Vars = map[string]any{hostile: hostile, "number": 1000000, "bool": true}
 				q.Body = []byte(hostile)
 			})
 			query := url.Values{"resource": {hostile}, "type": {hostile}, "error": {hostile}, "queue": {hostile}, "done": {hostile}, "n": {hostile}, "id": {id}}

@@ -4,17 +4,15 @@ package request
 
 import (
 	"bytes"
-	"encoding/binary"
-	"encoding/json"
 	"errors"
-	"maps"
+	"math"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
 	"unicode"
-	"unicode/utf8"
 
+	"github.com/fxamacker/cbor/v2"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
@@ -30,14 +28,14 @@ type Request struct {
 	Original   Target      `json:"original"` // as the sender sent it
 	Proto      string      `json:"proto"`
 	Host       string      `json:"host"`
-	Header     Fields      `json:"header"`
+	Header     http.Header `json:"header"`
 	RemoteAddr string      `json:"remote_addr"`
 	Local      *Address    `json:"local,omitempty"`
 	TLS        *Connection `json:"tls,omitempty"`
 
 	// Vars are the variables of the request with plain values. One of them is the address
 	// of the client.
-	Vars Vars `json:"vars,omitempty"`
+	Vars map[string]any `json:"vars,omitempty"`
 
 	SecretName     string `json:"secret_name,omitempty"`
 	IdempotencyKey string `json:"idempotency_key,omitempty"`
@@ -45,13 +43,13 @@ type Request struct {
 	Body []byte `json:"-"`
 }
 
-// Target has the parts of the URL of a request. A single Text would not be enough: the path
+// Target has the parts of the URL of a request. A single text would not be enough: the path
 // may start with two slashes.
 type Target struct {
-	URI      Text `json:"uri"`
-	Path     Text `json:"path"`
-	RawPath  Text `json:"raw_path,omitempty"`
-	RawQuery Text `json:"raw_query,omitempty"`
+	URI      string `json:"uri"`
+	Path     string `json:"path"`
+	RawPath  string `json:"raw_path,omitempty"`
+	RawQuery string `json:"raw_query,omitempty"`
 
 	// ForceQuery is true for a URL that ends in a question mark.
 	ForceQuery bool `json:"force_query,omitempty"`
@@ -59,94 +57,12 @@ type Target struct {
 
 // NewTarget returns the target of a URL.
 func NewTarget(uri string, u *url.URL) Target {
-	return Target{Text(uri), Text(u.Path), Text(u.RawPath), Text(u.RawQuery), u.ForceQuery}
+	return Target{uri, u.Path, u.RawPath, u.RawQuery, u.ForceQuery}
 }
 
 // URL returns the target as a URL.
 func (t Target) URL() *url.URL {
-	return &url.URL{Path: string(t.Path), RawPath: string(t.RawPath), RawQuery: string(t.RawQuery), ForceQuery: t.ForceQuery}
-}
-
-// Text is a string that is stored unchanged even if it is not UTF-8, such as a path with
-// %FF or a header field of an old program. JSON would change it.
-type Text string
-
-func (t Text) MarshalJSON() ([]byte, error) {
-	if utf8.ValidString(string(t)) {
-		return json.Marshal(string(t))
-	}
-	return json.Marshal(map[string][]byte{"base64": []byte(t)})
-}
-
-func (t *Text) UnmarshalJSON(b []byte) error {
-	if len(b) > 0 && b[0] == '{' {
-		var encoded struct {
-			Bytes []byte `json:"base64"`
-		}
-		err := json.Unmarshal(b, &encoded)
-		*t = Text(encoded.Bytes)
-		return err
-	}
-	return json.Unmarshal(b, (*string)(t))
-}
-
-// Fields is a header whose values are stored as Text.
-type Fields http.Header
-
-func (f Fields) MarshalJSON() ([]byte, error) {
-	lines := make(map[string][]Text, len(f))
-	for field, values := range f {
-		for _, value := range values {
-			lines[field] = append(lines[field], Text(value))
-		}
-	}
-	return json.Marshal(lines)
-}
-
-func (f *Fields) UnmarshalJSON(b []byte) error {
-	var lines map[string][]Text
-	err := json.Unmarshal(b, &lines)
-	*f = make(Fields, len(lines))
-	for field, values := range lines {
-		for _, value := range values {
-			(*f)[field] = append((*f)[field], string(value))
-		}
-	}
-	return err
-}
-
-// Vars are plain values that are stored with their types: a placeholder shows 1000000
-// and not 1e+06.
-type Vars map[string]any
-
-func (v Vars) MarshalJSON() ([]byte, error) {
-	values := maps.Clone(v)
-	for name, value := range values {
-		if value, ok := value.(string); ok {
-			values[name] = Text(value)
-		}
-	}
-	return json.Marshal(map[string]any(values))
-}
-
-func (v *Vars) UnmarshalJSON(b []byte) error {
-	var values map[string]json.RawMessage
-	err := json.Unmarshal(b, &values)
-	*v = make(Vars, len(values))
-	for name, encoded := range values {
-		var number int
-		var str Text
-		var other any
-		switch {
-		case json.Unmarshal(encoded, &number) == nil:
-			(*v)[name] = number
-		case json.Unmarshal(encoded, &str) == nil:
-			(*v)[name] = string(str)
-		case json.Unmarshal(encoded, &other) == nil:
-			(*v)[name] = other
-		}
-	}
-	return err
+	return &url.URL{Path: t.Path, RawPath: t.RawPath, RawQuery: t.RawQuery, ForceQuery: t.ForceQuery}
 }
 
 // Address is a net.Addr that can be stored.
@@ -167,15 +83,18 @@ type Connection struct {
 	Early       bool   `json:"early,omitempty"` // early data, which can be replayed
 }
 
-// Encode returns the stored form: the length of the head, the head as JSON, the body.
+// decoding reads the stored form. Unlike JSON, CBOR keeps a text that is not UTF-8, such as
+// a path with %FF or a header field of an old program, and the type of a number: a placeholder
+// shows 1000000 and not 1e+06.
+var decoding, _ = cbor.DecOptions{
+	UTF8: cbor.UTF8DecodeInvalid, IntDec: cbor.IntDecConvertSigned,
+	MaxArrayElements: math.MaxInt32, MaxMapPairs: math.MaxInt32, // net/http limits the fields
+}.DecMode()
+
+// Encode returns the stored form: the request as CBOR (RFC 8949), then the body.
 func (r *Request) Encode() ([]byte, error) {
-	head, err := json.Marshal(r)
-	if err != nil {
-		return nil, err
-	}
-	encoded := binary.AppendUvarint(make([]byte, 0, binary.MaxVarintLen64+len(head)+len(r.Body)), uint64(len(head)))
-	encoded = append(encoded, head...)
-	return append(encoded, r.Body...), nil
+	head, err := cbor.Marshal(r)
+	return append(head, r.Body...), err
 }
 
 // Decode returns the request of a record. A damaged one is an error.
@@ -183,17 +102,12 @@ func Decode(rec *store.Record) (*Request, error) {
 	if !bytes.Equal(rec.Checksum, rec.Sum()) {
 		return nil, errors.New("the checksum does not match")
 	}
-	length, n := binary.Uvarint(rec.Request)
-	if n <= 0 || length > uint64(len(rec.Request)-n) {
-		return nil, errors.New("the stored request is cut short")
+	r := &Request{Header: make(http.Header)}
+	body, err := decoding.UnmarshalFirst(rec.Request, r)
+	if err != nil {
+		return nil, errors.New("the stored request is not valid CBOR") // err would show a part of it
 	}
-	r := &Request{Body: rec.Request[n+int(length):]}
-	if err := json.Unmarshal(rec.Request[n:n+int(length)], r); err != nil {
-		return nil, errors.New("the stored request is not valid JSON") // err would show a part of it
-	}
-	if r.Header == nil {
-		r.Header = make(Fields)
-	}
+	r.Body = body
 	return r, nil
 }
 
