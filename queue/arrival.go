@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"net/http"
-	"sync"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
@@ -33,70 +32,43 @@ var errNoPlace = errors.New("no attempt could begin")
 
 // arrival is a new event whose sender waits.
 type arrival struct {
-	q       *queue
-	h       *Handler
-	request *request.Request
-	record  *store.Record
-	began   time.Time
+	q        *queue
+	h        *Handler
+	request  *request.Request
+	record   *store.Record
+	addition *writer.Addition
+	began    time.Time
+	deadline time.Time // for the answer
 
-	refused   bool // too many events are pending
-	duplicate bool // it is logged as a duplicate
+	durable <-chan struct{} // closed when storing ends, nil before it begins
+	refused bool            // too many events are pending
+}
 
-	mu       sync.Mutex
-	addition *writer.Addition // once it is being stored
-	finish   *store.Finish    // once the attempt has ended
+func newArrival(q *queue, h *Handler, r *request.Request, record *store.Record) *arrival {
+	a := &arrival{q: q, h: h, request: r, record: record, began: record.Received}
+	a.deadline = a.began.Add(max(storeWait, time.Duration(*h.AnswerAfter)))
+	a.addition = writer.NewAddition(record, r.Encode, a.deadline, func(err error) { q.noteStored(err, time.Since(a.began)) })
+	return a
 }
 
 // answer delivers or stores the event, and answers its sender when one of both is done.
 func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	answerAfter := time.Duration(*a.h.AnswerAfter)
-	deadline := a.began.Add(max(storeWait, answerAfter))
-	begins := a.begins()
-	stored := a.record.Digest != nil && a.storeOnce(deadline)
-	if a.isDuplicate() {
-		w.WriteHeader(http.StatusOK)
-		return nil
-	}
-	var attempted chan result
-	if begins {
-		if a.record.Digest != nil && !stored {
-			a.q.warnOnce(a.h)
-		}
+	var attempted chan result // nil if no attempt is running
+	if a.begins() && (a.record.Digest == nil || a.storeOnce()) {
 		attempted = a.attempt()
-	}
-	waiting := begins // for the attempt
-	if waiting {
-		var first result
 		select {
-		case first = <-attempted:
-			waiting = false
+		case first := <-attempted:
+			if attempted = nil; first.err == nil {
+				return first.answer.copyTo(w)
+			}
 		case <-time.After(min(patience, answerAfter)):
 		}
-		if !waiting && first.err == nil {
-			if a.addition == nil {
-				a.q.metrics.stored[resultDelivered].Inc()
-			}
-			return first.answer.copyTo(w)
-		}
 	}
-	if !waiting {
-		attempted = nil
-	}
-	return a.answerKept(w, r, attempted, stored, deadline)
-}
-
-// answerKept answers the sender when the event is delivered or stored, if the backend did
-// not accept it at once. attempted is nil if no attempt is running.
-func (a *arrival) answerKept(w http.ResponseWriter, r *http.Request, attempted chan result, stored bool, deadline time.Time) error {
-	var durable <-chan struct{}
-	if !stored {
-		durable = a.store(deadline)
-	}
-	answerAfter := time.Duration(*a.h.AnswerAfter)
-	patient := time.After(time.Until(a.began.Add(answerAfter)))
-	giveUp := time.After(time.Until(deadline))
+	stored, durable := false, a.store()
+	impatient, patient := answerAfter == 0, time.After(time.Until(a.began.Add(answerAfter)))
+	giveUp := time.After(time.Until(a.deadline))
 	gone := r.Context().Done()
-	impatient := answerAfter == 0
 	for {
 		switch {
 		case stored && (impatient || attempted == nil):
@@ -111,7 +83,7 @@ func (a *arrival) answerKept(w http.ResponseWriter, r *http.Request, attempted c
 				return res.answer.copyTo(w)
 			}
 		case <-durable:
-			stored, durable = a.addition.Err() == nil || a.isDuplicate(), nil
+			stored, durable = a.isStored(), nil
 		case <-patient:
 			impatient = true
 		case <-giveUp:
@@ -137,40 +109,31 @@ func (a *arrival) begins() bool {
 }
 
 // storeOnce stores an event of a type in once before its first attempt, and reports whether
-// that succeeded.
-func (a *arrival) storeOnce(deadline time.Time) bool {
-	durable := a.store(deadline)
-	if durable == nil {
-		return false
+// the attempt may begin: the event is no duplicate, or cannot be stored now.
+func (a *arrival) storeOnce() bool {
+	if durable := a.store(); durable != nil {
+		select {
+		case <-durable:
+			if err := a.addition.Err(); err == nil || errors.Is(err, writer.ErrDuplicate) {
+				return err == nil
+			}
+		case <-time.After(onceWait):
+		}
 	}
-	timer := time.NewTimer(onceWait)
-	defer timer.Stop()
-	select {
-	case <-durable:
-		return a.addition.Err() == nil || a.isDuplicate()
-	case <-timer.C:
-		return false
+	if a.q.onceLog.may() {
+		a.h.logger.Warn("cannot store events before their first attempt: events of the types in once are attempted anyway, perhaps twice", zap.String("queue", a.q.name))
 	}
+	return true
 }
 
-// isDuplicate reports whether an event of a type in once was stored before, and logs it.
-func (a *arrival) isDuplicate() bool {
-	if a.addition == nil {
-		return false
+// isStored reports whether the event is on the disk, or the first event of its duplicates.
+func (a *arrival) isStored() bool {
+	err := a.addition.Err()
+	if !errors.Is(err, writer.ErrDuplicate) {
+		return err == nil
 	}
-	select {
-	case <-a.addition.Done():
-	default:
-		return false
-	}
-	if !errors.Is(a.addition.Err(), writer.ErrDuplicate) {
-		return false
-	}
-	if !a.duplicate {
-		a.duplicate = true
-		a.h.logger.Info("an event came again, and is not delivered twice", zap.String("queue", a.q.name),
-			zap.String("event_type", a.record.EventType), zap.String("resource_id", a.record.ResourceID), zap.String("first", a.record.First))
-	}
+	a.h.logger.Info("an event came again, and is not delivered twice", zap.String("queue", a.q.name),
+		zap.String("event_type", a.record.EventType), zap.String("resource_id", a.record.ResourceID), zap.String("first", a.record.First))
 	return true
 }
 
@@ -184,7 +147,7 @@ func (a *arrival) attempt() chan result {
 	go func() {
 		if !placed && !a.waitForPlace(storing) {
 			defer q.running.Done()
-			a.end(store.Finish{ID: a.record.ID, Queue: q.name, Outcome: store.Unbegun})
+			q.db.writer.Finish(a.addition, store.Finish{ID: a.record.ID, Queue: q.name, Outcome: store.Unbegun})
 			attempted <- result{err: errNoPlace}
 			return
 		}
@@ -192,7 +155,7 @@ func (a *arrival) attempt() chan result {
 		q.attempt(a.h, a.request, rec, func(res result) {
 			defer q.running.Done()
 			q.limits.EndNew()
-			a.end(q.settle(a.h, rec, res, time.Since(a.began)))
+			q.db.writer.Finish(a.addition, q.settle(a.h, rec, res, time.Since(a.began)))
 			attempted <- res
 		})
 	}()
@@ -211,41 +174,17 @@ func (a *arrival) waitForPlace(storing bool) bool {
 	return a.q.limits.New(ctx)
 }
 
-// end records the result of the attempt.
-func (a *arrival) end(f store.Finish) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.finish = &f
-	if a.addition != nil {
-		a.q.db.writer.Finish(a.addition, f)
-	}
-}
-
 // store begins to store the event, and returns a channel that is closed when this ends. It
-// returns nil if the event is not stored: too many are pending, or the backend has just
-// accepted it.
-func (a *arrival) store(deadline time.Time) <-chan struct{} {
-	if a.addition == nil && a.q.db.pending(a.q.name) >= a.h.MaxEvents {
-		if !a.refused {
-			a.refused = true
-			a.q.refused(a.h)
-		}
-		return nil
+// returns nil if too many events are pending.
+func (a *arrival) store() <-chan struct{} {
+	switch {
+	case a.durable != nil || a.refused:
+	case a.q.db.pending(a.q.name) >= a.h.MaxEvents:
+		a.refused = true
+		a.q.refused(a.h)
+	default:
+		a.q.db.writer.Add(a.addition)
+		a.durable = a.addition.Done()
 	}
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.addition != nil { // before the attempt
-		return a.addition.Done()
-	}
-	if f := a.finish; f != nil {
-		if f.Outcome == store.Delivered {
-			return nil
-		}
-		if f.Outcome == store.Unbegun {
-			a.record.Attempts = 0
-		}
-		a.record.Lease, a.record.Delay, a.record.LastError = 0, f.After, f.LastError
-	}
-	a.addition = a.q.db.writer.Add(a.record, a.request.Encode, deadline, func(err error) { a.q.noteStored(err, time.Since(a.began)) })
-	return a.addition.Done()
+	return a.durable
 }

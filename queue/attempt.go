@@ -67,7 +67,7 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done 
 	end := func(res result) {
 		h.logger.Debug("attempt", zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
 			zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
-		q.locked(func() { delete(q.inFlight, rec.ID) }) // before its event can be due again
+		q.locked(func() { q.inFlight-- }) // before its event can be due again
 		done(res)
 	}
 	takeOver := func() {
@@ -104,7 +104,7 @@ func (q *queue) begin(id string) error {
 	case len(q.overdue) >= maxOverdue:
 		return errors.New("too many attempts have not ended yet")
 	}
-	q.inFlight[id] = true
+	q.inFlight++
 	return nil
 }
 

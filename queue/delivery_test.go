@@ -19,6 +19,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/writer"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/storetest"
 	"github.com/stretchr/testify/assert"
@@ -356,7 +357,8 @@ func TestNewEventsPassABacklog(t *testing.T) {
 		q := c.queue()
 		for i := range 500 { // a backlog that is due
 			r, e := arrived(t, "http://example.com/", body, nil)
-			q.db.writer.Add(&store.Record{ID: fmt.Sprintf("backlog-%03d", i), Queue: "default", Received: time.Now()}, newRequest(r, e).Encode, time.Now().Add(time.Minute), func(error) {})
+			record := &store.Record{ID: fmt.Sprintf("backlog-%03d", i), Queue: "default", Received: time.Now()}
+			q.db.writer.Add(writer.NewAddition(record, newRequest(r, e).Encode, time.Now().Add(time.Minute), func(error) {}))
 		}
 		synctest.Wait()
 		for range 20 {

@@ -233,19 +233,15 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	if err != nil {
 		return err
 	}
-	now := time.Now()
-	a := &arrival{
-		q: q, h: h, request: newRequest(r, e), began: now,
-		record: &store.Record{
-			ID: id.String(), Queue: h.Name, State: store.Pending, Received: now,
-			EventType: e.Type(), ResourceID: e.ResourceID(),
-		},
+	record := &store.Record{
+		ID: id.String(), Queue: h.Name, State: store.Pending, Received: time.Now(),
+		EventType: e.Type(), ResourceID: e.ResourceID(),
 	}
-	if a.record.ResourceID != "" && h.isOnce(a.record.EventType) {
+	if record.ResourceID != "" && h.isOnce(record.EventType) {
 		digest := sha256.Sum256(e.Body)
-		a.record.Digest, a.record.Remember = digest[:], time.Duration(h.Remember)
+		record.Digest, record.Remember = digest[:], time.Duration(h.Remember)
 	}
-	return a.answer(w, r)
+	return newArrival(q, h, newRequest(r, e), record).answer(w, r)
 }
 
 func refuse(w http.ResponseWriter, err error) error {

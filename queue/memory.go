@@ -72,22 +72,6 @@ func (q *queue) remember(h *Handler, r *store.Record, status int) {
 	}
 }
 
-// warnings are the times of log lines that are written at most once a minute.
-type warnings struct {
-	mu   sync.Mutex
-	once time.Time
-}
-
-// warnOnce logs that events are delivered without their keys.
-func (q *queue) warnOnce(h *Handler) {
-	q.warnings.mu.Lock()
-	defer q.warnings.mu.Unlock()
-	if time.Since(q.warnings.once) >= errorInterval {
-		q.warnings.once = time.Now()
-		h.logger.Warn("cannot store events before their first attempt: events of the types in once are attempted anyway, perhaps twice", zap.String("queue", q.name))
-	}
-}
-
 var onceType = regexp.MustCompile(`^[A-Za-z0-9_*]+$`)
 
 func validateOnce(types []string) error {

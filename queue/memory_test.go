@@ -52,6 +52,7 @@ type remembering struct {
 	answer   atomic.Int64 // the status of the backend
 	slow     atomic.Pointer[chan struct{}]
 	arrivals atomic.Int64
+	first    sync.WaitGroup // a request in flight
 }
 
 func newRemembering(t *testing.T, opener store.Opener, change func(h *Handler)) *remembering {
@@ -97,7 +98,7 @@ func onceAnswers(t *testing.T, newOpener func(t *testing.T) store.Opener) {
 		{"in flight", func(t *testing.T, r *remembering) {
 			slow := make(chan struct{})
 			r.slow.Store(&slow)
-			go r.send(t)
+			r.first.Go(func() { r.send(t) })
 			require.Eventually(t, func() bool { return r.arrivals.Load() == 1 }, 10*time.Second, time.Millisecond)
 		}, 1, map[string]int{"pending": 1}},
 		{"kept", func(t *testing.T, r *remembering) {
@@ -136,6 +137,7 @@ func onceAnswers(t *testing.T, newOpener func(t *testing.T) store.Opener) {
 				if slow := r.slow.Load(); slow != nil {
 					close(*slow)
 				}
+				r.first.Wait()
 			}()
 			tt.first(t, r)
 			assert.Equal(t, 200, r.send(t).status)

@@ -26,25 +26,24 @@ type queue struct {
 	limits   *delivery.Limits
 	schedule *delivery.Schedule
 	pause    *pause
-	warnings warnings
+
+	refusedLog, onceLog seldom
 
 	attempting context.Context // of all attempts
 	cutOff     context.CancelFunc
 	stop       context.CancelFunc // ends the schedule
 	running    sync.WaitGroup     // the schedule, and attempts from their claim or arrival until the writer has their result
 
-	mu         sync.Mutex
-	handlers   []*Handler      // attached, the first delivers
-	inFlight   map[string]bool // events with a running attempt
-	overdue    map[string]bool // events whose last attempt goes on after attempt_timeout
-	refusedLog time.Time       // last log line about too many pending events
+	mu       sync.Mutex
+	handlers []*Handler      // attached, the first delivers
+	inFlight int             // running attempts
+	overdue  map[string]bool // events whose last attempt goes on after attempt_timeout
 }
 
 func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
 	q := &queue{
 		name: name, db: openDatabase(opener, logger), metrics: newQueueMetrics(name), pause: newPause(),
-		breaker: new(delivery.Breaker), limits: delivery.NewLimits(),
-		inFlight: make(map[string]bool), overdue: make(map[string]bool),
+		breaker: new(delivery.Breaker), limits: delivery.NewLimits(), overdue: make(map[string]bool),
 	}
 	q.attempting, q.cutOff = context.WithCancel(context.Background())
 	q.schedule = &delivery.Schedule{
@@ -115,7 +114,7 @@ func (q *queue) current() *Handler {
 
 // inFlightNow returns the number of running attempts.
 func (q *queue) inFlightNow() (n int) {
-	q.locked(func() { n = len(q.inFlight) })
+	q.locked(func() { n = q.inFlight })
 	return n
 }
 
@@ -220,12 +219,25 @@ func (q *queue) forgetDown() {
 func (q *queue) refused(h *Handler) {
 	q.metrics.stored[resultRefused].Inc()
 	q.db.countSoon()
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if time.Since(q.refusedLog) >= errorInterval {
-		q.refusedLog = time.Now()
+	if q.refusedLog.may() {
 		h.logger.Error("cannot store events: max_events are pending", zap.String("queue", q.name), zap.Int("max_events", h.MaxEvents))
 	}
+}
+
+// seldom limits a line of the log to one a minute.
+type seldom struct {
+	mu   sync.Mutex
+	last time.Time
+}
+
+func (s *seldom) may() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if time.Since(s.last) < time.Minute {
+		return false
+	}
+	s.last = time.Now()
+	return true
 }
 
 // noteStored counts an event by the result of storing it.

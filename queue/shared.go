@@ -29,9 +29,6 @@ const (
 
 	// keepInterval is the pause between two counts of the history, for max_events.
 	keepInterval = time.Minute
-
-	// errorInterval is the pause between two log lines about the same problem.
-	errorInterval = time.Minute
 )
 
 // database is a database with its writer, and the number of events in it. Queues share it.
@@ -46,15 +43,14 @@ type database struct {
 	measured time.Time     // when the upkeep last counted the history
 	recount  chan struct{} // requests a count now
 
+	failedLog, lockedLog, countLog seldom
+
 	mu      sync.Mutex
 	queues  map[string]*queue
 	counts  map[countKey]store.Count
-	changes map[countKey]int // during a count: the changes since it began
-	ignored map[string]bool  // queues that are not configured, once this is logged
-	damaged int              // files that were moved aside
-	failing bool             // the log has the error, and not yet the recovery
-	logged  time.Time        // last log line about the error
-	locked  time.Time        // last log line about locked rows
+	ignored map[string]bool // queues that are not configured, once this is logged
+	damaged int             // files that were moved aside
+	failing bool            // the log has the error, and not yet the recovery
 }
 
 type countKey struct{ queue, state string }
@@ -146,8 +142,7 @@ func (d *database) Opened() {
 func (d *database) Failed(err error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if !d.failing || time.Since(d.logged) >= errorInterval {
-		d.logged = time.Now()
+	if d.failedLog.may() || !d.failing {
 		d.logger.Load().Error("cannot store events: passing them to the backend, refusing with 503 what it does not accept", zap.Error(err))
 	}
 	d.failing = true
@@ -174,8 +169,7 @@ func (d *database) Written(b *store.Batch) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	if len(left) > 0 && time.Since(d.locked) >= errorInterval {
-		d.locked = time.Now()
+	if len(left) > 0 && d.lockedLog.may() {
 		d.logger.Load().Warn("cannot store the results of attempts: another program has locked these rows, trying again", zap.Int("events", len(left)))
 	}
 	woken := make(map[string]bool)
@@ -206,18 +200,11 @@ func (d *database) Written(b *store.Batch) {
 }
 
 func (d *database) changeLocked(queue, state string, by int) {
-	key := countKey{queue, state}
-	d.counts[key] = changed(d.counts[key], by)
-	if d.changes != nil {
-		d.changes[key] += by
-	}
-}
-
-func changed(c store.Count, by int) store.Count {
+	c := d.counts[countKey{queue, state}]
 	if c.Events = max(0, c.Events+by); c.Events == 0 {
 		c.Oldest = 0
 	}
-	return c
+	d.counts[countKey{queue, state}] = c
 }
 
 // pending returns the last known number of pending events of a queue.
@@ -238,14 +225,13 @@ func (d *database) countSoon() {
 // count counts the events from time to time, and tidies the database. In between, the
 // metrics show the changes by this process.
 func (d *database) count() {
-	var next, logged time.Time
+	var next time.Time
 	for d.ctx.Err() == nil {
 		if s, _ := d.writer.Store(); s != nil && !time.Now().Before(next) {
 			began := time.Now()
 			if err := d.countOnce(s); err == nil {
 				next = time.Now().Add(countPause(time.Since(began)))
-			} else if d.ctx.Err() == nil && time.Since(logged) >= errorInterval {
-				logged = time.Now()
+			} else if d.ctx.Err() == nil && d.countLog.may() {
 				d.logger.Load().Error("cannot count events: the metrics show older numbers", zap.Error(err))
 			}
 		}
@@ -271,33 +257,25 @@ func countPause(took time.Duration) time.Duration {
 func (d *database) countOnce(s store.Store) error {
 	ctx, cancel := context.WithTimeout(d.ctx, countTimeout)
 	defer cancel()
-	d.mu.Lock()
-	d.changes = make(map[countKey]int)
-	d.mu.Unlock()
 	counts, err := s.Counts(ctx)
+	if err != nil {
+		return err
+	}
 	d.mu.Lock()
-	changes := d.changes
-	d.changes = nil
-	if err == nil {
-		clear(d.counts)
-		for _, c := range counts {
-			d.counts[countKey{c.Queue, c.State}] = c
-		}
-		for key, by := range changes {
-			d.counts[key] = changed(d.counts[key], by)
-		}
+	clear(d.counts)
+	for _, c := range counts { // without the changes during the count: the next one has them
+		d.counts[countKey{c.Queue, c.State}] = c
 	}
 	d.mu.Unlock()
-	for more := err == nil; more && err == nil; {
-		var u store.Upkeep
-		if u, err = s.Tidy(ctx, d.keep()); err == nil {
-			more = u.More
-			d.mu.Lock()
-			d.damaged = u.DamagedFiles
-			d.mu.Unlock()
+	for u := (store.Upkeep{More: true}); u.More; {
+		if u, err = s.Tidy(ctx, d.keep()); err != nil {
+			return err
 		}
+		d.mu.Lock()
+		d.damaged = u.DamagedFiles
+		d.mu.Unlock()
 	}
-	return err
+	return nil
 }
 
 // keep returns the limits for the history of each queue. Once in keepInterval, they

@@ -69,54 +69,38 @@ type Writer struct {
 	attempting map[string]bool
 }
 
-// Addition is an event on its way into the database.
+// Addition is a new event, which may be stored and attempted at the same time.
 type Addition struct {
-	attempting map[string]bool // of the writer
-	record     *store.Record
-	encode     func() ([]byte, error)
-	deadline   time.Time
-	finish     *store.Finish // result of an attempt that ended during the write
-	state      state
-	err        error
-	done       chan struct{}
-	ended      func(error)
+	record   *store.Record
+	encode   func() ([]byte, error)
+	deadline time.Time
+	finish   *store.Finish // result of an attempt that ended during the write
+	state    state
+	err      error
+	done     chan struct{}
+	ended    func(error)
 }
 
 type state int
 
 const (
-	waiting state = iota
+	waiting state = iota // for Writer.Add, or for a transaction
 	writing
 	ended
 )
 
-// Done is closed when the event is on the disk, or could not be stored.
+// NewAddition returns an addition for Writer.Add. If a transaction fails, the writer tries
+// again until the deadline, except on a full disk. It calls encode for the request of the
+// record before each try, and ended with the error of Err at the end. ended must not block.
+func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
+	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
+}
+
+// Done is closed when the event is on the disk, or is not going to be stored.
 func (a *Addition) Done() <-chan struct{} { return a.done }
 
 // Err returns nil if the event is on the disk. Call it after Done.
 func (a *Addition) Err() error { return a.err }
-
-func (a *Addition) end(err error) {
-	if err != nil {
-		delete(a.attempting, a.record.ID)
-	}
-	a.state, a.err = ended, err
-	close(a.done)
-	a.ended(err)
-}
-
-// change applies the result of an attempt to a record that is not written yet.
-func (a *Addition) change(f store.Finish) {
-	if f.Outcome == store.Delivered {
-		a.end(ErrCalledBack)
-		return
-	}
-	if f.Outcome == store.Unbegun {
-		a.record.Attempts--
-	}
-	delete(a.attempting, a.record.ID)
-	a.record.Lease, a.record.Delay, a.record.LastError = 0, f.After, f.LastError
-}
 
 type claim struct {
 	*store.Claim
@@ -163,19 +147,18 @@ func (w *Writer) Failing() bool {
 	return w.failing
 }
 
-// Add writes an event. If the transaction fails, the writer tries again until the deadline,
-// except on a full disk. It calls encode for the request of the record before each try, and
-// ended with the error of Err at the end. ended must not block.
-func (w *Writer) Add(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
-	a := &Addition{attempting: w.attempting, record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
+// Add writes an event, unless an attempt has delivered it already.
+func (w *Writer) Add(a *Addition) {
 	w.mu.Lock()
-	if r.Lease > 0 {
-		w.attempting[r.ID] = true
+	defer w.mu.Unlock()
+	if a.state != waiting {
+		return
+	}
+	if a.record.Lease > 0 {
+		w.attempting[a.record.ID] = true
 	}
 	w.adds = append(w.adds, a)
-	w.mu.Unlock()
 	w.poke()
-	return a
 }
 
 // Finish writes the result of an attempt. The addition is nil if the event was claimed.
@@ -189,8 +172,30 @@ func (w *Writer) Finish(a *Addition, f store.Finish) {
 	case a.state == writing:
 		a.finish = &f
 	case a.state == waiting:
-		a.change(f)
+		w.changeLocked(a, f)
 	}
+}
+
+// changeLocked applies the result of an attempt to an addition that is not written yet.
+func (w *Writer) changeLocked(a *Addition, f store.Finish) {
+	if f.Outcome == store.Delivered {
+		w.endLocked(a, ErrCalledBack)
+		return
+	}
+	if f.Outcome == store.Unbegun {
+		a.record.Attempts--
+	}
+	delete(w.attempting, a.record.ID)
+	a.record.Lease, a.record.Delay, a.record.LastError = 0, f.After, f.LastError
+}
+
+func (w *Writer) endLocked(a *Addition, err error) {
+	if err != nil {
+		delete(w.attempting, a.record.ID)
+	}
+	a.state, a.err = ended, err
+	close(a.done)
+	a.ended(err)
 }
 
 // Claim leases events that are due. It leaves out events that this process is attempting,
@@ -288,7 +293,7 @@ func (w *Writer) opened() bool {
 func (w *Writer) expireLocked(err error) {
 	w.adds = slices.DeleteFunc(w.adds, func(a *Addition) bool {
 		if a.state == waiting && !time.Now().Before(a.deadline) {
-			a.end(err)
+			w.endLocked(a, err)
 		}
 		return a.state == ended
 	})
@@ -330,7 +335,7 @@ func (w *Writer) write() bool {
 		var err error
 		if a.record.Request, err = a.encode(); err != nil {
 			w.mu.Lock()
-			a.end(err)
+			w.endLocked(a, err)
 			w.mu.Unlock()
 			continue
 		}
@@ -379,13 +384,13 @@ func (w *Writer) failed(adds []*Addition, b *store.Batch, err error) {
 			continue
 		case a.finish != nil: // the attempt has ended meanwhile
 			a.state = waiting
-			a.change(*a.finish)
+			w.changeLocked(a, *a.finish)
 			a.finish = nil
 		}
 		switch {
 		case a.state == ended:
 		case errors.Is(err, store.ErrFull), !time.Now().Before(a.deadline):
-			a.end(err)
+			w.endLocked(a, err)
 		default:
 			a.state = waiting
 			again = append(again, a)
@@ -410,10 +415,10 @@ func (w *Writer) written(adds []*Addition, b *store.Batch) {
 			continue
 		}
 		if a.record.First != "" {
-			a.end(ErrDuplicate)
+			w.endLocked(a, ErrDuplicate)
 			continue
 		}
-		a.end(nil)
+		w.endLocked(a, nil)
 		if a.finish != nil {
 			w.finishes = append(w.finishes, *a.finish)
 			w.poke()

@@ -59,7 +59,13 @@ func event(id string) *store.Record {
 	return &store.Record{ID: id, Queue: "default", Lease: time.Minute, Attempts: 1}
 }
 
-func encoded() ([]byte, error) { return []byte("request"), nil }
+// add adds an event whose sender waits for some time.
+func add(w *Writer, r *store.Record, wait time.Duration) *Addition {
+	encode := func() ([]byte, error) { return []byte("request"), nil }
+	a := NewAddition(r, encode, time.Now().Add(wait), func(error) {})
+	w.Add(a)
+	return a
+}
 
 func TestWriter(t *testing.T) {
 	broken := errors.New("the connection is broken")
@@ -70,11 +76,11 @@ func TestWriter(t *testing.T) {
 		{"what waits goes into one transaction", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{})
 			d.apply = func(*store.Batch) error { <-slow; return nil }
-			first := w.Add(event("first"), encoded, time.Now().Add(time.Minute), func(error) {})
+			first := add(w, event("first"), time.Minute)
 			synctest.Wait()
 			var rest []*Addition
 			for range 10 {
-				rest = append(rest, w.Add(event("later"), encoded, time.Now().Add(time.Minute), func(error) {}))
+				rest = append(rest, add(w, event("later"), time.Minute))
 			}
 			close(slow)
 			synctest.Wait()
@@ -93,7 +99,7 @@ func TestWriter(t *testing.T) {
 				}
 				return nil
 			}
-			a := w.Add(event("a"), encoded, time.Now().Add(5*time.Second), func(error) {})
+			a := add(w, event("a"), 5*time.Second)
 			<-a.Done()
 			require.NoError(t, a.Err())
 			assert.False(t, w.Failing())
@@ -101,7 +107,7 @@ func TestWriter(t *testing.T) {
 		{"and fails when the time of its sender is over", func(t *testing.T, w *Writer, d *database) {
 			d.apply = func(*store.Batch) error { return broken }
 			began := time.Now()
-			a := w.Add(event("a"), encoded, time.Now().Add(5*time.Second), func(error) {})
+			a := add(w, event("a"), 5*time.Second)
 			<-a.Done()
 			require.Error(t, a.Err())
 			assert.InDelta(t, 5*time.Second, time.Since(began), float64(time.Second))
@@ -116,7 +122,7 @@ func TestWriter(t *testing.T) {
 			}
 			began := time.Now()
 			w.Finish(nil, store.Finish{ID: "delivered"})
-			a := w.Add(event("a"), encoded, time.Now().Add(5*time.Second), func(error) {})
+			a := add(w, event("a"), 5*time.Second)
 			<-a.Done()
 			require.ErrorIs(t, a.Err(), store.ErrFull)
 			assert.Zero(t, time.Since(began))
@@ -127,9 +133,9 @@ func TestWriter(t *testing.T) {
 		{"an event that is delivered before it is written is called back", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{})
 			d.apply = func(*store.Batch) error { <-slow; return nil }
-			w.Add(event("other"), encoded, time.Now().Add(time.Minute), func(error) {})
+			add(w, event("other"), time.Minute)
 			synctest.Wait()
-			a := w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			a := add(w, event("a"), time.Minute)
 			w.Finish(a, store.Finish{ID: "a"})
 			require.ErrorIs(t, a.Err(), ErrCalledBack)
 			close(slow)
@@ -139,7 +145,7 @@ func TestWriter(t *testing.T) {
 		{"an event that is delivered while its transaction fails is called back", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{})
 			d.apply = func(*store.Batch) error { <-slow; return broken }
-			a := w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			a := add(w, event("a"), time.Minute)
 			synctest.Wait()
 			w.Finish(a, store.Finish{ID: "a"})
 			close(slow)
@@ -149,7 +155,7 @@ func TestWriter(t *testing.T) {
 		{"an event whose attempt fails while it is written is finished by the next transaction", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{}, 1)
 			d.apply = func(*store.Batch) error { <-slow; return nil }
-			a := w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			a := add(w, event("a"), time.Minute)
 			synctest.Wait()
 			w.Finish(a, store.Finish{ID: "a", Outcome: store.Later, After: time.Second, LastError: "status 500"})
 			close(slow)
@@ -159,7 +165,7 @@ func TestWriter(t *testing.T) {
 		}},
 		{"history goes with the next transaction", func(t *testing.T, w *Writer, d *database) {
 			w.Remember(event("delivered"))
-			w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			add(w, event("a"), time.Minute)
 			synctest.Wait()
 			require.Len(t, d.written(), 1)
 			assert.Len(t, d.written()[0].History, 1)
@@ -226,7 +232,7 @@ func TestWriter(t *testing.T) {
 		}},
 		{"an event that was stored before is a duplicate", func(t *testing.T, w *Writer, d *database) {
 			d.apply = func(b *store.Batch) error { b.Add[0].First = "first"; return nil }
-			a := w.Add(event("a"), encoded, time.Now().Add(time.Minute), func(error) {})
+			a := add(w, event("a"), time.Minute)
 			<-a.Done()
 			require.ErrorIs(t, a.Err(), ErrDuplicate)
 			w.Finish(a, store.Finish{ID: "a"})
@@ -268,7 +274,7 @@ func TestWriter(t *testing.T) {
 				return nil
 			}
 			during = func() {}
-			a := w.Add(event("new"), encoded, time.Now().Add(time.Minute), func(error) {})
+			a := add(w, event("new"), time.Minute)
 			<-a.Done()
 			records, err := w.Claim(&store.Claim{Queue: "default", Max: 2})
 			require.NoError(t, err)
@@ -324,7 +330,7 @@ func TestWriterBeforeTheDatabaseIsOpen(t *testing.T) {
 			}
 			return d, nil
 		}, silent{})
-		a := w.Add(event("a"), encoded, time.Now().Add(5*time.Second), func(error) {})
+		a := add(w, event("a"), 5*time.Second)
 		_, err := w.Claim(new(store.Claim))
 		require.Error(t, err)
 		<-a.Done()
