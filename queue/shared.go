@@ -43,6 +43,7 @@ type database struct {
 	measured time.Time     // when the upkeep last counted the history
 	recount  chan struct{} // requests a count now
 
+	failing                        atomic.Bool // the log has the error, and not yet the recovery
 	failedLog, lockedLog, countLog seldom
 
 	mu      sync.Mutex
@@ -50,7 +51,6 @@ type database struct {
 	counts  map[countKey]store.Count
 	ignored map[string]bool // queues that are not configured, once this is logged
 	damaged int             // files that were moved aside
-	failing bool            // the log has the error, and not yet the recovery
 }
 
 type countKey struct{ queue, state string }
@@ -98,22 +98,30 @@ func (d *database) join(q *queue) {
 
 func (d *database) leave(q *queue) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	if d.queues[q.name] == q {
 		delete(d.queues, q.name)
 		q.metrics.remove()
-		if !caddy.Exiting() {
-			d.warnLocked(q.name)
-		}
+	}
+	d.mu.Unlock()
+	if !caddy.Exiting() {
+		d.warn()
 	}
 }
 
-// warnLocked logs once that no queue delivers these events.
-func (d *database) warnLocked(queue string) {
-	if c := d.counts[countKey{queue, store.Pending}]; c.Events > 0 && d.queues[queue] == nil && !d.ignored[queue] {
-		d.ignored[queue] = true
+// warn logs once for each queue that is not configured that nobody delivers its events.
+func (d *database) warn() {
+	ignored := make(map[string]int)
+	d.mu.Lock()
+	for key, c := range d.counts {
+		if key.state == store.Pending && c.Events > 0 && d.queues[key.queue] == nil && !d.ignored[key.queue] {
+			d.ignored[key.queue] = true
+			ignored[key.queue] = c.Events
+		}
+	}
+	d.mu.Unlock()
+	for queue, pending := range ignored {
 		d.logger.Load().Warn("events are pending in a queue that is not configured: add the queue again to deliver them",
-			zap.String("queue", queue), zap.Int("pending", c.Events), zap.String("database", d.opener.Key()))
+			zap.String("queue", queue), zap.Int("pending", pending), zap.String("database", d.opener.Key()))
 	}
 }
 
@@ -140,19 +148,13 @@ func (d *database) Opened() {
 
 // Failed is of writer.Observer. It logs once a minute.
 func (d *database) Failed(err error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.failedLog.may() || !d.failing {
+	if was := d.failing.Swap(true); d.failedLog.may() || !was {
 		d.logger.Load().Error("cannot store events: passing them to the backend, refusing with 503 what it does not accept", zap.Error(err))
 	}
-	d.failing = true
 }
 
 func (d *database) recovered() {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if d.failing {
-		d.failing = false
+	if d.failing.Swap(false) {
 		d.logger.Load().Info("events are stored again")
 	}
 }
@@ -167,11 +169,11 @@ func (d *database) Written(b *store.Batch) {
 	for _, f := range b.Left {
 		left[f.ID] = true
 	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
 	if len(left) > 0 && d.lockedLog.may() {
 		d.logger.Load().Warn("cannot store the results of attempts: another program has locked these rows, trying again", zap.Int("events", len(left)))
 	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	woken := make(map[string]bool)
 	for _, r := range b.Add {
 		if r.First != "" {
@@ -236,6 +238,7 @@ func (d *database) count() {
 			}
 		}
 		d.show()
+		d.warn()
 		select {
 		case <-time.After(countInterval):
 		case <-d.recount:
@@ -299,14 +302,11 @@ func (d *database) keep() (keep []store.Keep) {
 	return keep
 }
 
-// show sets the metrics, and logs queues with events that nobody delivers.
+// show sets the metrics.
 func (d *database) show() {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	for name, q := range d.queues {
 		q.metrics.show(d.counts[countKey{name, store.Pending}], d.counts[countKey{name, store.Dead}], d.damaged)
-	}
-	for key := range d.counts {
-		d.warnLocked(key.queue)
 	}
 }
