@@ -1,8 +1,8 @@
 package inkitwebhook
 
 import (
+	"errors"
 	"math"
-	"strings"
 
 	"github.com/dustin/go-humanize"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
@@ -39,7 +39,6 @@ func init() {
 // Caddy's own errors do repeat words, for example for an unknown matcher.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
-
 	if d.NextArg() {
 		if _, ok := placeholder.Name(d.Val()); !ok {
 			return d.Err("inkit_webhook: takes one placeholder in braces: any other secret goes into the block, in quotes")
@@ -49,55 +48,60 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	if d.NextArg() {
 		return d.Err("inkit_webhook: takes at most one placeholder: further secrets go into the block")
 	}
-
 	seen := make(map[string]bool)
 	for d.NextBlock(0) {
-		word, tokens := d.Val(), d.RemainingArgsAsTokens()
-		var args []string
-		for _, token := range tokens {
-			args = append(args, token.Text)
-		}
+		word := d.Val()
 		if word != "secret" && seen[word] {
 			return d.Err(word + ": must not be repeated")
 		}
-		switch word {
-		case "secret":
-			named := len(args) == 3 && args[1] == "name"
-			if !named && len(args) != 1 || !isSecret(tokens[0]) {
-				return d.Err("secret: must be one placeholder or a text in quotes, and only name <name> may follow")
-			}
-			secret := Secret{Value: args[0]}
-			if named {
-				secret.Name = args[2]
-			}
-			h.Secrets = append(h.Secrets, secret)
-		case "name":
-			if len(args) != 1 || args[0] == "" {
-				return d.Err("name: takes one name")
-			}
-			h.Name = args[0]
-		case "max_size":
-			bytes, err := humanize.ParseBytes(strings.Join(args, " "))
-			if err != nil || len(args) != 1 || bytes == 0 || bytes > math.MaxInt64 {
-				return d.Err("max_size: must be one size above 0, such as 64KiB")
-			}
-			h.MaxSize = int64(bytes)
-		case "idempotency_key":
-			if len(args) != 1 || args[0] != "off" {
-				return d.Err("idempotency_key: must be off or left out")
-			}
-			h.IdempotencyKey = new(bool)
-		default:
-			return d.Err("inkit_webhook: only secret, name, max_size and idempotency_key are allowed")
+		if err := h.unmarshalOption(word, d.RemainingArgsAsTokens()); err != nil {
+			return d.Err(err.Error())
 		}
 		seen[word] = true
 		if d.NextBlock(1) {
 			return d.Err(word + ": must not have a block")
 		}
 	}
-
 	if len(h.Secrets) == 0 {
 		return d.Err("secret: at least one is required")
+	}
+	return nil
+}
+
+// unmarshalOption sets one option of the block.
+func (h *Handler) unmarshalOption(word string, tokens []caddyfile.Token) error {
+	only := "" // the text of the only token
+	if len(tokens) == 1 {
+		only = tokens[0].Text
+	}
+	switch word {
+	case "secret":
+		named := len(tokens) == 3 && tokens[1].Text == "name"
+		if !named && len(tokens) != 1 || !isSecret(tokens[0]) {
+			return errors.New("secret: must be one placeholder or a text in quotes, and only name <name> may follow")
+		}
+		secret := Secret{Value: tokens[0].Text}
+		if named {
+			secret.Name = tokens[2].Text
+		}
+		h.Secrets = append(h.Secrets, secret)
+	case "name":
+		if h.Name = only; only == "" {
+			return errors.New("name: takes one name")
+		}
+	case "max_size":
+		bytes, err := humanize.ParseBytes(only)
+		if err != nil || bytes == 0 || bytes > math.MaxInt64 {
+			return errors.New("max_size: must be one size above 0, such as 64KiB")
+		}
+		h.MaxSize = int64(bytes)
+	case "idempotency_key":
+		if only != "off" {
+			return errors.New("idempotency_key: must be off or left out")
+		}
+		h.IdempotencyKey = new(bool)
+	default:
+		return errors.New("inkit_webhook: only secret, name, max_size and idempotency_key are allowed")
 	}
 	return nil
 }

@@ -155,23 +155,7 @@ URL: it follows no redirects, and uses no proxy.
 			return err
 		}
 		signature := Sign([]byte(secrets[0].Value), body)
-
-		accepted, refused := 0, 0
-		for i := range *count {
-			if i > 0 {
-				time.Sleep(interval)
-			}
-			status, text, sendErr := send(args[0], body, signature)
-			fmt.Print(printable(text))
-			switch {
-			case sendErr != nil:
-				err = sendErr
-			case status/100 == 2:
-				accepted++
-			default:
-				refused++
-			}
-		}
+		accepted, refused, err := sendAll(args[0], body, signature, *count, interval)
 		if flags.Changed("count") {
 			fmt.Printf("%d sent: %d answered 2xx, %d answered otherwise, %d not answered\n", *count, accepted, refused, *count-accepted-refused)
 		}
@@ -181,6 +165,26 @@ URL: it follows no redirects, and uses no proxy.
 		return err
 	}
 	return cmd
+}
+
+// sendAll sends an event count times, and prints the responses.
+func sendAll(url string, body []byte, signature string, count int, interval time.Duration) (accepted, refused int, err error) {
+	for i := range count {
+		if i > 0 {
+			time.Sleep(interval)
+		}
+		status, text, sendErr := send(url, body, signature)
+		fmt.Print(printable(text))
+		switch {
+		case sendErr != nil:
+			err = sendErr
+		case status/100 == 2:
+			accepted++
+		default:
+			refused++
+		}
+	}
+	return accepted, refused, err
 }
 
 // client uses no proxy from the environment, and follows no redirect.

@@ -94,10 +94,9 @@ type Handler struct {
 
 	// Whether a verified request gets an `Idempotency-Key` header field, which replaces
 	// the sender's. It is unique to this delivery and the same for each attempt, so the
-	// backend can recognize a double. With the key, net/http lets a proxy send the
-	// request again if the backend closes a kept-alive connection, except in the middle
-	// of the request: then only a proxy with retries, or the queue, saves the event.
-	// Default: `true`.
+	// backend can recognize a double. A proxy also sends a request with the key again if
+	// the backend closes an idle connection at that moment. If the connection breaks
+	// later, only a proxy with retries, or the queue, saves the event. Default: `true`.
 	IdempotencyKey *bool `json:"idempotency_key,omitempty"`
 
 	keyring  *keyring
