@@ -51,40 +51,34 @@ func migrateCommand(o *origin) *cobra.Command {
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			targets, err := o.targets(cmd.Context())
-			if err != nil {
-				return err
-			}
-			migrations := ""
+			printed := 0
 			for _, d := range targets {
-				migrations += d.opener.Migration()
+				n, _ := fmt.Print(d.opener.Migration())
+				printed += n
 			}
-			if migrations == "" {
-				return errors.New("no store of the configuration is in PostgreSQL")
+			if err == nil && printed == 0 {
+				err = errors.New("no store of the configuration is in PostgreSQL")
 			}
-			fmt.Print(migrations)
-			return nil
+			return err
 		},
 	}
 }
 
 func moveCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "move [--from <file>] --config <file>",
+		Use:   "move [--from <file>] --config <file> | --db <file>",
 		Short: "Moves events from SQLite into the database of a configuration",
 		Long: `
-Moves all events from an SQLite file into the database of the configuration. If the
-command is interrupted, run it again: no event is lost. Events that are being
-delivered stay in the file. The age of moved events starts again at 0. The history,
-the keys of once, and a pause are copied.
+Moves all events from an SQLite file into another database. If the command is
+interrupted, run it again: no event is lost. Events that are being delivered stay in
+the file. The age of moved events starts again at 0. The history, the keys of once,
+and a pause are copied.
 `,
 		Example: `  caddy inkit-queue move --config Caddyfile`,
 		Args:    cobra.NoArgs,
 	}
 	file := cmd.Flags().String("from", "", "File of SQLite (default: the default one)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if o.config == "" {
-			return errors.New("--config is needed: it names the database to move to")
-		}
 		targets, err := o.targets(cmd.Context())
 		if err != nil {
 			return err
@@ -95,7 +89,7 @@ the keys of once, and a pause are copied.
 		return (&origin{db: *file}).each(cmd.Context(), func(from *target) error {
 			return targets[0].use(cmd.Context(), false, func(to *target) error {
 				if sqlite.Same(from.Store, to.Store) { // copying would do nothing, and dropping would delete all
-					return errors.New("the configuration names the same database as --from: change the configuration first")
+					return errors.New("this is the database of --from: name another one with --config or --db")
 				}
 				return move(cmd.Context(), from, to)
 			})

@@ -60,10 +60,7 @@ If an event of a type in once is sent again after that, it is delivered.
 		}
 		would := 0
 		err := o.each(cmd.Context(), func(d *target) error {
-			return store.Each(cmd.Context(), d, *filter, false, func(page []*store.Record) error {
-				would += len(page)
-				return nil
-			})
+			return store.Each(cmd.Context(), d, *filter, false, func(page []*store.Record) error { would += len(page); return nil })
 		})
 		if err == nil {
 			err = fmt.Errorf("would drop %d events: add --yes to drop them", would)
@@ -87,10 +84,11 @@ func idsOrFilter(filter *store.Filter) cobra.PositionalArgs {
 	}
 }
 
-// change calls f for the selected events, a few at a time, and prints how many are done.
+// change calls f for the selected events, a few at a time, and prints how many f has
+// changed. It leaves events that were delivered meanwhile.
 func (o *origin) change(ctx context.Context, filter store.Filter, done string, f func(store.Store, context.Context, store.Filter) (int, error)) error {
 	var p progress
-	changed, left := 0, 0
+	changed := 0
 	step := func(s store.Store, ids []string) (int, error) { // whole, or not at all
 		if err := ctx.Err(); err != nil {
 			return 0, err
@@ -109,18 +107,12 @@ func (o *origin) change(ctx context.Context, filter store.Filter, done string, f
 		filter.Limit = changeStep
 		err = o.each(ctx, func(d *target) error {
 			return store.Each(ctx, d, filter, false, func(page []*store.Record) error {
-				n, err := step(d, idsOf(page))
-				if err == nil {
-					left += len(page) - n
-				}
+				_, err := step(d, idsOf(page))
 				return err
 			})
 		})
 	}
 	fmt.Printf("events %s: %d\n", done, changed)
-	if left > 0 {
-		fmt.Printf("events left, since they are delivered or being delivered: %d\n", left)
-	}
 	return err
 }
 

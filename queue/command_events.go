@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"math"
 	"os"
 	"strings"
@@ -29,17 +30,13 @@ func listCommand(o *origin) *cobra.Command {
 	asJSON := cmd.Flags().Bool("json", false, "One JSON object a line")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		return o.each(cmd.Context(), func(d *target) error {
-			if *asJSON {
-				encoder := json.NewEncoder(os.Stdout)
-				return list(cmd.Context(), d, *filter, limit, func(r *store.Record) error { return encoder.Encode(newListed(r)) })
-			}
 			table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-			fmt.Fprintln(table, "ID\tSTATE\tAGE\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
-			err := list(cmd.Context(), d, *filter, limit, func(r *store.Record) error {
-				_, err := fmt.Fprintln(table, request.Printable(row(r), '\t'))
-				return err
-			})
-			return errors.Join(err, table.Flush())
+			print := func(r *store.Record) error { return json.NewEncoder(os.Stdout).Encode(newListed(r)) }
+			if !*asJSON {
+				fmt.Fprintln(table, "ID\tSTATE\tAGE\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
+				print = func(r *store.Record) error { return printRow(table, r) }
+			}
+			return errors.Join(list(cmd.Context(), d, *filter, limit, print), table.Flush())
 		})
 	}
 	return cmd
@@ -66,14 +63,15 @@ func list(ctx context.Context, s store.Store, filter store.Filter, left *int, f 
 	return nil
 }
 
-// row returns the columns of an event in the table.
-func row(r *store.Record) string {
+func printRow(table io.Writer, r *store.Record) error {
 	next := ""
 	if r.State == store.Pending {
 		next = until(time.Until(r.Due))
 	}
-	return fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s",
+	row := fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s",
 		r.ID, r.State, words(time.Since(r.Received)), r.EventType, r.ResourceID, r.Attempts, next, r.LastError)
+	_, err := fmt.Fprintln(table, request.Printable(row, '\t'))
+	return err
 }
 
 // listed is an event as the commands show it.

@@ -16,12 +16,10 @@ import (
 func statusCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status [--json] [--db <file> | --config <file>]",
-		Short: "Shows how each queue is",
+		Short: "Shows the state of each queue",
 		Long: `
-Shows for each queue how many events are pending and dead, when the next attempt is
-due, whether the queue is paused, how many events were delivered, by the history,
-and the most frequent last errors. With more than 20,000 events, the errors are
-those of the oldest 10,000 and the newest 10,000.
+Shows the state of each queue. The numbers of delivered events come from the history.
+With more than 20,000 events, only the oldest and the newest 10,000 count for the errors.
 `,
 		Example: `  caddy inkit-queue status --config /etc/caddy/Caddyfile`,
 		Args:    cobra.NoArgs,

@@ -68,18 +68,18 @@ func (o *origin) targets(ctx context.Context) (found []*target, err error) {
 // queueConfigs returns the JSON of all handlers of this module in a configuration.
 func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
 	var object map[string]json.RawMessage
-	var values []json.RawMessage
-	if json.Unmarshal(config, &object) != nil {
-		_ = json.Unmarshal(config, &values)
+	var list []json.RawMessage
+	if json.Unmarshal(config, &list) != nil {
+		_ = json.Unmarshal(config, &object)
 	}
 	if string(object["handler"]) == `"inkit_queue"` {
 		found = append(found, config)
 	}
-	for _, key := range slices.Sorted(maps.Keys(object)) {
-		values = append(values, object[key])
-	}
-	for _, value := range values {
+	for _, value := range list {
 		found = append(found, queueConfigs(value)...)
+	}
+	for _, key := range slices.Sorted(maps.Keys(object)) {
+		found = append(found, queueConfigs(object[key])...)
 	}
 	return found
 }
