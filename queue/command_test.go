@@ -296,6 +296,17 @@ func TestMoveToAnotherFile(t *testing.T) {
 	assert.Equal(t, "events moved: 3\nevents left, since they are being delivered: 1 (run this again when that has ended)\n", got)
 	assert.Equal(t, map[string]string{"i1-due": "pending", "i2-later": "pending", "i3-dead": "dead"}, states(t, to))
 	assert.Equal(t, map[string]string{"i4-leased": "pending"}, states(t, from))
+
+	third := filepath.Join(t.TempDir(), "third.db")
+	got, err = run(t, "move", "--from", to, "--db", third)
+	require.NoError(t, err)
+	assert.Equal(t, "events moved: 3\n", got)
+	assert.Empty(t, states(t, to))
+	for _, same := range []string{third, filepath.Join(filepath.Dir(third), "..", filepath.Base(filepath.Dir(third)), "third.db")} {
+		_, err = run(t, "move", "--from", third, "--db", same)
+		require.EqualError(t, err, "this is the database of --from: name another one with --config or --db")
+	}
+	assert.Len(t, states(t, third), 3)
 }
 
 // A command makes no database, and does not change the file of another program.
