@@ -34,8 +34,8 @@ that are being delivered do not change.
 	}
 	filter := newFilter(cmd)
 	cmd.Args = idsOrFilter(filter)
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return o.change(cmd.Context(), *filter, "due", store.Store.Retry)
+	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
+		return o.change(cmd.Context(), ids, *filter, "due", store.Store.Retry)
 	}
 	return cmd
 }
@@ -56,7 +56,7 @@ If an event of a type in once is sent again after that, it is delivered.
 	cmd.Args = idsOrFilter(filter)
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
 		if *yes || len(ids) > 0 {
-			return o.change(cmd.Context(), *filter, "dropped", store.Store.Drop)
+			return o.change(cmd.Context(), ids, *filter, "dropped", store.Store.Drop)
 		}
 		would := 0
 		err := o.each(cmd.Context(), func(d *target) error {
@@ -70,44 +70,40 @@ If an event of a type in once is sent again after that, it is delivered.
 	return cmd
 }
 
-// idsOrFilter adds ids to a filter. It refuses both ids and another filter, and neither.
+// idsOrFilter refuses both ids and a filter, and neither.
 func idsOrFilter(filter *store.Filter) cobra.PositionalArgs {
 	return func(_ *cobra.Command, ids []string) error {
-		given := !reflect.DeepEqual(filter, new(store.Filter))
-		if given == (len(ids) > 0) {
+		if given := !reflect.DeepEqual(filter, new(store.Filter)); given == (len(ids) > 0) {
 			return errors.New("takes either events by their ids, or a filter such as --state dead")
-		}
-		if !given {
-			filter.IDs, filter.States = ids, anyState
 		}
 		return nil
 	}
 }
 
-// change calls f for the selected events, a few at a time, and prints how many f has
-// changed. It leaves events that were delivered meanwhile.
-func (o *origin) change(ctx context.Context, filter store.Filter, done string, f func(store.Store, context.Context, store.Filter) (int, error)) error {
+// change calls f for events with these ids, or else for those of a filter, a few at a time.
+// It prints how many f has changed.
+func (o *origin) change(ctx context.Context, ids []string, filter store.Filter, done string, f func(store.Store, context.Context, store.Filter) (int, error)) error {
 	var p progress
 	changed := 0
-	step := func(s store.Store, ids []string) (int, error) { // whole, or not at all
+	step := func(s store.Store, part store.Filter) (int, error) { // whole, or not at all
 		if err := ctx.Err(); err != nil {
 			return 0, err
 		}
-		part := filter
-		part.IDs = ids
 		n, err := f(s, context.WithoutCancel(ctx), part)
 		changed += n
 		p.show("events %s: %d", done, changed)
 		return n, err
 	}
 	var err error
-	if filter.IDs != nil {
-		err = o.eachID(ctx, filter.IDs, step)
+	if len(ids) > 0 {
+		err = o.eachID(ctx, ids, step)
 	} else {
 		filter.Limit = changeStep
 		err = o.each(ctx, func(d *target) error {
 			return store.Each(ctx, d, filter, false, func(page []*store.Record) error {
-				_, err := step(d, idsOf(page))
+				part := filter
+				part.IDs = idsOf(page)
+				_, err := step(d, part)
 				return err
 			})
 		})
@@ -116,15 +112,17 @@ func (o *origin) change(ctx context.Context, filter store.Filter, done string, f
 	return err
 }
 
-// eachID calls f for each id. It returns an error for each id that f did not change.
-func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, []string) (int, error)) error {
+// eachID calls f for each id, in one database after the other, until f returns 1. It
+// returns an error for each id without that.
+func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, store.Filter) (int, error)) error {
 	unchanged := make(map[string]error)
 	for _, id := range ids {
 		unchanged[id] = fmt.Errorf("there is no event %s", request.Printable(id))
 	}
 	err := o.each(ctx, func(d *target) error {
 		for id := range unchanged {
-			n, err := f(d, []string{id})
+			one := store.Filter{IDs: []string{id}, States: anyState}
+			n, err := f(d, one)
 			if err != nil {
 				return err
 			}
@@ -132,7 +130,7 @@ func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, [
 				delete(unchanged, id)
 				continue
 			}
-			page, err := d.Search(ctx, store.Filter{IDs: []string{id}, States: anyState}, false)
+			page, err := d.Search(ctx, one, false)
 			if err != nil {
 				return err
 			}

@@ -31,12 +31,12 @@ func listCommand(o *origin) *cobra.Command {
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		return o.each(cmd.Context(), func(d *target) error {
 			table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-			print := func(r *store.Record) error { return json.NewEncoder(os.Stdout).Encode(newListed(r)) }
+			write := func(r *store.Record) error { return json.NewEncoder(os.Stdout).Encode(newListed(r)) }
 			if !*asJSON {
 				fmt.Fprintln(table, "ID\tSTATE\tAGE\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
-				print = func(r *store.Record) error { return printRow(table, r) }
+				write = func(r *store.Record) error { return printRow(table, r) }
 			}
-			return errors.Join(list(cmd.Context(), d, *filter, limit, print), table.Flush())
+			return errors.Join(list(cmd.Context(), d, *filter, limit, write), table.Flush())
 		})
 	}
 	return cmd
@@ -112,19 +112,13 @@ need, and replaces control characters. A delivered event has no request.
 		Example: `  caddy inkit-queue show 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, ids []string) error {
-			found := false
-			err := o.each(cmd.Context(), func(d *target) error {
-				page, err := d.Search(cmd.Context(), store.Filter{IDs: ids, States: anyState}, true)
+			return o.eachID(cmd.Context(), ids, func(s store.Store, one store.Filter) (int, error) {
+				page, err := s.Search(cmd.Context(), one, true)
 				if err != nil || len(page.Records) == 0 {
-					return err
+					return 0, err
 				}
-				found = true
-				return show(page.Records[0])
+				return 1, show(page.Records[0])
 			})
-			if err == nil && !found {
-				err = fmt.Errorf("there is no event %s", request.Printable(ids[0]))
-			}
-			return err
 		},
 	}
 }

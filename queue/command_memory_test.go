@@ -132,7 +132,7 @@ func TestInterruptedCommand(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	steps := 0
 	cmd := interruptible(&cobra.Command{SilenceErrors: true, SilenceUsage: true, RunE: func(cmd *cobra.Command, _ []string) error {
-		return (&origin{db: path}).change(cmd.Context(), store.Filter{}, "dropped", func(s store.Store, ctx context.Context, f store.Filter) (int, error) {
+		return (&origin{db: path}).change(cmd.Context(), nil, store.Filter{}, "dropped", func(s store.Store, ctx context.Context, f store.Filter) (int, error) {
 			if steps++; steps == 3 {
 				cancel()
 			}

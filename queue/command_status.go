@@ -31,12 +31,12 @@ With more than 20,000 events, only the oldest and the newest 10,000 count for th
 			if err != nil {
 				return err
 			}
-			print := printStatus
+			write := printStatus
 			if *asJSON {
-				print = encodeStatus
+				write = encodeStatus
 			}
 			for _, q := range status.Queues {
-				if err := print(q, d.opener.Key(), status.Size); err != nil {
+				if err := write(q, d.opener.Key(), status.Size); err != nil {
 					return err
 				}
 			}
