@@ -40,16 +40,19 @@ func newFilter(cmd *cobra.Command) *store.Filter {
 	option("type", "Only this event `type`", func(v string) error { filter.Type = v; return nil })
 	option("resource", "Only the events of the resource with this `id`", func(v string) error { filter.Resource = v; return nil })
 	option("error", "Only events whose last error contains this `text`", func(v string) error { filter.Error = v; return nil })
-	option("since", "Only events that arrived within this `duration`, such as 2h or 3d", func(v string) (err error) { filter.Since, err = ago(v); return err })
-	option("until", "Only events that arrived longer ago than this `duration`", func(v string) (err error) { filter.Until, err = ago(v); return err })
+	option("since", "Only events that arrived within this `duration`, such as 2h or 3d", ago(&filter.Since))
+	option("until", "Only events that arrived longer ago than this `duration`", ago(&filter.Until))
 	return filter
 }
 
-// ago returns the time a duration before now.
-func ago(duration string) (time.Time, error) {
-	d, err := caddy.ParseDuration(duration)
-	if err != nil || d < 0 {
-		return time.Time{}, errors.New("takes a duration, such as 2h or 3d")
+// ago sets the time a duration before now.
+func ago(to *time.Time) func(string) error {
+	return func(duration string) error {
+		d, err := caddy.ParseDuration(duration)
+		if err != nil || d < 0 {
+			return errors.New("takes a duration, such as 2h or 3d")
+		}
+		*to = time.Now().Add(-d)
+		return nil
 	}
-	return time.Now().Add(-d), nil
 }
