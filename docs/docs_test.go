@@ -224,7 +224,8 @@ func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 		{"placeholders of the queue", "queue/handler.go", "`({http\\.inkit_queue\\.\\w+})`", 3},
 		{"commands of the guard", "command.go", `Use: +"(\w+) .*",`, 3},
 		{"commands of the queue", "queue/command.go", `Use: +"(\w+) .*",`, 2},
-		{"commands for events", "queue/command_events.go", `Use: +"(\w+) .*",`, 4},
+		{"commands that show events", "queue/command_events.go", `Use: +"(\w+) .*",`, 2},
+		{"commands that change events", "queue/command_change.go", `Use: +"(\w+) .*",`, 2},
 		{"commands for queues", "queue/command_status.go", `Use: +"(\w+) .*",`, 3},
 	} {
 		names := regexp.MustCompile(tt.pattern).FindAllStringSubmatch(source[tt.file], -1)

@@ -7,14 +7,11 @@ import (
 	"slices"
 	"time"
 
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/spf13/cobra"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
-
-	"github.com/caddyserver/caddy/v2"
 )
 
 func init() {
@@ -37,8 +34,8 @@ With --config, it works on all databases in the configuration.
 			flags.StringVar(&o.config, "config", "", "Configuration file that names the database")
 			flags.StringVar(&o.adapter, "adapter", "", "Config adapter of that file, if its name does not tell")
 			cmd.MarkFlagsMutuallyExclusive("db", "config")
-			cmd.AddCommand(listCommand(&o), showCommand(&o), retryCommand(&o), dropCommand(&o),
-				statusCommand(&o), pauseCommand(&o), resumeCommand(&o), migrateCommand(&o), moveCommand(&o))
+			cmd.AddCommand(listCommand(&o), showCommand(&o), interruptible(retryCommand(&o)), interruptible(dropCommand(&o)),
+				statusCommand(&o), pauseCommand(&o), resumeCommand(&o), migrateCommand(&o), interruptible(moveCommand(&o)))
 			for _, sub := range cmd.Commands() {
 				sub.SilenceUsage = true
 			}
@@ -47,87 +44,54 @@ With --config, it works on all databases in the configuration.
 }
 
 func migrateCommand(o *origin) *cobra.Command {
-	cmd := &cobra.Command{
-		Use:   "migrate [--print] [--db <file> | --config <file>]",
-		Short: "Makes the tables of a database",
-		Long: `
-Makes the tables of the database. Caddy does this too when it starts. With --print,
-it only prints the SQL for PostgreSQL: run that with another role if Caddy's role
-may not make tables.
-`,
-		Example: `  caddy inkit-queue migrate --print --config Caddyfile | psql -d inkit`,
+	return &cobra.Command{
+		Use:     "migrate --config <file>",
+		Short:   "Prints the SQL that makes the tables in PostgreSQL, if Caddy's role may not",
+		Example: `  caddy inkit-queue migrate --config Caddyfile | psql -d inkit`,
 		Args:    cobra.NoArgs,
-	}
-	show := cmd.Flags().Bool("print", false, "Show the SQL for PostgreSQL")
-	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		openers, err := o.openers(cmd.Context())
-		if err != nil {
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			targets, err := o.targets(cmd.Context())
+			printed := 0
+			for _, d := range targets {
+				n, _ := fmt.Print(d.opener.Migration())
+				printed += n
+			}
+			if err == nil && printed == 0 {
+				err = errors.New("no store of the configuration is in PostgreSQL")
+			}
 			return err
-		}
-		shown := false
-		for _, opener := range openers {
-			if *show {
-				migration := opener.Migration()
-				shown = shown || migration != ""
-				fmt.Print(migration)
-				continue
-			}
-			s, err := opener.Open(cmd.Context(), store.Opening{Logger: caddy.Log(), Command: true})
-			if err != nil {
-				return fmt.Errorf("%s: %w", opener.Key(), err)
-			}
-			if err := s.Close(); err != nil {
-				return err
-			}
-			fmt.Println("the tables are there:", request.Printable(opener.Key()))
-		}
-		if *show && !shown {
-			return errors.New("no store of the configuration is in PostgreSQL")
-		}
-		return nil
+		},
 	}
-	return cmd
 }
 
 func moveCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
-		Use:   "move [--from <file>] --config <file>",
+		Use:   "move [--from <file>] --config <file> | --db <file>",
 		Short: "Moves events from SQLite into the database of a configuration",
 		Long: `
-Moves all events from an SQLite file into the database of the configuration. If the
-command is interrupted, run it again: no event is lost. Events that are being
-delivered stay in the file. The age of moved events starts again at 0. The history,
-the keys of once, and a pause are copied.
+Moves all events from an SQLite file into another database. If the command is
+interrupted, run it again: no event is lost. Events that are being delivered stay in
+the file. The age of moved events starts again at 0. The history, the keys of once,
+and a pause are copied.
 `,
 		Example: `  caddy inkit-queue move --config Caddyfile`,
 		Args:    cobra.NoArgs,
 	}
 	file := cmd.Flags().String("from", "", "File of SQLite (default: the default one)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		if o.config == "" {
-			return errors.New("--config is needed: it names the database to move to")
-		}
-		o.make = true
-		openers, err := o.openers(cmd.Context())
+		targets, err := o.targets(cmd.Context())
 		if err != nil {
 			return err
 		}
-		if len(openers) > 1 {
+		if len(targets) > 1 {
 			return errors.New("the configuration names several databases: move needs a configuration with one")
 		}
-		return o.each(cmd.Context(), func(to store.Store) error {
-			return (&origin{db: *file}).each(cmd.Context(), func(from store.Store) error {
-				if sqlite.Same(from, to) { // copying would do nothing, and dropping would delete all
-					return errors.New("the configuration names the same database as --from: change the configuration first")
+		return (&origin{db: *file}).each(cmd.Context(), func(from *target) error {
+			return targets[0].use(cmd.Context(), false, func(to *target) error {
+				if sqlite.Same(from.Store, to.Store) { // copying would do nothing, and dropping would delete all
+					return errors.New("this is the database of --from: name another one with --config or --db")
 				}
-				ctx, stop := interruptible(cmd.Context())
-				defer stop()
-				moved, left, err := move(ctx, from, to)
-				fmt.Printf("%d events were moved\n", moved)
-				if left > 0 {
-					fmt.Printf("%d are being delivered, and were left: run this again when that has ended\n", left)
-				}
-				return err
+				return move(cmd.Context(), from, to)
 			})
 		})
 	}
@@ -136,13 +100,13 @@ the keys of once, and a pause are copied.
 
 // move copies events a page at a time, and drops the page. It leaves events with a running
 // attempt. An interruption takes effect between two pages.
-func move(ctx context.Context, from, to store.Store) (moved, left int, err error) {
+func move(ctx context.Context, from, to store.Store) error {
 	if err := store.CopyMemory(ctx, to, from); err != nil {
-		return 0, 0, err
+		return err
 	}
 	var p progress
-	defer p.end()
-	err = store.Each(ctx, from, store.Filter{}, true, func(page []*store.Record) error {
+	moved, left := 0, 0
+	err := store.Each(ctx, from, store.Filter{}, true, func(page []*store.Record) error {
 		all := len(page)
 		page = slices.DeleteFunc(page, func(r *store.Record) bool { return r.LeasedUntil.After(time.Now()) })
 		left += all - len(page)
@@ -152,8 +116,12 @@ func move(ctx context.Context, from, to store.Store) (moved, left int, err error
 		}
 		_, err := from.Drop(whole, store.Filter{IDs: idsOf(page)})
 		moved += len(page)
-		p.show("%d events are moved", moved)
+		p.show("events moved: %d", moved)
 		return err
 	})
-	return moved, left, interrupted(ctx, err)
+	fmt.Printf("events moved: %d\n", moved)
+	if left > 0 {
+		fmt.Printf("events left, since they are being delivered: %d (run this again when that has ended)\n", left)
+	}
+	return err
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -14,49 +13,30 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// shownStatus is a queue as the command status shows it.
-type shownStatus struct {
-	Queue         string             `json:"queue"`
-	Database      string             `json:"database"`
-	Size          int64              `json:"size"` // of the database, in bytes
-	Pending       int                `json:"pending"`
-	Dead          int                `json:"dead"`
-	OldestSeconds int                `json:"oldest_age_seconds"`
-	NextAttempt   string             `json:"next_attempt,omitempty"`
-	Paused        string             `json:"paused,omitempty"` // since when
-	DeliveredHour int                `json:"delivered_hour"`
-	DeliveredDay  int                `json:"delivered_day"`
-	Duplicates    int                `json:"duplicates"`
-	Errors        []store.ErrorCount `json:"errors"`
-}
-
 func statusCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "status [--json] [--db <file> | --config <file>]",
-		Short: "Shows how each queue is",
+		Short: "Shows the state of each queue",
 		Long: `
-Shows for each queue how many events are pending and dead, when the next attempt is
-due, whether the queue is paused, how many events were delivered, by the history,
-and the most frequent last errors. With more than 20,000 events, the errors are
-those of the oldest 10,000 and the newest 10,000.
+Shows the state of each queue. The numbers of delivered events come from the history.
+With more than 20,000 events, only the oldest and the newest 10,000 count for the errors.
 `,
 		Example: `  caddy inkit-queue status --config /etc/caddy/Caddyfile`,
 		Args:    cobra.NoArgs,
 	}
 	asJSON := cmd.Flags().Bool("json", false, "One JSON object a line")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return o.each(cmd.Context(), func(s store.Store) error {
-			found, err := s.Status(cmd.Context(), o.names[o.key]...)
+		return o.each(cmd.Context(), func(d *target) error {
+			status, err := d.Status(cmd.Context(), d.queues...)
 			if err != nil {
 				return err
 			}
-			for _, q := range found.Queues {
-				if *asJSON {
-					err = json.NewEncoder(os.Stdout).Encode(newStatus(q, o.key, found.Size))
-				} else {
-					err = printStatus(q, o.key, found.Size)
-				}
-				if err != nil {
+			write := printStatus
+			if *asJSON {
+				write = encodeStatus
+			}
+			for _, q := range status.Queues {
+				if err := write(q, d.opener.Key(), status.Size); err != nil {
 					return err
 				}
 			}
@@ -66,20 +46,22 @@ those of the oldest 10,000 and the newest 10,000.
 	return cmd
 }
 
-func newStatus(q store.QueueStatus, database string, size int64) shownStatus {
-	s := shownStatus{
-		Queue: q.Queue, Database: database, Size: size, Pending: q.Pending, Dead: q.Dead, OldestSeconds: int(q.Oldest.Seconds()),
-		DeliveredHour: q.LastHour, DeliveredDay: q.LastDay, Duplicates: q.Duplicates, Errors: slices.Concat([]store.ErrorCount{}, q.Errors),
+// encodeStatus prints the status of a queue as JSON.
+func encodeStatus(q store.QueueStatus, database string, size int64) error {
+	status := map[string]any{
+		"queue": q.Queue, "database": database, "size": size, "pending": q.Pending, "dead": q.Dead, "oldest_age_seconds": int(q.Oldest.Seconds()),
+		"delivered_hour": q.LastHour, "delivered_day": q.LastDay, "duplicates": q.Duplicates, "errors": append([]store.ErrorCount{}, q.Errors...),
 	}
 	if q.Pending > 0 {
-		s.NextAttempt = time.Now().Add(q.Next).UTC().Format(time.RFC3339)
+		status["next_attempt"] = seconds(time.Now().Add(q.Next))
 	}
 	if !q.Paused.IsZero() {
-		s.Paused = q.Paused.UTC().Format(time.RFC3339)
+		status["paused"] = seconds(q.Paused)
 	}
-	return s
+	return json.NewEncoder(os.Stdout).Encode(status)
 }
 
+// printStatus prints the status of a queue for people.
 func printStatus(q store.QueueStatus, database string, size int64) error {
 	table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	line := func(name, format string, args ...any) {
@@ -90,11 +72,7 @@ func printStatus(q store.QueueStatus, database string, size int64) error {
 		line("paused", "for %s", words(time.Since(q.Paused)))
 	}
 	if q.Pending > 0 {
-		next := "due now"
-		if q.Next > 0 {
-			next = "due in " + words(q.Next)
-		}
-		line("pending", "%d, the oldest for %s, the next attempt is %s", q.Pending, words(q.Oldest), next)
+		line("pending", "%d, the oldest for %s, the next attempt is due %s", q.Pending, words(q.Oldest), until(q.Next))
 	} else {
 		line("pending", "0")
 	}
@@ -110,7 +88,7 @@ func printStatus(q store.QueueStatus, database string, size int64) error {
 }
 
 func pauseCommand(o *origin) *cobra.Command {
-	return pausing(o, true, &cobra.Command{
+	return pausing(o, true, "is paused", &cobra.Command{
 		Use:   "pause [<queue>] [--db <file> | --config <file>]",
 		Short: "Pauses a queue: events are stored, without attempts",
 		Long: `
@@ -123,51 +101,38 @@ do Caddys that start later, until you run resume.
 }
 
 func resumeCommand(o *origin) *cobra.Command {
-	return pausing(o, false, &cobra.Command{
+	return pausing(o, false, "is no longer paused", &cobra.Command{
 		Use:     "resume [<queue>] [--db <file> | --config <file>]",
-		Short:   "Ends a pause",
-		Long:    "\nEnds the pause of a queue, or of all of them. Events are attempted within two seconds.\n",
+		Short:   "Ends the pause of a queue, or of all queues",
 		Example: `  caddy inkit-queue resume`,
 	})
 }
 
-func pausing(o *origin, paused bool, cmd *cobra.Command) *cobra.Command {
+func pausing(o *origin, paused bool, done string, cmd *cobra.Command) *cobra.Command {
 	cmd.Args = cobra.MaximumNArgs(1)
-	done, already := "paused", "paused already"
-	if !paused {
-		done, already = "no longer paused", "not paused"
-	}
 	cmd.RunE = func(cmd *cobra.Command, wanted []string) error {
-		found := 0
-		err := o.each(cmd.Context(), func(s store.Store) error {
-			known, err := s.Status(cmd.Context(), o.names[o.key]...)
+		found := false
+		err := o.each(cmd.Context(), func(d *target) error {
+			status, err := d.Status(cmd.Context(), d.queues...)
 			if err != nil {
 				return err
 			}
-			for _, q := range known.Queues {
-				if len(wanted) == 1 && wanted[0] != q.Queue {
+			for _, q := range status.Queues {
+				if len(wanted) > 0 && wanted[0] != q.Queue {
 					continue
 				}
-				found++
-				changed, err := s.Pause(cmd.Context(), q.Queue, paused)
-				if err != nil {
+				if _, err := d.Pause(cmd.Context(), q.Queue, paused); err != nil {
 					return err
 				}
-				say := already
-				if changed {
-					say = done
-				}
-				fmt.Println(request.Printable(q.Queue), "is", say)
+				found = true
+				fmt.Println(request.Printable(q.Queue), done)
 			}
 			return nil
 		})
-		switch {
-		case err != nil || found > 0:
-			return err
-		case len(wanted) == 1:
-			return fmt.Errorf("there is no queue %s: name its configuration with --config", request.Printable(wanted[0]))
+		if err == nil && !found {
+			err = errors.New("there is no such queue in the database or in a configuration (--config)")
 		}
-		return errors.New("there is no queue in the database yet: name its configuration with --config")
+		return err
 	}
 	return cmd
 }

@@ -9,7 +9,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -76,6 +75,7 @@ func kept(t *testing.T) (path string) {
 		ID: "0-d1", Queue: "default", Received: time.Date(2026, 11, 25, 6, 31, 0, 0, time.UTC), Finished: time.Date(2026, 11, 25, 6, 32, 0, 0, time.UTC),
 		EventType: "DOCUMENT_CREATE_FINISHED", ResourceID: "doc_2N0X2g4f3b1JJU75fqzDZs", Attempts: 2, Status: 204,
 	}}
+	b.Keys = []store.Key{{Queue: "default", Digest: []byte("digest"), ID: "0-key", Expires: time.Now().Add(time.Hour)}}
 	require.NoError(t, s.Apply(t.Context(), b))
 	require.NoError(t, s.Close())
 	return path
@@ -129,7 +129,7 @@ func TestList(t *testing.T) {
 		want []string
 	}{
 		{"all", nil, table},
-		{"the dead ones", []string{"--dead"}, []string{
+		{"the dead ones", []string{"--state", "dead"}, []string{
 			"ID       STATE  AGE  EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
 			"i3-dead  dead   3d   " + event + "  1                       status 404",
 		}},
@@ -139,7 +139,7 @@ func TestList(t *testing.T) {
 			object("i3-dead", "dead", "02", 1, `,"last_error":"status 404"`),
 			object("i4-leased", "pending", "03", 1, next("i4-leased")),
 		}},
-		{"the dead ones as JSON", []string{"--dead", "--json"}, []string{object("i3-dead", "dead", "02", 1, `,"last_error":"status 404"`)}},
+		{"the dead ones as JSON", []string{"--state", "dead", "--json"}, []string{object("i3-dead", "dead", "02", 1, `,"last_error":"status 404"`)}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := run(t, append([]string{"list", "--db", path}, tt.args...)...)
@@ -197,43 +197,42 @@ func TestRetryAndDrop(t *testing.T) {
 		}
 		return states
 	}
-	dropped := func(id string) string {
-		return "dropped " + id + " DOCUMENT_CREATE_FINISHED doc_2N0X2g4f3b1JJU75fqzDZs\n"
-	}
 	for _, tt := range []struct {
 		name, args, printed, message string
 		states                       map[string]string
 	}{
-		{"retry a dead one", "retry i3-dead", "pending i3-dead\n", "", with(map[string]string{"i3-dead": "pending"})},
-		{"retry all dead ones", "retry --dead", "1 events are due\n", "", with(map[string]string{"i3-dead": "pending"})},
-		{"retry a pending one", "retry i2-later", "pending i2-later\n", "", all},
-		{"retry one that is being delivered", "retry i4-leased", "", "i4-leased is being delivered", all},
-		{"retry one that there is and one that there is not", "retry none i3-dead", "pending i3-dead\n", "there is no event none", with(map[string]string{"i3-dead": "pending"})},
+		{"retry a dead one", "retry i3-dead", "events due: 1\n", "", with(map[string]string{"i3-dead": "pending"})},
+		{"retry all dead ones", "retry --state dead", "events due: 1\n", "", with(map[string]string{"i3-dead": "pending"})},
+		{"retry a pending one", "retry i2-later", "events due: 1\n", "", all},
+		{"retry one that is being delivered", "retry i4-leased", "events due: 0\n", "i4-leased is being delivered", all},
+		{"retry one that there is and one that there is not", "retry none i3-dead", "events due: 1\n", "there is no event none", with(map[string]string{"i3-dead": "pending"})},
 		{"retry nothing", "retry", "", "takes either events by their ids, or a filter such as --state dead", all},
-		{"retry both", "retry i3-dead --dead", "", "takes either events by their ids, or a filter such as --state dead", all},
-		{"drop one", "drop i1-due", dropped("i1-due"), "", with(map[string]string{"i1-due": ""})},
-		{"drop two", "drop i3-dead i1-due", dropped("i1-due") + dropped("i3-dead"), "", with(map[string]string{"i1-due": "", "i3-dead": ""})},
-		{"drop one that there is not", "drop none", "", "there is no event none", all},
-		{"drop one that there is and two that there are not", "drop none i1-due other", dropped("i1-due"), "there is no event none\nthere is no event other", with(map[string]string{"i1-due": ""})},
+		{"retry both", "retry i3-dead --state dead", "", "takes either events by their ids, or a filter such as --state dead", all},
+		{"drop one", "drop i1-due", "events dropped: 1\n", "", with(map[string]string{"i1-due": ""})},
+		{"drop two", "drop i3-dead i1-due", "events dropped: 2\n", "", with(map[string]string{"i1-due": "", "i3-dead": ""})},
+		{"drop one that there is not", "drop none", "events dropped: 0\n", "there is no event none", all},
+		{"drop one that there is and two that there are not", "drop none i1-due other", "events dropped: 1\n", "there is no event none\nthere is no event other", with(map[string]string{"i1-due": ""})},
 		{"drop nothing", "drop", "", "takes either events by their ids, or a filter such as --state dead", all},
-		{"retry by a filter", "retry --error 500:", "1 events are due\n", "", all},
+		{"retry by a filter", "retry --error 500:", "events due: 1\n", "", all},
 		{
 			"retry by a filter that selects one that is being delivered", "retry --state pending --type DOCUMENT_CREATE_FINISHED",
-			"2 events are due\n1 are delivered, or being delivered, and were left\n", "", all,
+			"events due: 2\n", "", all,
 		},
-		{"retry by a filter that selects nothing", "retry --resource none", "0 events are due\n", "", all},
-		{"drop with a filter that is empty", "drop --state pending --resource= --yes", "", "--resource: must not be empty", all},
-		{"retry a delivered one", "retry 0-d1", "", "0-d1 cannot be retried: it was delivered, and its request is deleted", all},
+		{"retry by a filter that selects nothing", "retry --resource none", "events due: 0\n", "", all},
+		{"drop with a filter that is empty", "drop --state pending --resource= --yes", "", `invalid argument "" for "--resource" flag: must not be empty`, all},
+		{"retry a delivered one", "retry 0-d1", "events due: 0\n", "0-d1 cannot be retried: it was delivered, and its request is deleted", all},
 		{"drop by a filter, without --yes", "drop --state dead", "", "would drop 1 events: add --yes to drop them", all},
-		{"drop by a filter", "drop --state dead --yes", "1 events are dropped\n", "", with(map[string]string{"i3-dead": ""})},
-		{"drop by a filter that selects nothing", "drop --type none --yes", "0 events are dropped\n", "", all},
-		{"drop by time", "drop --until 1h --state delivered --yes", "1 events are dropped\n", "", all},
-		{"drop nothing by its time", "drop --since 1h --yes", "0 events are dropped\n", "", all},
-		{"drop a delivered one", "drop 0-d1", dropped("0-d1"), "", all},
+		{"drop by a filter", "drop --state dead --yes", "events dropped: 1\n", "", with(map[string]string{"i3-dead": ""})},
+		{"drop by a filter that selects nothing", "drop --type none --yes", "events dropped: 0\n", "", all},
+		{"drop by time", "drop --until 1h --state delivered --yes", "events dropped: 1\n", "", all},
+		{"drop nothing by its time", "drop --since 1h --yes", "events dropped: 0\n", "", all},
+		{"drop a delivered one", "drop 0-d1", "events dropped: 1\n", "", all},
+		{"drop one that was delivered without a history", "drop 0-key", "events dropped: 1\n", "", all},
+		{"retry one that was delivered without a history", "retry 0-key", "events due: 0\n", "there is no event 0-key", all},
 		{"drop by ids and a filter", "drop i1-due --type none --yes", "", "takes either events by their ids, or a filter such as --state dead", all},
-		{"a state that there is not", "drop --state lost --yes", "", "--state: must be pending, dead, delivered or all", all},
-		{"a time that there is not", "retry --since yesterday", "", "--since: takes a duration, such as 2h or 3d", all},
-		{"a time that is to come", "list --until -2h", "", "--until: takes a duration, such as 2h or 3d", all},
+		{"a state that there is not", "drop --state lost --yes", "", `invalid argument "lost" for "--state" flag: must be pending, dead, delivered or all`, all},
+		{"a time that there is not", "retry --since yesterday", "", `invalid argument "yesterday" for "--since" flag: takes a duration, such as 2h or 3d`, all},
+		{"a time that is to come", "list --until -2h", "", `invalid argument "-2h" for "--until" flag: takes a duration, such as 2h or 3d`, all},
 		{"show one that there is not", "show none", "", "there is no event none", all},
 		{"show an id that would have a terminal do something", "show \x1b[2J", "", "there is no event \uFFFD[2J", all},
 		{"an unknown command", "remove i1-due", "", `unknown command "remove" for "inkit-queue"`, all},
@@ -255,11 +254,14 @@ func TestRetryAndDrop(t *testing.T) {
 // More ids than one statement may have.
 func TestManyIDs(t *testing.T) {
 	path := kept(t)
-	ids := slices.Repeat([]string{"none"}, 40_000)
-	got, err := run(t, slices.Concat([]string{"drop"}, ids, []string{"i1-due", "--db", path})...)
-	require.ErrorContains(t, err, "there is no event none")
+	args := []string{"drop", "i1-due", "--db", path}
+	for i := range 2 * store.MaxPage {
+		args = append(args, fmt.Sprint("none-", i))
+	}
+	got, err := run(t, args...)
+	require.ErrorContains(t, err, "there is no event none-0\nthere is no event none-1\n")
 	assert.NotContains(t, err.Error(), "SQL")
-	assert.Equal(t, "dropped i1-due DOCUMENT_CREATE_FINISHED doc_2N0X2g4f3b1JJU75fqzDZs\n", got)
+	assert.Equal(t, "events dropped: 1\n", got)
 }
 
 // A list is read in parts, with no open read in between.
@@ -291,9 +293,20 @@ func TestMoveToAnotherFile(t *testing.T) {
 	require.NoError(t, os.WriteFile(config, []byte(":8080 {\ninkit_queue {\nstore sqlite "+to+"\ndeliver {\nreverse_proxy localhost:9000\n}\n}\n}\n"), 0o600))
 	got, err := run(t, "move", "--from", from, "--config", config)
 	require.NoError(t, err)
-	assert.Equal(t, "3 events were moved\n1 are being delivered, and were left: run this again when that has ended\n", got)
+	assert.Equal(t, "events moved: 3\nevents left, since they are being delivered: 1 (run this again when that has ended)\n", got)
 	assert.Equal(t, map[string]string{"i1-due": "pending", "i2-later": "pending", "i3-dead": "dead"}, states(t, to))
 	assert.Equal(t, map[string]string{"i4-leased": "pending"}, states(t, from))
+
+	third := filepath.Join(t.TempDir(), "third.db")
+	got, err = run(t, "move", "--from", to, "--db", third)
+	require.NoError(t, err)
+	assert.Equal(t, "events moved: 3\n", got)
+	assert.Empty(t, states(t, to))
+	for _, same := range []string{third, filepath.Join(filepath.Dir(third), "..", filepath.Base(filepath.Dir(third)), "third.db")} {
+		_, err = run(t, "move", "--from", third, "--db", same)
+		require.EqualError(t, err, "this is the database of --from: name another one with --config or --db")
+	}
+	assert.Len(t, states(t, third), 3)
 }
 
 // A command makes no database, and does not change the file of another program.
@@ -324,6 +337,15 @@ func TestCommandOnAConfiguration(t *testing.T) {
 	got, err := run(t, "list", "--json", "--config", config)
 	require.NoError(t, err)
 	assert.Equal(t, 8, strings.Count(got, "\n"))
+	got, err = run(t, "list", "--json", "--limit", "5", "--config", config)
+	require.NoError(t, err)
+	assert.Equal(t, 5, strings.Count(got, "\n"))
+	require.NoError(t, os.WriteFile(config+".one", []byte(":8080 {\nroute {\n"+queue("a", first)+"}\n}\n"), 0o600))
+	_, err = run(t, "drop", "i1-due", "--adapter", "caddyfile", "--config", config+".one")
+	require.NoError(t, err)
+	got, err = run(t, "drop", "i1-due", "none", "i3-dead", "--config", config)
+	require.EqualError(t, err, "there is no event none", "i1-due is in the second database")
+	assert.Equal(t, "events dropped: 2\n", got)
 
 	require.NoError(t, os.WriteFile(config, []byte(":8080 {\nrespond x\n}\n"), 0o600))
 	_, err = run(t, "list", "--config", config)

@@ -6,9 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
@@ -16,25 +16,26 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// origin selects the databases that a command works on.
+// origin has the options that select the databases of a command.
 type origin struct {
 	db, config, adapter string
-	make                bool // whether a missing database is made
-
-	// forget is called for an id without an event, and reports whether the database knew it
-	// all the same; nil for commands that need the event.
-	forget func(s store.Store, id string) (bool, error)
-
-	names map[string][]string // the configured queues of each database, by its key
-	key   string              // of the current database in each
 }
 
-// openers returns the databases, each of them once.
-func (o *origin) openers(ctx context.Context) (openers []store.Opener, err error) {
+// target is a database that a command works on.
+type target struct {
+	store.Store // while it is open
+	opener      store.Opener
+	queues      []string // its queues in the configuration
+}
+
+// targets returns the databases, each of them once.
+func (o *origin) targets(ctx context.Context) (found []*target, err error) {
 	caddyCtx, _ := caddy.NewContext(caddy.Context{Context: ctx}) // never cancelled: a command ends soon
-	o.names = make(map[string][]string)
 	configs := []json.RawMessage{json.RawMessage(`{}`)}
-	if o.config != "" {
+	switch {
+	case o.db != "":
+		configs[0], _ = json.Marshal(map[string]any{"store": map[string]string{"module": "sqlite", "path": o.db}})
+	case o.config != "":
 		config, _, _, err := caddycmd.LoadConfig(o.config, o.adapter)
 		if err != nil {
 			return nil, err
@@ -46,105 +47,60 @@ func (o *origin) openers(ctx context.Context) (openers []store.Opener, err error
 		if err := json.Unmarshal(config, h); err != nil {
 			return nil, err
 		}
-		if o.db != "" {
-			h.StoreRaw, _ = json.Marshal(map[string]string{"module": "sqlite", "path": o.db})
-		}
 		opener, err := h.loadStore(caddyCtx)
 		if err != nil {
 			return nil, err
 		}
-		if o.config != "" {
-			o.names[opener.Key()] = append(o.names[opener.Key()], cmp.Or(h.Name, defaultName))
+		i := slices.IndexFunc(found, func(d *target) bool { return d.opener.Key() == opener.Key() })
+		if i < 0 {
+			i, found = len(found), append(found, &target{opener: opener})
 		}
-		if !slices.ContainsFunc(openers, func(other store.Opener) bool { return other.Key() == opener.Key() }) {
-			openers = append(openers, opener)
+		if o.config != "" {
+			found[i].queues = append(found[i].queues, cmp.Or(h.Name, defaultName))
 		}
 	}
-	if len(openers) == 0 {
+	if len(found) == 0 {
 		return nil, errors.New("there is no inkit_queue in the configuration")
 	}
-	return openers, nil
+	return found, nil
 }
 
 // queueConfigs returns the JSON of all handlers of this module in a configuration.
 func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
 	var object map[string]json.RawMessage
 	var list []json.RawMessage
-	switch {
-	case json.Unmarshal(config, &object) == nil:
-		if string(object["handler"]) == `"inkit_queue"` {
-			found = append(found, config)
-		}
-		for _, value := range object {
-			found = append(found, queueConfigs(value)...)
-		}
-	case json.Unmarshal(config, &list) == nil:
-		for _, value := range list {
-			found = append(found, queueConfigs(value)...)
-		}
+	if json.Unmarshal(config, &list) != nil {
+		_ = json.Unmarshal(config, &object)
+	}
+	if string(object["handler"]) == `"inkit_queue"` {
+		found = append(found, config)
+	}
+	for _, value := range list {
+		found = append(found, queueConfigs(value)...)
+	}
+	for _, key := range slices.Sorted(maps.Keys(object)) {
+		found = append(found, queueConfigs(object[key])...)
 	}
 	return found
 }
 
 // each calls f for each database.
-func (o *origin) each(ctx context.Context, f func(store.Store) error) error {
-	openers, err := o.openers(ctx)
-	if err != nil {
-		return err
-	}
-	for _, opener := range openers {
-		s, err := opener.Open(ctx, store.Opening{Logger: caddy.Log(), Command: true, Existing: !o.make})
-		if err != nil {
-			return fmt.Errorf("%s: %w", opener.Key(), err)
-		}
-		o.key = opener.Key()
-		if err := errors.Join(f(s), s.Close()); err != nil {
+func (o *origin) each(ctx context.Context, f func(*target) error) error {
+	targets, err := o.targets(ctx)
+	for _, d := range targets {
+		if err = d.use(ctx, true, f); err != nil {
 			return err
 		}
 	}
-	return nil
+	return err
 }
 
-// eachID calls f for each event of ids. Then it returns an error for each id that is in no
-// database.
-func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, *store.Record) error) error {
-	unknown := make(map[string]bool)
-	for _, id := range ids {
-		unknown[id] = true
+// use opens the database, calls f, and closes it. A missing database is an error if it must
+// exist.
+func (d *target) use(ctx context.Context, exist bool, f func(*target) error) (err error) {
+	d.Store, err = d.opener.Open(ctx, store.Opening{Logger: caddy.Log(), Command: true, Existing: exist})
+	if err != nil {
+		return fmt.Errorf("%s: %w", d.opener.Key(), err)
 	}
-	var failed []error
-	err := o.each(ctx, func(s store.Store) error {
-		for some := range slices.Chunk(ids, store.MaxPage) { // a statement has a maximum of arguments
-			all := []string{store.Pending, store.Dead, store.History}
-			err := store.Each(ctx, s, store.Filter{IDs: some, States: all}, true, func(page []*store.Record) error {
-				for _, r := range page {
-					delete(unknown, r.ID)
-					failed = append(failed, f(s, r))
-				}
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-		}
-		for id := range unknown {
-			if o.forget == nil {
-				break
-			}
-			known, err := o.forget(s, id)
-			if err != nil {
-				return err
-			}
-			if known {
-				delete(unknown, id)
-			}
-		}
-		return nil
-	})
-	for _, id := range ids {
-		if unknown[id] && err == nil {
-			failed = append(failed, fmt.Errorf("there is no event %s", request.Printable(id)))
-		}
-	}
-	return errors.Join(append(failed, err)...)
+	return errors.Join(f(d), d.Close())
 }

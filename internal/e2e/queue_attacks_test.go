@@ -157,7 +157,7 @@ func TestQueueMoveThatMakesNoSense(t *testing.T) {
 	require.NoError(t, os.Symlink(c.path("queue"), c.path("link")))
 	for _, from := range []string{"queue/events.db", "link/events.db"} {
 		_, err := c.command("inkit-queue", "move", "--from", c.path(from), "--config", c.path("Caddyfile"))
-		require.ErrorContains(t, err, "the configuration names the same database as --from")
+		require.ErrorContains(t, err, "this is the database of --from: name another one with --config or --db")
 		assert.Len(t, c.list(t), 3)
 	}
 	other := newCaddy(t, "", queueSite(backend.addr, "")+strings.NewReplacer("{{addr}}", freeAddr(t), "events.db", "others.db", "inkit_queue {", "inkit_queue {\n\t\t\tname other").Replace(queueSite(backend.addr, "")))

@@ -265,13 +265,13 @@ func TestQueueDocs(t *testing.T) {
 			waiting("doc_dead")
 			c.configure(options, withOption("max_age 1s"))
 			c.reload()
-			waitFor(t, "both are dead", c.process, func() bool { return strings.Count(list("--dead"), " dead ") == 2 })
+			waitFor(t, "both are dead", c.process, func() bool { return strings.Count(list("--state dead"), " dead ") == 2 })
 			assert.Contains(t, c.output.String(), "an event is dead")
 			c.configure(options, site)
 			c.reload()
 		}, func(script string) {
 			out := o.run(replace(script, exampleID, id))
-			assert.Equal(t, "pending "+id+"\n1 events are due\n", out)
+			assert.Equal(t, "events due: 1\nevents due: 1\n", out)
 			backend.status.Store(http.StatusOK)
 			waitFor(t, "both are delivered", c.process, func() bool { return backend.hasTaken("doc_1") && backend.hasTaken("doc_dead") })
 			waitFor(t, "no line is left", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
@@ -281,7 +281,7 @@ func TestQueueDocs(t *testing.T) {
 			backend.status.Store(http.StatusInternalServerError)
 			waiting("doc_dropped")
 		}, func(script string) {
-			assert.Equal(t, "dropped "+id+" DOCUMENT_CREATE_FINISHED doc_dropped\n0 events are dropped\n", o.run(replace(script, exampleID, id)))
+			assert.Equal(t, "events dropped: 1\nevents dropped: 0\n", o.run(replace(script, exampleID, id)))
 			assert.NotContains(t, list(""), id)
 		}},
 		{became, func() { waiting("doc_1") }, func(script string) {

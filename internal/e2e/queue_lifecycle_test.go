@@ -258,12 +258,12 @@ func TestQueueCommands(t *testing.T) {
 	for i := range 3 {
 		require.Equal(t, http.StatusOK, s.once(t, fmt.Sprint("bad-", i)).status)
 	}
-	waitFor(t, "they are dead", c.process, func() bool { return len(c.list(t, "--dead")) == 3 })
+	waitFor(t, "they are dead", c.process, func() bool { return len(c.list(t, "--state", "dead")) == 3 })
 	assert.Equal(t, 3, strings.Count(c.output.String(), "an event is dead: the backend has not accepted it for max_age"), "a line for each")
 	waitFor(t, "the metric says so", c.process, func() bool {
 		return c.metric(`caddy_inkit_queue_events{queue="default",state="dead"}`) == "3"
 	})
-	dead := c.list(t, "--dead")
+	dead := c.list(t, "--state", "dead")
 	for i, e := range dead {
 		assert.Equal(t, fmt.Sprint("bad-", i), e.ResourceID)
 		assert.Equal(t, "DOCUMENT_CREATE_FINISHED", e.EventType)
@@ -289,10 +289,10 @@ func TestQueueCommands(t *testing.T) {
 	assert.NotContains(t, shown, sign(secret, []byte(`{"event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"bad-0","sent":1}`)))
 	assert.Contains(t, shown, "REDACTED")
 
-	assert.Contains(t, run("drop", dead[0].ID), dead[0].ID)
-	assert.Contains(t, run("retry", dead[1].ID), dead[1].ID)
+	assert.Equal(t, "events dropped: 1\n", run("drop", dead[0].ID))
+	assert.Equal(t, "events due: 1\n", run("retry", dead[1].ID))
 	backend.hasAll(t, []string{"bad-1"}, 10*time.Second)
-	assert.Equal(t, "1 events are due\n", run("retry", "--dead"))
+	assert.Equal(t, "events due: 1\n", run("retry", "--state", "dead"))
 	backend.hasAll(t, []string{"bad-2"}, 10*time.Second)
 	waitFor(t, "nothing is left", c.process, func() bool { return len(c.list(t)) == 0 })
 	assert.Zero(t, backend.of("bad-0").taken)
@@ -305,7 +305,7 @@ func TestQueueCommands(t *testing.T) {
 		{"one to retry", "there is no event nothing", []string{"retry", "nothing"}},
 		{"one to drop", "there is no event nothing", []string{"drop", "nothing"}},
 		{"nothing to retry", "takes either events by their ids, or a filter such as --state dead", []string{"retry"}},
-		{"both", "takes either events by their ids, or a filter such as --state dead", []string{"retry", "--dead", "x"}},
+		{"both", "takes either events by their ids, or a filter such as --state dead", []string{"retry", "--state", "dead", "x"}},
 		{"an unknown command", `unknown command "lists"`, []string{"lists"}},
 	} {
 		_, err := c.command(append(append([]string{"inkit-queue"}, tt.args...), db...)...)

@@ -159,7 +159,7 @@ func (s *database) makeTables(ctx context.Context, schema string) error {
 		err = s.Migrate(ctx, tx, exists)
 	}
 	if !exists && sqlState(err) == "42501" {
-		return fmt.Errorf("%w: the role may not make the tables: run the SQL of caddy inkit-queue migrate --print", s.wrap(err))
+		return fmt.Errorf("%w: the role may not make the tables: run the SQL of caddy inkit-queue migrate", s.wrap(err))
 	}
 	if err == nil {
 		err = tx.Commit()

@@ -28,7 +28,7 @@ func init() {
 //
 // Each Caddy stores events, and delivers due events of all Caddys. PostgreSQL must be
 // version 12 or later. Missing tables are made when the queue starts. If the role may not
-// make tables, run the SQL of `caddy inkit-queue migrate --print` with another role. The
+// make tables, run the SQL of `caddy inkit-queue migrate` with another role. The
 // role needs SELECT, INSERT, UPDATE and DELETE on the tables.
 //
 // With several servers in the connection string, the one that accepts writes is used. A

@@ -124,7 +124,7 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 		"a role that may not make tables": {func(t *testing.T) string {
 			name := server.NewDatabase(t)
 			return limited(t, server, name, "maker")
-		}, `permission denied for schema public (SQLSTATE 42501): the role may not make the tables: run the SQL of caddy inkit-queue migrate --print`, nil},
+		}, `permission denied for schema public (SQLSTATE 42501): the role may not make the tables: run the SQL of caddy inkit-queue migrate`, nil},
 		"a role without rights": {func(t *testing.T) string {
 			name := made(t)
 			dsn := limited(t, server, name, "reader")
@@ -478,7 +478,7 @@ func TestPostgresSchemaIsMadeOnce(t *testing.T) {
 	server.Exec(t, printed, (&postgres.Postgres{}).Migration())
 	const columns = `SELECT string_agg(c.relname || coalesce(a.attname || format_type(a.atttypid, a.atttypmod) || a.attnotnull::text, '') || coalesce(c.reloptions::text, ''), ' ' ORDER BY c.relname, a.attnum)
 		FROM pg_class c LEFT JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 WHERE c.relname LIKE 'inkit%'`
-	assert.Equal(t, server.Query(t, made, columns), server.Query(t, printed, columns), "what migrate --print shows is what is made")
+	assert.Equal(t, server.Query(t, made, columns), server.Query(t, printed, columns), "what migrate prints is what is made")
 }
 
 // A row that another transaction has locked delays no other row, and is finished later.
