@@ -7,6 +7,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/google/uuid"
@@ -107,7 +108,7 @@ type Batch struct {
 	Finish  []Finish
 	Claims  []*Claim
 	History []*Record // rows of the history
-	Keys    []Key     // for Copy: existing keys do not change
+	Copied  Rows      // of another store: existing rows do not change
 
 	// Left are the finishes that Apply could not write, because another transaction has
 	// locked their rows. The caller tries again.
@@ -168,13 +169,10 @@ func TimeOf(id string) time.Time {
 	return time.Unix(parsed.Time().UnixTime())
 }
 
-// Key marks an event as stored, so that its duplicates are not stored.
-type Key struct {
-	Queue      string
-	Digest     []byte
-	ID         string    // of the first event
-	Expires    time.Time // when the key is deleted
-	Duplicates int       // how many duplicates came
+// Rows are rows of the table events, history, once or paused, as they are in a database.
+type Rows struct {
+	Table string
+	Rows  [][]any // with the columns as in schema.sql
 }
 
 // Status is the state of a database for an operator.
@@ -250,8 +248,9 @@ type Store interface {
 	// half a second at most.
 	Search(ctx context.Context, filter Filter, withRequest bool) (Page, error)
 
-	// Keys returns a page of the keys of Batch.Add, in the order of queue and digest.
-	Keys(ctx context.Context, after Key) ([]Key, error)
+	// ReadRows returns the page of a table after another page, in the order of its primary key.
+	// With idle, it leaves out events with a running attempt.
+	ReadRows(ctx context.Context, after Rows, idle bool) (Rows, error)
 
 	// Status returns the state of all queues in the database, and of the named queues.
 	Status(ctx context.Context, queues ...string) (Status, error)
@@ -334,42 +333,33 @@ func Each(ctx context.Context, s Store, filter Filter, withRequest bool, f func(
 	}
 }
 
-// Copy adds a page of pending and dead events to a store. It does not change existing
-// events.
-func Copy(ctx context.Context, to Store, owner string, page []*Record) error {
-	b := &Batch{Owner: owner, Add: page}
-	for _, r := range page {
-		r.Delay, r.Lease = max(0, time.Until(r.Due)), max(0, time.Until(r.LeasedUntil))
-		if r.State == Dead {
-			r.Lease = time.Minute // a finish needs the lease
-			b.Finish = append(b.Finish, Finish{ID: r.ID, Queue: r.Queue, Outcome: SetAside, LastError: r.LastError})
+// Copy copies all rows of a store, and calls copied with the ids of each page of events.
+// With idle, it leaves out events with a running attempt. It does not change existing rows.
+// An end of ctx takes effect between two pages.
+func Copy(ctx context.Context, to, from Store, idle bool, copied func(ids []string) error) error {
+	for _, table := range []string{"paused", "once", "history", "events"} { // with its key, an event is dropped from the source
+		for page := (Rows{Table: table}); ; {
+			var err error
+			if page, err = from.ReadRows(ctx, page, idle); err != nil {
+				return err
+			}
+			if len(page.Rows) == 0 {
+				break
+			}
+			if err := to.Apply(context.WithoutCancel(ctx), &Batch{Copied: page}); err != nil {
+				return err
+			}
+			if table != "events" {
+				continue
+			}
+			ids := make([]string, len(page.Rows))
+			for i, row := range page.Rows {
+				ids[i] = fmt.Sprint(row[0])
+			}
+			if err := copied(ids); err != nil {
+				return err
+			}
 		}
 	}
-	return to.Apply(ctx, b)
-}
-
-// CopyMemory copies the history, the keys and the pauses. It does not change existing
-// ones.
-func CopyMemory(ctx context.Context, to, from Store) error {
-	err := Each(ctx, from, Filter{States: []string{History}}, false, func(page []*Record) error {
-		return to.Apply(ctx, &Batch{History: page})
-	})
-	for after := (Key{}); err == nil; {
-		var keys []Key
-		if keys, err = from.Keys(ctx, after); err != nil || len(keys) == 0 {
-			break
-		}
-		after = keys[len(keys)-1]
-		err = to.Apply(ctx, &Batch{Keys: keys})
-	}
-	if err != nil {
-		return err
-	}
-	status, err := from.Status(ctx)
-	for _, q := range status.Queues {
-		if err == nil && !q.Paused.IsZero() {
-			_, err = to.Pause(ctx, q.Queue, true)
-		}
-	}
-	return err
+	return nil
 }

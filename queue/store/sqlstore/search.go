@@ -287,7 +287,7 @@ func (d *DB) Retry(ctx context.Context, f store.Filter) (n int, err error) {
 	}
 	c := where(f)
 	c.add(state)
-	err = d.inTx(ctx, func(tx *sql.Tx) (err error) {
+	err = d.InTx(ctx, func(tx *sql.Tx) (err error) {
 		n, err = d.exec(ctx, tx, `
 			UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
 			WHERE `+c.String()+` AND (lease IS NULL OR lease <= {now})`, c.args...)
@@ -298,7 +298,7 @@ func (d *DB) Retry(ctx context.Context, f store.Filter) (n int, err error) {
 
 // Drop is of store.Store.
 func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
-	err = d.inTx(ctx, func(tx *sql.Tx) (err error) {
+	err = d.InTx(ctx, func(tx *sql.Tx) (err error) {
 		for table, state := range tables(f) {
 			c := where(f)
 			c.add(state)
@@ -322,27 +322,4 @@ func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
 		return err
 	})
 	return n, err
-}
-
-// inTx calls f in a transaction that writes.
-func (d *DB) inTx(ctx context.Context, f func(tx *sql.Tx) error) error {
-	tx, err := d.BeginTx(ctx)
-	if err != nil {
-		return d.Wrap(err)
-	}
-	defer func() { _ = tx.Rollback() }()
-	if err = f(tx); err == nil {
-		err = tx.Commit()
-	}
-	return d.Wrap(err)
-}
-
-// exec runs a statement, and returns the number of changed rows.
-func (d *DB) exec(ctx context.Context, tx *sql.Tx, query string, args ...any) (int, error) {
-	result, err := tx.ExecContext(ctx, d.text(query), args...)
-	if err != nil {
-		return 0, err
-	}
-	n, err := result.RowsAffected()
-	return int(n), err
 }
