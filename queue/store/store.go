@@ -4,10 +4,12 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -281,11 +283,8 @@ var (
 	// ErrLocked means that another process is writing, or has not ended its transaction.
 	ErrLocked = errors.New("the database is locked")
 
-	// ErrNewer means that a later version of this module made the database.
-	ErrNewer = errors.New("the database has the schema of a later version")
-
-	// ErrOlder means that an earlier version made the database, which cannot be migrated.
-	ErrOlder = errors.New("the database has the schema of an older version, which cannot be migrated")
+	// ErrVersion means that an earlier or a later version of this module made the database.
+	ErrVersion = errors.New("the database has the schema of another version")
 )
 
 // Opening has the settings for Open.
@@ -331,6 +330,31 @@ func Each(ctx context.Context, s Store, filter Filter, withRequest bool, f func(
 			return nil
 		}
 	}
+}
+
+// Merge returns the page of a filter from its pages in several tables or databases.
+func Merge(f Filter, parts ...Page) (all Page) {
+	order := func(a, b string) int {
+		if f.Newest {
+			a, b = b, a
+		}
+		return cmp.Compare(a, b)
+	}
+	for _, part := range parts {
+		all.Records = append(all.Records, part.Records...)
+		if part.Next != "" && (all.Next == "" || order(part.Next, all.Next) < 0) {
+			all.Next = part.Next // all parts are searched up to this one
+		}
+	}
+	slices.SortStableFunc(all.Records, func(a, b *Record) int { return order(a.ID, b.ID) })
+	if all.Next != "" {
+		all.Records = slices.DeleteFunc(all.Records, func(r *Record) bool { return order(r.ID, all.Next) > 0 })
+	}
+	if len(all.Records) > f.Limit {
+		all.Records = all.Records[:f.Limit]
+		all.Next = all.Records[f.Limit-1].ID
+	}
+	return all
 }
 
 // Copy copies all rows of a store, and calls copied with the ids of each page of events.

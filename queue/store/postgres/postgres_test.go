@@ -136,10 +136,10 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 		}, "the table inkit_queue_events is missing", nil},
 		"a schema of an older version": {func(t *testing.T) string {
 			return server.DSN(made(t, "UPDATE inkit_queue_schema SET version = 0"))
-		}, "the database has the schema of an older version, which cannot be migrated: 0, and this Caddy needs 1", store.ErrOlder},
+		}, "the database has the schema of another version: 0, and this Caddy needs 1", store.ErrVersion},
 		"a schema of a newer version": {func(t *testing.T) string {
 			return server.DSN(made(t, "UPDATE inkit_queue_schema SET version = 2"))
-		}, "the database has the schema of a later version: 2, and this Caddy knows 1", store.ErrNewer},
+		}, "the database has the schema of another version: 2, and this Caddy needs 1", store.ErrVersion},
 		"a schema without a version": {func(t *testing.T) string {
 			return server.DSN(made(t, "DELETE FROM inkit_queue_schema"))
 		}, "no rows in result set", nil},

@@ -123,11 +123,8 @@ func (d *DB) CheckVersion(ctx context.Context, db Querier) error {
 	if err := db.QueryRowContext(ctx, d.text(`SELECT version FROM {schema}inkit_queue_schema`)).Scan(&found); err != nil {
 		return err
 	}
-	switch {
-	case found > version:
-		return fmt.Errorf("%w: %d, and this Caddy knows %d", store.ErrNewer, found, version)
-	case found < version:
-		return fmt.Errorf("%w: %d, and this Caddy needs %d", store.ErrOlder, found, version)
+	if found != version {
+		return fmt.Errorf("%w: %d, and this Caddy needs %d", store.ErrVersion, found, version)
 	}
 	return nil
 }
