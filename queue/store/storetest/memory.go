@@ -235,7 +235,8 @@ func copies(t *testing.T, from, to store.Store) {
 	}
 	assert.Nil(t, find(t, to, "leased"))
 	require.NoError(t, store.Copy(t.Context(), to, from, false, func([]string) error { return nil }))
-	for _, table := range []string{"events", "history", "once", "paused"} {
+	for table, n := range map[string]int{"events": many + 1, "history": many, "once": many + 1, "paused": 1} {
+		require.Len(t, rows(t, from, table, false), n, table)
 		want, got := byKey(from, table), byKey(to, table)
 		maps.Copy(want, stays[table])
 		require.Len(t, got, len(want), table)
