@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
-	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
@@ -71,8 +69,7 @@ func moveCommand(o *origin) *cobra.Command {
 		Long: `
 Moves all events from an SQLite file into another database. If the command is
 interrupted, run it again: no event is lost. Events that are being delivered stay in
-the file. The age of moved events starts again at 0. The history, the keys of once,
-and a pause are copied.
+the file. The history, the keys of once, and a pause are copied.
 `,
 		Example: `  caddy inkit-queue move --config Caddyfile`,
 		Args:    cobra.NoArgs,
@@ -98,30 +95,24 @@ and a pause are copied.
 	return cmd
 }
 
-// move copies events a page at a time, and drops the page. It leaves events with a running
-// attempt. An interruption takes effect between two pages.
+// move copies a page, and drops its events. It leaves events with a running attempt. An
+// interruption takes effect between two pages.
 func move(ctx context.Context, from, to store.Store) error {
-	if err := store.CopyMemory(ctx, to, from); err != nil {
-		return err
-	}
 	var p progress
-	moved, left := 0, 0
-	err := store.Each(ctx, from, store.Filter{}, true, func(page []*store.Record) error {
-		all := len(page)
-		page = slices.DeleteFunc(page, func(r *store.Record) bool { return r.LeasedUntil.After(time.Now()) })
-		left += all - len(page)
-		whole := context.WithoutCancel(ctx)
-		if err := store.Copy(whole, to, "move", page); err != nil || len(page) == 0 {
-			return err
-		}
-		_, err := from.Drop(whole, store.Filter{IDs: idsOf(page)})
-		moved += len(page)
+	moved := 0
+	err := store.Copy(ctx, to, from, true, func(ids []string) error {
+		_, err := from.Drop(context.WithoutCancel(ctx), store.Filter{IDs: ids})
+		moved += len(ids)
 		p.show("events moved: %d", moved)
 		return err
 	})
 	fmt.Printf("events moved: %d\n", moved)
-	if left > 0 {
-		fmt.Printf("events left, since they are being delivered: %d (run this again when that has ended)\n", left)
+	if err != nil {
+		return err
+	}
+	left, err := from.Counts(ctx)
+	for _, c := range left {
+		fmt.Printf("events left, since they are being delivered: %d (run this again when that has ended)\n", c.Events)
 	}
 	return err
 }

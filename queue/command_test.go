@@ -75,7 +75,7 @@ func kept(t *testing.T) (path string) {
 		ID: "0-d1", Queue: "default", Received: time.Date(2026, 11, 25, 6, 31, 0, 0, time.UTC), Finished: time.Date(2026, 11, 25, 6, 32, 0, 0, time.UTC),
 		EventType: "DOCUMENT_CREATE_FINISHED", ResourceID: "doc_2N0X2g4f3b1JJU75fqzDZs", Attempts: 2, Status: 204,
 	}}
-	b.Keys = []store.Key{{Queue: "default", Digest: []byte("digest"), ID: "0-key", Expires: time.Now().Add(time.Hour)}}
+	b.Copied = store.Rows{Table: "once", Rows: [][]any{{"default", []byte("digest"), "0-key", time.Now().Add(time.Hour).UnixMilli(), 0}}}
 	require.NoError(t, s.Apply(t.Context(), b))
 	require.NoError(t, s.Close())
 	return path

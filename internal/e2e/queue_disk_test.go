@@ -302,7 +302,7 @@ func TestQueueWhoseDatabaseIsDamaged(t *testing.T) {
 		}, false, "is the database of another program", false, false},
 		{"of a later version", func(t *testing.T, db string) {
 			execSQL(t, db, `UPDATE inkit_queue_schema SET version = 99`)
-		}, false, "the database has the schema of a later version: 99", false, false},
+		}, false, "the database has the schema of another version: 99", false, false},
 		{"unreadable", func(t *testing.T, db string) {
 			require.NoError(t, os.Remove(db))
 			require.NoError(t, os.Mkdir(db, 0o700)) // root reads any file

@@ -1,7 +1,6 @@
 package page
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -194,12 +193,7 @@ func (h *Handler) search(ctx context.Context, f store.Filter, withRequest bool) 
 	if f.Limit == 0 {
 		f.Limit = pageSize
 	}
-	order := func(a, b string) int {
-		if f.Newest {
-			a, b = b, a
-		}
-		return cmp.Compare(a, b)
-	}
+	var parts []store.Page
 	for _, d := range h.databasesOf(f.Queue) {
 		s, openErr := d.store()
 		if openErr != nil {
@@ -211,20 +205,9 @@ func (h *Handler) search(ctx context.Context, f store.Filter, withRequest bool) 
 			err = errors.Join(err, fmt.Errorf("the database %s cannot be searched: %w", d.key, searchErr))
 			continue
 		}
-		all.Records = append(all.Records, part.Records...)
-		if part.Next != "" && (all.Next == "" || order(part.Next, all.Next) < 0) {
-			all.Next = part.Next // all databases are searched up to this one
-		}
+		parts = append(parts, part)
 	}
-	slices.SortStableFunc(all.Records, func(a, b *store.Record) int { return order(a.ID, b.ID) })
-	if all.Next != "" {
-		all.Records = slices.DeleteFunc(all.Records, func(r *store.Record) bool { return order(r.ID, all.Next) > 0 })
-	}
-	if len(all.Records) > f.Limit {
-		all.Records = all.Records[:f.Limit]
-		all.Next = all.Records[f.Limit-1].ID
-	}
-	return all, err
+	return store.Merge(f, parts...), err
 }
 
 // count counts events, and stops at some point: then there are more.

@@ -4,9 +4,12 @@
 package store
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
+	"fmt"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -107,7 +110,7 @@ type Batch struct {
 	Finish  []Finish
 	Claims  []*Claim
 	History []*Record // rows of the history
-	Keys    []Key     // for Copy: existing keys do not change
+	Copied  Rows      // of another store: existing rows do not change
 
 	// Left are the finishes that Apply could not write, because another transaction has
 	// locked their rows. The caller tries again.
@@ -168,13 +171,10 @@ func TimeOf(id string) time.Time {
 	return time.Unix(parsed.Time().UnixTime())
 }
 
-// Key marks an event as stored, so that its duplicates are not stored.
-type Key struct {
-	Queue      string
-	Digest     []byte
-	ID         string    // of the first event
-	Expires    time.Time // when the key is deleted
-	Duplicates int       // how many duplicates came
+// Rows are rows of the table events, history, once or paused, as they are in a database.
+type Rows struct {
+	Table string
+	Rows  [][]any // with the columns as in schema.sql
 }
 
 // Status is the state of a database for an operator.
@@ -250,8 +250,9 @@ type Store interface {
 	// half a second at most.
 	Search(ctx context.Context, filter Filter, withRequest bool) (Page, error)
 
-	// Keys returns a page of the keys of Batch.Add, in the order of queue and digest.
-	Keys(ctx context.Context, after Key) ([]Key, error)
+	// ReadRows returns the page of a table after another page, in the order of its primary key.
+	// With idle, it leaves out events with a running attempt.
+	ReadRows(ctx context.Context, after Rows, idle bool) (Rows, error)
 
 	// Status returns the state of all queues in the database, and of the named queues.
 	Status(ctx context.Context, queues ...string) (Status, error)
@@ -282,11 +283,8 @@ var (
 	// ErrLocked means that another process is writing, or has not ended its transaction.
 	ErrLocked = errors.New("the database is locked")
 
-	// ErrNewer means that a later version of this module made the database.
-	ErrNewer = errors.New("the database has the schema of a later version")
-
-	// ErrOlder means that an earlier version made the database, which cannot be migrated.
-	ErrOlder = errors.New("the database has the schema of an older version, which cannot be migrated")
+	// ErrVersion means that an earlier or a later version of this module made the database.
+	ErrVersion = errors.New("the database has the schema of another version")
 )
 
 // Opening has the settings for Open.
@@ -334,42 +332,58 @@ func Each(ctx context.Context, s Store, filter Filter, withRequest bool, f func(
 	}
 }
 
-// Copy adds a page of pending and dead events to a store. It does not change existing
-// events.
-func Copy(ctx context.Context, to Store, owner string, page []*Record) error {
-	b := &Batch{Owner: owner, Add: page}
-	for _, r := range page {
-		r.Delay, r.Lease = max(0, time.Until(r.Due)), max(0, time.Until(r.LeasedUntil))
-		if r.State == Dead {
-			r.Lease = time.Minute // a finish needs the lease
-			b.Finish = append(b.Finish, Finish{ID: r.ID, Queue: r.Queue, Outcome: SetAside, LastError: r.LastError})
+// Merge returns the page of a filter from its pages in several tables or databases.
+func Merge(f Filter, parts ...Page) (all Page) {
+	order := func(a, b string) int {
+		if f.Newest {
+			a, b = b, a
+		}
+		return cmp.Compare(a, b)
+	}
+	for _, part := range parts {
+		all.Records = append(all.Records, part.Records...)
+		if part.Next != "" && (all.Next == "" || order(part.Next, all.Next) < 0) {
+			all.Next = part.Next // all parts are searched up to this one
 		}
 	}
-	return to.Apply(ctx, b)
+	slices.SortStableFunc(all.Records, func(a, b *Record) int { return order(a.ID, b.ID) })
+	if all.Next != "" {
+		all.Records = slices.DeleteFunc(all.Records, func(r *Record) bool { return order(r.ID, all.Next) > 0 })
+	}
+	if len(all.Records) > f.Limit {
+		all.Records = all.Records[:f.Limit]
+		all.Next = all.Records[f.Limit-1].ID
+	}
+	return all
 }
 
-// CopyMemory copies the history, the keys and the pauses. It does not change existing
-// ones.
-func CopyMemory(ctx context.Context, to, from Store) error {
-	err := Each(ctx, from, Filter{States: []string{History}}, false, func(page []*Record) error {
-		return to.Apply(ctx, &Batch{History: page})
-	})
-	for after := (Key{}); err == nil; {
-		var keys []Key
-		if keys, err = from.Keys(ctx, after); err != nil || len(keys) == 0 {
-			break
+// Copy copies all rows of a store, and calls copied with the ids of each page of events.
+// With idle, it leaves out events with a running attempt. It does not change existing rows.
+// An end of ctx takes effect between two pages.
+func Copy(ctx context.Context, to, from Store, idle bool, copied func(ids []string) error) error {
+	for _, table := range []string{"paused", "once", "history", "events"} { // with its key, an event is dropped from the source
+		for page := (Rows{Table: table}); ; {
+			var err error
+			if page, err = from.ReadRows(ctx, page, idle); err != nil {
+				return err
+			}
+			if len(page.Rows) == 0 {
+				break
+			}
+			if err := to.Apply(context.WithoutCancel(ctx), &Batch{Copied: page}); err != nil {
+				return err
+			}
+			if table != "events" {
+				continue
+			}
+			ids := make([]string, len(page.Rows))
+			for i, row := range page.Rows {
+				ids[i] = fmt.Sprint(row[0])
+			}
+			if err := copied(ids); err != nil {
+				return err
+			}
 		}
-		after = keys[len(keys)-1]
-		err = to.Apply(ctx, &Batch{Keys: keys})
 	}
-	if err != nil {
-		return err
-	}
-	status, err := from.Status(ctx)
-	for _, q := range status.Queues {
-		if err == nil && !q.Paused.IsZero() {
-			_, err = to.Pause(ctx, q.Queue, true)
-		}
-	}
-	return err
+	return nil
 }

@@ -140,31 +140,26 @@ func (s *database) check(ctx context.Context) error {
 
 // makeTables makes the schema and its tables, if they are missing.
 func (s *database) makeTables(ctx context.Context, schema string) error {
-	tx, err := s.BeginTx(ctx)
-	if err != nil {
-		return s.wrap(err)
-	}
-	defer func() { _ = tx.Rollback() }()
-	var schemaExists, exists bool
-	if _, err = tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock($1)`, schemaLock); err == nil { // other Caddys may start now
-		err = tx.QueryRowContext(ctx, `
+	return s.InTx(ctx, func(tx *sql.Tx) error {
+		if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock($1)`, schemaLock); err != nil { // other Caddys may start now
+			return err
+		}
+		var schemaExists, exists bool
+		err := tx.QueryRowContext(ctx, `
 			SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1), EXISTS (
 				SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 				WHERE n.nspname = $1 AND c.relname = 'inkit_queue_schema')`, schema).Scan(&schemaExists, &exists)
-	}
-	if err == nil && !schemaExists {
-		_, err = tx.ExecContext(ctx, `CREATE SCHEMA `+pgx.Identifier{schema}.Sanitize())
-	}
-	if err == nil {
-		err = s.Migrate(ctx, tx, exists)
-	}
-	if !exists && sqlState(err) == "42501" {
-		return fmt.Errorf("%w: the role may not make the tables: run the SQL of caddy inkit-queue migrate", s.wrap(err))
-	}
-	if err == nil {
-		err = tx.Commit()
-	}
-	return s.wrap(err)
+		if err == nil && !schemaExists {
+			_, err = tx.ExecContext(ctx, `CREATE SCHEMA `+pgx.Identifier{schema}.Sanitize())
+		}
+		if err == nil {
+			err = s.Migrate(ctx, tx, exists)
+		}
+		if !exists && sqlState(err) == "42501" {
+			return fmt.Errorf("%w: the role may not make the tables: run the SQL of caddy inkit-queue migrate", err)
+		}
+		return err
+	})
 }
 
 // notice counts commits that no standby has confirmed, because the wait was cancelled on

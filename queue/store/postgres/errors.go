@@ -21,7 +21,7 @@ var lost = []string{"25006", "57P01", "57P02", "57P03"}
 // wrap translates an error of the driver. If one connection is lost, it closes them all,
 // since they lead to the same server.
 func (s *database) wrap(err error) error {
-	if err == nil || errors.Is(err, store.ErrNewer) || errors.Is(err, store.ErrOlder) {
+	if err == nil || errors.Is(err, store.ErrVersion) {
 		return err
 	}
 	state := sqlState(err)

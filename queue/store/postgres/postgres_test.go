@@ -136,10 +136,10 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 		}, "the table inkit_queue_events is missing", nil},
 		"a schema of an older version": {func(t *testing.T) string {
 			return server.DSN(made(t, "UPDATE inkit_queue_schema SET version = 0"))
-		}, "the database has the schema of an older version, which cannot be migrated: 0, and this Caddy needs 1", store.ErrOlder},
+		}, "the database has the schema of another version: 0, and this Caddy needs 1", store.ErrVersion},
 		"a schema of a newer version": {func(t *testing.T) string {
 			return server.DSN(made(t, "UPDATE inkit_queue_schema SET version = 2"))
-		}, "the database has the schema of a later version: 2, and this Caddy knows 1", store.ErrNewer},
+		}, "the database has the schema of another version: 2, and this Caddy needs 1", store.ErrVersion},
 		"a schema without a version": {func(t *testing.T) string {
 			return server.DSN(made(t, "DELETE FROM inkit_queue_schema"))
 		}, "no rows in result set", nil},
@@ -445,13 +445,12 @@ func TestPostgresConnecting(t *testing.T) {
 // A role with only the documented rights.
 func TestPostgresRoleWithFourRights(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
-	name := server.NewDatabase(t)
-	server.Exec(t, name, (&postgres.Postgres{Schema: "In kit"}).Migration())
-	dsn := limited(t, server, name, "runner")
-	server.Exec(t, name, `GRANT USAGE ON SCHEMA "In kit" TO runner`, `GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "In kit" TO runner`)
+	limited(t, server, "postgres", "runner")
 	storetest.Run(t, func(t *testing.T) storetest.Database {
-		server.Exec(t, name, `TRUNCATE "In kit".inkit_queue_events, "In kit".inkit_queue_history, "In kit".inkit_queue_once, "In kit".inkit_queue_paused`, `UPDATE "In kit".inkit_queue_schema SET version = 1`)
-		return storetest.Database{Opener: &postgres.Postgres{DSN: dsn, Schema: "In kit"}, Exec: func(t *testing.T, statement string) {
+		name := server.NewDatabase(t)
+		server.Exec(t, name, (&postgres.Postgres{Schema: "In kit"}).Migration(),
+			`GRANT USAGE ON SCHEMA "In kit" TO runner`, `GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "In kit" TO runner`)
+		return storetest.Database{Opener: &postgres.Postgres{DSN: limitedDSN(server, name, "runner"), Schema: "In kit"}, Exec: func(t *testing.T, statement string) {
 			t.Helper()
 			server.Exec(t, name, strings.ReplaceAll(statement, "inkit_queue_", `"In kit".inkit_queue_`))
 		}}

@@ -125,19 +125,13 @@ func (f *file) prepare(ctx context.Context) error {
 	case exists:
 		return wrap(f.CheckVersion(ctx, f.Read))
 	}
-	tx, err := f.Write.BeginTx(ctx, nil)
-	if err != nil {
-		return wrap(err)
-	}
-	defer func() { _ = tx.Rollback() }()
-	exists, err = f.exists(ctx, tx) // another process may have made it meanwhile
-	if err == nil {
-		err = f.Migrate(ctx, tx, exists)
-	}
-	if err == nil {
-		err = tx.Commit()
-	}
-	return wrap(err)
+	return f.InTx(ctx, func(tx *sql.Tx) error {
+		exists, err := f.exists(ctx, tx) // another process may have made it meanwhile
+		if err != nil {
+			return err
+		}
+		return f.Migrate(ctx, tx, exists)
+	})
 }
 
 // exists reports whether the schema exists, and refuses the database of another program.
@@ -153,7 +147,7 @@ func (f *file) exists(ctx context.Context, db sqlstore.Querier) (bool, error) {
 // Apply is of store.Store. It adds nothing while the disk is full, so that there is space
 // to finish the events in the database.
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {
-	if len(b.Add)+len(b.History)+len(b.Keys) > 0 && !f.room.isThere() {
+	if len(b.Add)+len(b.History)+len(b.Copied.Rows) > 0 && !f.room.isThere() {
 		return store.ErrFull
 	}
 	err := f.DB.Apply(ctx, b)

@@ -135,13 +135,10 @@ func (h *healing) rescue(ctx context.Context) error {
 	copied := 0
 	// by the open connection: another one would open the new file
 	from := &sqlstore.DB{Dialect: old.Dialect, Read: old.Write, Write: old.Write}
-	err = store.Each(ctx, from, store.Filter{}, true, func(page []*store.Record) error {
-		copied += len(page)
-		return store.Copy(ctx, h.file, "rescue", page)
+	err = store.Copy(ctx, h.file, from, false, func(ids []string) error {
+		copied += len(ids)
+		return nil
 	})
-	if err == nil {
-		err = store.CopyMemory(ctx, h.file, from)
-	}
 	if err != nil {
 		_ = h.file.Close()
 		h.file = old
@@ -213,8 +210,8 @@ func (h *healing) Search(ctx context.Context, filter store.Filter, withRequest b
 	return with(ctx, h, func(f *file) (store.Page, error) { return f.Search(ctx, filter, withRequest) })
 }
 
-func (h *healing) Keys(ctx context.Context, after store.Key) ([]store.Key, error) {
-	return with(ctx, h, func(f *file) ([]store.Key, error) { return f.Keys(ctx, after) })
+func (h *healing) ReadRows(ctx context.Context, after store.Rows, idle bool) (store.Rows, error) {
+	return with(ctx, h, func(f *file) (store.Rows, error) { return f.ReadRows(ctx, after, idle) })
 }
 
 func (h *healing) Status(ctx context.Context, queues ...string) (store.Status, error) {

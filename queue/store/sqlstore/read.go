@@ -52,22 +52,14 @@ func (d *DB) Peek(ctx context.Context, queue string) (p store.Peek, err error) {
 
 // Counts is of store.Store.
 func (d *DB) Counts(ctx context.Context) (counts []store.Count, err error) {
-	rows, err := d.Read.QueryContext(ctx, d.text(`
-		SELECT queue, 'pending', count(*), {now} - min(queued) FROM {schema}inkit_queue_events WHERE state = 'pending' GROUP BY queue
-		UNION ALL
-		SELECT queue, 'dead', count(*), {now} - min(queued) FROM {schema}inkit_queue_events WHERE state = 'dead' GROUP BY queue`))
-	if err != nil {
-		return nil, d.Wrap(err)
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var c store.Count
-		var oldest int64
-		if err := rows.Scan(&c.Queue, &c.State, &c.Events, &oldest); err != nil {
-			return nil, d.Wrap(err)
-		}
+	var c store.Count
+	var oldest int64
+	err = d.each(ctx, d.Read, []any{&c.Queue, &c.State, &c.Events, &oldest}, func() {
 		c.Oldest = time.Duration(max(0, oldest)) * time.Millisecond
 		counts = append(counts, c)
-	}
-	return counts, d.Wrap(rows.Err())
+	}, `
+		SELECT queue, 'pending', count(*), {now} - min(queued) FROM {schema}inkit_queue_events WHERE state = 'pending' GROUP BY queue
+		UNION ALL
+		SELECT queue, 'dead', count(*), {now} - min(queued) FROM {schema}inkit_queue_events WHERE state = 'dead' GROUP BY queue`)
+	return counts, d.Wrap(err)
 }

@@ -1,7 +1,6 @@
 package sqlstore
 
 import (
-	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -42,14 +41,13 @@ func (c *condition) add(part string, args ...any) {
 
 func (c *condition) String() string { return strings.Join(append(c.parts, "TRUE"), " AND ") }
 
-// in adds the condition that a column has one of these values.
+// in adds the condition that a column has one of these values, which may be none.
 func (c *condition) in(column string, values []string) {
-	marks := append(make([]string, 0, 1+len(values)), "NULL") // for no values at all
-	for _, value := range values {
-		c.args = append(c.args, value)
-		marks = append(marks, fmt.Sprintf("$%d", len(c.args)))
+	args := make([]any, len(values))
+	for i, value := range values {
+		args[i] = value
 	}
-	c.parts = append(c.parts, column+" IN ("+strings.Join(marks, ", ")+")")
+	c.add(column+" IN (NULL"+strings.Repeat(", $%d", len(values))+")", args...)
 }
 
 // idAt returns the first id of a time.
@@ -62,19 +60,39 @@ func idAt(t time.Time) string {
 	return id.String()
 }
 
-// bounds adds bounds of ids from the times of a filter, since ids have an index.
-func (c *condition) bounds(f store.Filter) {
+// position adds the bounds of ids: from the times of a filter, since ids have an index, from
+// its position, and until the end of a step, if there is one.
+func (c *condition) position(f store.Filter, end string) {
 	if !f.Since.IsZero() {
 		c.add("id >= $%d", idAt(f.Since.Add(-idMargin)))
 	}
 	if !f.Until.IsZero() {
 		c.add("id < $%d", idAt(f.Until.Add(idMargin)))
 	}
+	after, until := "id > $%d", "id <= $%d"
+	if f.Newest {
+		after, until = "id < $%d", "id >= $%d"
+	}
+	if f.After != "" {
+		c.add(after, f.After)
+	}
+	if end != "" {
+		c.add(until, end)
+	}
 }
 
-// where returns the condition of a filter, except for its states.
-func where(f store.Filter) *condition {
+// order is the order of a search.
+func order(f store.Filter) string {
+	if f.Newest {
+		return " ORDER BY id DESC"
+	}
+	return " ORDER BY id"
+}
+
+// where returns the condition of a filter in a table: state is the one for its states.
+func where(f store.Filter, state, end string) *condition {
 	c := new(condition)
+	c.add(state)
 	if f.Queue != "" && f.Due {
 		c.add("queue = $%d", f.Queue)
 	} else if f.Queue != "" {
@@ -98,7 +116,7 @@ func where(f store.Filter) *condition {
 	if !f.Until.IsZero() {
 		c.add("received < $%d", f.Until.UnixMilli())
 	}
-	c.bounds(f)
+	c.position(f, end)
 	if f.IDs != nil {
 		c.in("id", f.IDs)
 	}
@@ -138,35 +156,16 @@ func (d *DB) Search(ctx context.Context, f store.Filter, withRequest bool) (stor
 	if f.Limit <= 0 || f.Limit > store.MaxPage {
 		f.Limit = store.MaxPage
 	}
-	var all store.Page
 	searched := tables(f)
+	var parts []store.Page
 	for table, state := range searched {
 		part, err := d.searchTable(ctx, table, state, f, withRequest, searchTime/time.Duration(len(searched)))
 		if err != nil {
 			return store.Page{}, d.Wrap(err)
 		}
-		all.Records = append(all.Records, part.Records...)
-		if part.Next != "" && (all.Next == "" || compare(f, part.Next, all.Next) < 0) {
-			all.Next = part.Next // both tables are searched up to this one
-		}
+		parts = append(parts, part)
 	}
-	slices.SortFunc(all.Records, func(a, b *store.Record) int { return compare(f, a.ID, b.ID) })
-	if all.Next != "" {
-		all.Records = slices.DeleteFunc(all.Records, func(r *store.Record) bool { return compare(f, r.ID, all.Next) > 0 })
-	}
-	if len(all.Records) > f.Limit {
-		all.Records = all.Records[:f.Limit]
-		all.Next = all.Records[f.Limit-1].ID
-	}
-	return all, nil
-}
-
-// compare compares ids in the order of a filter.
-func compare(f store.Filter, a, b string) int {
-	if f.Newest {
-		a, b = b, a
-	}
-	return cmp.Compare(a, b)
+	return store.Merge(f, parts...), nil
 }
 
 // searchTable searches one table. Without an index for the filter, it reads searchStep rows
@@ -201,27 +200,16 @@ func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filte
 	}
 }
 
-func order(f store.Filter) (after, until, direction string) {
-	if f.Newest {
-		return "id < $%d", "id >= $%d", "DESC"
-	}
-	return "id > $%d", "id <= $%d", "ASC"
-}
-
 // stepEnd returns the last id of the rows that the next statement reads, or "" if it reads
 // all remaining rows.
 func (d *DB) stepEnd(ctx context.Context, table, state string, f store.Filter) (id string, err error) {
-	after, _, direction := order(f)
 	c := new(condition)
-	c.bounds(f)
-	if f.After != "" {
-		c.add(after, f.After)
-	}
+	c.position(f, "")
 	if state == isDead {
 		c.add(state)
 	}
 	err = d.Read.QueryRowContext(ctx, d.text(`SELECT id FROM {schema}`+table+` WHERE `+c.String()+
-		` ORDER BY id `+direction+fmt.Sprintf(` LIMIT 1 OFFSET %d`, searchStep-1)), c.args...).Scan(&id)
+		order(f)+fmt.Sprintf(` LIMIT 1 OFFSET %d`, searchStep-1)), c.args...).Scan(&id)
 	if errors.Is(err, sql.ErrNoRows) {
 		return "", nil
 	}
@@ -235,15 +223,7 @@ const (
 
 // searchRows returns the rows up to end that a filter selects.
 func (d *DB) searchRows(ctx context.Context, table, state string, f store.Filter, end string, withRequest bool) (found []*store.Record, err error) {
-	after, until, direction := order(f)
-	c := where(f)
-	c.add(state)
-	if f.After != "" {
-		c.add(after, f.After)
-	}
-	if end != "" {
-		c.add(until, end)
-	}
+	c := where(f, state, end)
 	columns := eventColumns
 	if table == history {
 		columns = historyColumns
@@ -253,30 +233,26 @@ func (d *DB) searchRows(ctx context.Context, table, state string, f store.Filter
 	} else {
 		columns += "NULL, NULL"
 	}
-	rows, err := d.Read.QueryContext(ctx, d.text(`SELECT `+columns+` FROM {schema}`+table+` WHERE `+c.String()+
-		` ORDER BY id `+direction+fmt.Sprint(` LIMIT `, f.Limit)), c.args...)
-	if err != nil {
-		return nil, err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		r := new(store.Record)
-		var received, queued, due, finished int64
-		var lease sql.NullInt64
-		if err := rows.Scan(&r.ID, &r.Queue, &r.State, &received, &queued, &due, &lease, &r.Attempts, &r.LastError,
-			&r.EventType, &r.ResourceID, &finished, &r.Status, &r.Request, &r.Checksum); err != nil {
-			return nil, err
-		}
-		r.Received, r.Queued, r.Due = time.UnixMilli(received), time.UnixMilli(queued), time.UnixMilli(due)
-		if lease.Valid {
-			r.LeasedUntil = time.UnixMilli(lease.Int64)
-		}
+	var r store.Record
+	var received, queued, due, finished int64
+	var lease sql.NullInt64
+	err = d.each(ctx, d.Read, []any{
+		&r.ID, &r.Queue, &r.State, &received, &queued, &due, &lease, &r.Attempts, &r.LastError,
+		&r.EventType, &r.ResourceID, &finished, &r.Status, &r.Request, &r.Checksum,
+	}, func() {
+		one := r
+		one.Received = time.UnixMilli(received)
 		if r.State == store.History {
-			r.Queued, r.Due, r.Finished = time.Time{}, time.Time{}, time.UnixMilli(finished)
+			one.Finished = time.UnixMilli(finished)
+		} else {
+			one.Queued, one.Due = time.UnixMilli(queued), time.UnixMilli(due)
 		}
-		found = append(found, r)
-	}
-	return found, rows.Err()
+		if lease.Valid {
+			one.LeasedUntil = time.UnixMilli(lease.Int64)
+		}
+		found = append(found, &one)
+	}, `SELECT `+columns+` FROM {schema}`+table+` WHERE `+c.String()+order(f)+fmt.Sprint(` LIMIT `, f.Limit), c.args...)
+	return found, err
 }
 
 // Retry is of store.Store.
@@ -285,9 +261,8 @@ func (d *DB) Retry(ctx context.Context, f store.Filter) (n int, err error) {
 	if !ok {
 		return 0, nil
 	}
-	c := where(f)
-	c.add(state)
-	err = d.inTx(ctx, func(tx *sql.Tx) (err error) {
+	c := where(f, state, "")
+	err = d.InTx(ctx, func(tx *sql.Tx) (err error) {
 		n, err = d.exec(ctx, tx, `
 			UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
 			WHERE `+c.String()+` AND (lease IS NULL OR lease <= {now})`, c.args...)
@@ -298,10 +273,9 @@ func (d *DB) Retry(ctx context.Context, f store.Filter) (n int, err error) {
 
 // Drop is of store.Store.
 func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
-	err = d.inTx(ctx, func(tx *sql.Tx) (err error) {
+	err = d.InTx(ctx, func(tx *sql.Tx) (err error) {
 		for table, state := range tables(f) {
-			c := where(f)
-			c.add(state)
+			c := where(f, state, "")
 			if _, err := d.exec(ctx, tx, `
 				DELETE FROM {schema}inkit_queue_once WHERE id IN (SELECT id FROM {schema}`+table+` WHERE `+c.String()+`)`, c.args...); err != nil {
 				return err
@@ -322,27 +296,4 @@ func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
 		return err
 	})
 	return n, err
-}
-
-// inTx calls f in a transaction that writes.
-func (d *DB) inTx(ctx context.Context, f func(tx *sql.Tx) error) error {
-	tx, err := d.BeginTx(ctx)
-	if err != nil {
-		return d.Wrap(err)
-	}
-	defer func() { _ = tx.Rollback() }()
-	if err = f(tx); err == nil {
-		err = tx.Commit()
-	}
-	return d.Wrap(err)
-}
-
-// exec runs a statement, and returns the number of changed rows.
-func (d *DB) exec(ctx context.Context, tx *sql.Tx, query string, args ...any) (int, error) {
-	result, err := tx.ExecContext(ctx, d.text(query), args...)
-	if err != nil {
-		return 0, err
-	}
-	n, err := result.RowsAffected()
-	return int(n), err
 }

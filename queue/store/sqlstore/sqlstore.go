@@ -44,7 +44,7 @@ type DB struct {
 	Dialect
 	Write, Read *sql.DB
 
-	adds sync.Map // prepared statements by the number of events that they add, if Plain
+	prepared sync.Map // of prepared, if Plain
 }
 
 func (d *DB) text(query string) string {
@@ -54,17 +54,49 @@ func (d *DB) text(query string) string {
 	return query
 }
 
-// BeginTx begins a transaction that writes.
-func (d *DB) BeginTx(ctx context.Context) (*sql.Tx, error) {
+// InTx calls f in a transaction that writes.
+func (d *DB) InTx(ctx context.Context, f func(tx *sql.Tx) error) error {
 	tx, err := d.Write.BeginTx(ctx, d.Tx)
-	if err != nil || d.Begin == "" {
-		return tx, err
+	if err != nil {
+		return d.Wrap(err)
 	}
-	if _, err = tx.ExecContext(ctx, d.Begin); err != nil {
-		_ = tx.Rollback()
-		return nil, err
+	defer func() { _ = tx.Rollback() }()
+	if d.Begin != "" {
+		_, err = tx.ExecContext(ctx, d.Begin)
 	}
-	return tx, nil
+	if err == nil {
+		err = f(tx)
+	}
+	if err == nil {
+		err = tx.Commit()
+	}
+	return d.Wrap(err)
+}
+
+// exec runs a statement, and returns the number of changed rows.
+func (d *DB) exec(ctx context.Context, tx *sql.Tx, query string, args ...any) (int, error) {
+	result, err := tx.ExecContext(ctx, d.text(query), args...)
+	if err != nil {
+		return 0, err
+	}
+	n, err := result.RowsAffected()
+	return int(n), err
+}
+
+// each runs a query, scans each row into dest, and calls row.
+func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query string, args ...any) error {
+	rows, err := db.QueryContext(ctx, d.text(query), args...)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	for rows.Next() {
+		if err := rows.Scan(dest...); err != nil {
+			return err
+		}
+		row()
+	}
+	return rows.Err()
 }
 
 // SchemaSQL returns the statements that make the schema.
@@ -81,6 +113,7 @@ func (d *DB) Migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
 
 // Querier is a database, or a transaction in it.
 type Querier interface {
+	QueryContext(ctx context.Context, query string, args ...any) (*sql.Rows, error)
 	QueryRowContext(ctx context.Context, query string, args ...any) *sql.Row
 }
 
@@ -90,11 +123,8 @@ func (d *DB) CheckVersion(ctx context.Context, db Querier) error {
 	if err := db.QueryRowContext(ctx, d.text(`SELECT version FROM {schema}inkit_queue_schema`)).Scan(&found); err != nil {
 		return err
 	}
-	switch {
-	case found > version:
-		return fmt.Errorf("%w: %d, and this Caddy knows %d", store.ErrNewer, found, version)
-	case found < version:
-		return fmt.Errorf("%w: %d, and this Caddy needs %d", store.ErrOlder, found, version)
+	if found != version {
+		return fmt.Errorf("%w: %d, and this Caddy needs %d", store.ErrVersion, found, version)
 	}
 	return nil
 }

@@ -81,25 +81,17 @@ func (d *DB) Status(ctx context.Context, queues ...string) (status store.Status,
 
 // statusOfMemory fills in the numbers from the history and the keys.
 func (d *DB) statusOfMemory(ctx context.Context, q *store.QueueStatus) error {
-	rows, err := d.Read.QueryContext(ctx, d.text(fmt.Sprintf(`
-		SELECT ({now} - finished) / %[1]d, count(*), sum(attempts - 1) FROM {schema}inkit_queue_history
-		WHERE queue = $1 AND finished > {now} - 24 * %[1]d GROUP BY 1`, hour)), q.Queue)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var ago, delivered, retries int
-		if err := rows.Scan(&ago, &delivered, &retries); err != nil {
-			return err
-		}
-		ago = min(max(ago, 0), len(q.Hours)-1) // the clock of a Caddy may be wrong
-		q.Hours[len(q.Hours)-1-ago] += delivered
+	var ago, delivered, retries int
+	err := d.each(ctx, d.Read, []any{&ago, &delivered, &retries}, func() {
+		i := len(q.Hours) - 1 - min(max(ago, 0), len(q.Hours)-1) // the clock of a Caddy may be wrong
+		q.Hours[i] += delivered
 		q.LastDay += delivered
 		q.Retries += retries
-		q.Failed[len(q.Failed)-1-ago] += retries
-	}
-	if err := rows.Err(); err != nil {
+		q.Failed[i] += retries
+	}, fmt.Sprintf(`
+		SELECT ({now} - finished) / %[1]d, count(*), sum(attempts - 1) FROM {schema}inkit_queue_history
+		WHERE queue = $1 AND finished > {now} - 24 * %[1]d GROUP BY 1`, hour), q.Queue)
+	if err != nil {
 		return err
 	}
 	q.LastHour = q.Hours[len(q.Hours)-1]
@@ -110,26 +102,17 @@ func (d *DB) statusOfMemory(ctx context.Context, q *store.QueueStatus) error {
 // statusOfErrors fills in the most frequent last errors of the oldest and the newest
 // events.
 func (d *DB) statusOfErrors(ctx context.Context, of func(string) *store.QueueStatus) error {
-	rows, err := d.Read.QueryContext(ctx, d.text(fmt.Sprintf(`
-		SELECT queue, last_error, count(*) FROM {schema}inkit_queue_events WHERE last_error <> '' AND id IN (
-			SELECT id FROM (SELECT id FROM {schema}inkit_queue_events ORDER BY id LIMIT %[1]d) AS oldest
-			UNION SELECT id FROM (SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT %[1]d) AS newest)
-		GROUP BY queue, last_error ORDER BY count(*) DESC, last_error`, errorRows)))
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		var queue string
-		var e store.ErrorCount
-		if err := rows.Scan(&queue, &e.Error, &e.Events); err != nil {
-			return err
-		}
+	var queue string
+	var e store.ErrorCount
+	return d.each(ctx, d.Read, []any{&queue, &e.Error, &e.Events}, func() {
 		if q := of(queue); len(q.Errors) < maxErrors {
 			q.Errors = append(q.Errors, e)
 		}
-	}
-	return rows.Err()
+	}, fmt.Sprintf(`
+		SELECT queue, last_error, count(*) FROM {schema}inkit_queue_events WHERE last_error <> '' AND id IN (
+			SELECT id FROM (SELECT id FROM {schema}inkit_queue_events ORDER BY id LIMIT %[1]d) AS oldest
+			UNION SELECT id FROM (SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT %[1]d) AS newest)
+		GROUP BY queue, last_error ORDER BY count(*) DESC, last_error`, errorRows))
 }
 
 // statusOfHours counts the events that are kept by the time in their ids, for which there

@@ -11,49 +11,151 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
+// statement is a statement for many events. Its text has {rows} where row is repeated for
+// each of them. In a row, each ? is an argument.
+type statement struct{ row, text string }
+
+// prepared is the key of a prepared statement for a number of events.
+type prepared struct {
+	statement
+	events int
+}
+
+var (
+	addEvents = statement{
+		`(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`,
+		`INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
+			attempts, last_error, event_type, resource_id, request, checksum)
+		VALUES {rows} ON CONFLICT (id) DO NOTHING`,
+	}
+	deliverEvents = statement{
+		`?`,
+		`DELETE FROM {schema}inkit_queue_events WHERE id IN (
+			SELECT e.id FROM {schema}inkit_queue_events AS e WHERE e.id IN ({rows}) {skip})`,
+	}
+	keepEvents = statement{ // an owner without the lease must not change the event
+		`(?, ?, CAST(? AS BIGINT), ?, CAST(? AS INTEGER), ?)`,
+		`WITH v AS (SELECT * FROM (VALUES {rows}) AS v)
+		UPDATE {schema}inkit_queue_events
+		SET state = v.column2, due = {now} + v.column3, lease = NULL, owner = NULL,
+			last_error = COALESCE(v.column4, last_error), attempts = attempts - v.column5
+		FROM v WHERE id = v.column1 AND (owner IS NULL OR owner = v.column6)
+			AND id IN (SELECT e.id FROM {schema}inkit_queue_events AS e JOIN v ON e.id = v.column1 {skip})`,
+	}
+	readOwners = statement{`?`, `SELECT id, COALESCE(owner, '') FROM {schema}inkit_queue_events WHERE id IN ({rows})`}
+)
+
+// query returns the text of a statement for n events.
+func (d *DB) query(s statement, n int) string {
+	rows := strings.Repeat(s.row+",", n-1) + s.row
+	if !d.Plain {
+		var b strings.Builder
+		for i, part := range strings.Split(rows, "?") {
+			if i > 0 {
+				fmt.Fprint(&b, "$", i)
+			}
+			b.WriteString(part)
+		}
+		rows = b.String()
+	}
+	return d.text(strings.Replace(s.text, "{rows}", rows, 1))
+}
+
+// prepare prepares a statement for n events: SQLite takes as long to parse one as to run
+// it. It runs before the transaction, which uses the only connection.
+func (d *DB) prepare(ctx context.Context, s statement, n int) error {
+	for _, rows := range []int{min(n, d.Rows), n % d.Rows} {
+		if rows == 0 || !d.Plain {
+			continue
+		}
+		if _, ok := d.prepared.Load(prepared{s, rows}); ok {
+			continue
+		}
+		stmt, err := d.Write.PrepareContext(ctx, d.query(s, rows))
+		if err != nil {
+			return err
+		}
+		d.prepared.Store(prepared{s, rows}, stmt)
+	}
+	return nil
+}
+
+// run runs a statement with the arguments of each event, and returns the number of changed
+// rows.
+func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (changed int, err error) {
+	for some := range slices.Chunk(events, d.Rows) {
+		args := slices.Concat(some...)
+		var result sql.Result
+		if stmt, ok := d.prepared.Load(prepared{s, len(some)}); ok {
+			result, err = tx.StmtContext(ctx, stmt.(*sql.Stmt)).ExecContext(ctx, args...) //nolint:sqlclosecheck // it ends with the transaction
+		} else {
+			result, err = tx.ExecContext(ctx, d.query(s, len(some)), args...)
+		}
+		if err != nil {
+			return changed, err
+		}
+		n, err := result.RowsAffected()
+		if err != nil {
+			return changed, err
+		}
+		changed += int(n)
+	}
+	return changed, nil
+}
+
 // Apply is of store.Store.
 func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 	b.Left = nil
-	if err := d.prepareAdd(ctx, len(b.Add)); err != nil {
-		return d.Wrap(err)
+	addHistory, addCopied := insert("history"), insert(b.Copied.Table)
+	delivered, others := finishRows(b)
+	for s, n := range map[statement]int{
+		addEvents: len(b.Add), addHistory: len(b.History), addCopied: len(b.Copied.Rows), deliverEvents: len(delivered), keepEvents: len(others),
+	} {
+		if err := d.prepare(ctx, s, n); err != nil {
+			return d.Wrap(err)
+		}
 	}
-	tx, err := d.BeginTx(ctx)
+	err := d.InTx(ctx, func(tx *sql.Tx) error {
+		added, err := d.once(ctx, tx, b.Add)
+		if err != nil {
+			return err
+		}
+		if _, err := d.run(ctx, tx, addEvents, eventRows(b.Owner, added)); err != nil {
+			return err
+		}
+		if _, err := d.run(ctx, tx, addHistory, historyRows(b.History)); err != nil {
+			return err
+		}
+		if _, err := d.run(ctx, tx, addCopied, b.Copied.Rows); err != nil {
+			return err
+		}
+		n, err := d.run(ctx, tx, deliverEvents, delivered)
+		if err != nil {
+			return err
+		}
+		m, err := d.run(ctx, tx, keepEvents, others)
+		if err != nil {
+			return err
+		}
+		if n+m < len(b.Finish) {
+			if err := d.left(ctx, tx, b); err != nil {
+				return err
+			}
+		}
+		for _, claim := range b.Claims {
+			if err := d.claim(ctx, tx, b.Owner, claim); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 	if err != nil {
-		return d.Wrap(err)
-	}
-	if err = d.apply(ctx, tx, b); err == nil {
-		err = tx.Commit()
-	}
-	if err != nil {
-		_ = tx.Rollback()
 		b.Left = nil
 		for _, claim := range b.Claims {
 			claim.Records = nil
 		}
 	}
-	return d.Wrap(err)
-}
-
-func (d *DB) apply(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
-	added, err := d.once(ctx, tx, b.Add)
-	if err != nil {
-		return err
-	}
-	if err := d.add(ctx, tx, b.Owner, added); err != nil {
-		return err
-	}
-	if err := d.remember(ctx, tx, b); err != nil {
-		return err
-	}
-	if err := d.finish(ctx, tx, b); err != nil {
-		return err
-	}
-	for _, claim := range b.Claims {
-		if err := d.claim(ctx, tx, b.Owner, claim); err != nil {
-			return err
-		}
-	}
-	return nil
+	return err
 }
 
 // plain returns a text that every database accepts: UTF-8 without NUL. Otherwise one event
@@ -72,136 +174,59 @@ func label(text string) string {
 	return text
 }
 
-// values returns n rows of arguments for VALUES, each like pattern, with ? for an
-// argument.
-func values(n int, pattern string) string {
-	var b strings.Builder
-	arg := 0
-	for i := range n {
-		if i > 0 {
-			b.WriteByte(',')
+// eventRows returns the arguments of addEvents.
+func eventRows(batchOwner string, added []*store.Record) (rows [][]any) {
+	for _, r := range added {
+		var lease, owner any
+		delay := r.Delay
+		if r.Lease > 0 {
+			lease, owner, delay = r.Lease.Milliseconds(), batchOwner, r.Lease
 		}
-		for _, c := range []byte(pattern) {
-			if c != '?' {
-				b.WriteByte(c)
-				continue
-			}
-			arg++
-			fmt.Fprintf(&b, "$%d", arg)
-		}
+		rows = append(rows, []any{
+			r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
+			r.Attempts, plain(r.LastError), label(r.EventType), label(r.ResourceID), r.Request, r.Checksum,
+		})
 	}
-	return b.String()
+	return rows
 }
 
-// rows is values for a statement without other arguments.
-func (d *DB) rows(n int, pattern string) string {
-	if d.Plain {
-		return strings.Repeat(pattern+",", n-1) + pattern
+// finishRows returns the arguments of deliverEvents and of keepEvents.
+func finishRows(b *store.Batch) (delivered, others [][]any) {
+	for _, f := range b.Finish {
+		if f.Outcome == store.Delivered {
+			delivered = append(delivered, []any{f.ID})
+		} else {
+			others = append(others, append(finishRow(f), b.Owner))
+		}
 	}
-	return values(n, pattern)
+	return delivered, others
 }
 
-// prepareAdd prepares the statements that add n events: SQLite takes as long to parse one
-// as to run it. It runs before the transaction, which uses the only connection.
-func (d *DB) prepareAdd(ctx context.Context, n int) error {
-	if !d.Plain {
+// left finds the finishes that were not written, because another transaction has locked
+// their rows: their events are still there, with the lease of this owner.
+func (d *DB) left(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
+	if d.Skip == "" {
 		return nil
 	}
-	for _, rows := range []int{min(n, d.Rows), n % d.Rows} {
-		if _, ok := d.adds.Load(rows); !ok && rows > 0 {
-			stmt, err := d.Write.PrepareContext(ctx, d.addQuery(rows))
-			if err != nil {
-				return err
-			}
-			d.adds.Store(rows, stmt)
+	var id, owner string
+	owners := make(map[string]string)
+	for some := range slices.Chunk(b.Finish, d.Rows) {
+		ids := make([]any, len(some))
+		for i, f := range some {
+			ids[i] = f.ID
 		}
-	}
-	return nil
-}
-
-func (d *DB) addQuery(n int) string {
-	return d.text(`
-		INSERT INTO {schema}inkit_queue_events (id, queue, state, received, queued, due, lease, owner,
-			attempts, last_error, event_type, resource_id, request, checksum) VALUES ` +
-		d.rows(n, `(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`) + `
-		ON CONFLICT (id) DO NOTHING`)
-}
-
-func (d *DB) add(ctx context.Context, tx *sql.Tx, batchOwner string, added []*store.Record) error {
-	for records := range slices.Chunk(added, d.Rows) {
-		args := make([]any, 0, 12*len(records))
-		for _, r := range records {
-			var lease, owner any
-			delay := r.Delay
-			if r.Lease > 0 {
-				lease, owner, delay = r.Lease.Milliseconds(), batchOwner, r.Lease
-			}
-			args = append(args, r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
-				r.Attempts, plain(r.LastError), label(r.EventType), label(r.ResourceID), r.Request, r.Checksum)
-		}
-		var err error
-		if stmt, ok := d.adds.Load(len(records)); ok {
-			_, err = tx.StmtContext(ctx, stmt.(*sql.Stmt)).ExecContext(ctx, args...) //nolint:sqlclosecheck // it ends with the transaction
-		} else {
-			_, err = tx.ExecContext(ctx, d.addQuery(len(records)), args...)
-		}
+		err := d.each(ctx, tx, []any{&id, &owner}, func() { owners[id] = owner },
+			d.query(readOwners, len(some)), ids...)
 		if err != nil {
 			return err
 		}
 	}
-	return nil
-}
-
-func (d *DB) finish(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
-	var delivered, others []store.Finish
 	for _, f := range b.Finish {
-		if f.Outcome == store.Delivered {
-			delivered = append(delivered, f)
-		} else {
-			others = append(others, f)
-		}
-	}
-	for some := range slices.Chunk(delivered, d.Rows) {
-		query := `DELETE FROM {schema}inkit_queue_events WHERE id IN (` + values(len(some), `?`) + `)`
-		if d.Skip != "" {
-			query = `DELETE FROM {schema}inkit_queue_events WHERE id IN (
-				SELECT e.id FROM {schema}inkit_queue_events AS e WHERE e.id IN (` + values(len(some), `?`) + `) {skip})`
-		}
-		if err := d.finishSome(ctx, tx, b, some, query, ids(some), ""); err != nil {
-			return err
-		}
-	}
-	for some := range slices.Chunk(others, d.Rows) {
-		args := make([]any, 0, 5*len(some)+1)
-		for _, f := range some {
-			args = append(args, finishRow(f)...)
-		}
-		args = append(args, b.Owner)
-		// an owner without the lease must not change the event
-		mine := fmt.Sprintf(`(owner IS NULL OR owner = $%d)`, len(args))
-		locked := ""
-		if d.Skip != "" {
-			locked = ` AND id IN (SELECT e.id FROM {schema}inkit_queue_events AS e JOIN v ON e.id = v.column1 {skip})`
-		}
-		query := `WITH v AS (SELECT * FROM (VALUES ` +
-			values(len(some), `(?, ?, CAST(? AS BIGINT), ?, CAST(? AS INTEGER))`) + `) AS v)
-			UPDATE {schema}inkit_queue_events
-			SET state = v.column2, due = {now} + v.column3, lease = NULL, owner = NULL,
-				last_error = COALESCE(v.column4, last_error), attempts = attempts - v.column5
-			FROM v WHERE id = v.column1 AND ` + mine + locked
-		if err := d.finishSome(ctx, tx, b, some, query, args, ` AND owner = $1`); err != nil {
-			return err
+		if owner, ok := owners[f.ID]; ok && (owner == b.Owner || f.Outcome == store.Delivered) {
+			b.Left = append(b.Left, f)
 		}
 	}
 	return nil
-}
-
-func ids(finishes []store.Finish) []any {
-	all := make([]any, len(finishes))
-	for i, f := range finishes {
-		all[i] = f.ID
-	}
-	return all
 }
 
 // finishRow returns the id, state, delay and error of an event after an attempt, and the
@@ -220,48 +245,12 @@ func finishRow(f store.Finish) []any {
 	panic("an outcome that there is not")
 }
 
-// finishSome runs a statement that finishes events, and adds events with locked rows to
-// Left: their rows still exist, and still match condition.
-func (d *DB) finishSome(ctx context.Context, tx *sql.Tx, b *store.Batch, some []store.Finish, query string, args []any, condition string) error {
-	result, err := tx.ExecContext(ctx, d.text(query), args...)
-	if err != nil || d.Skip == "" {
-		return err
-	}
-	if n, err := result.RowsAffected(); err != nil || n == int64(len(some)) {
-		return err
-	}
-	args, pattern := ids(some), values(len(some), `?`)
-	if condition != "" {
-		args = append([]any{b.Owner}, args...)
-		pattern, _ = strings.CutPrefix(values(len(some)+1, `?`), "$1,")
-	}
-	rows, err := tx.QueryContext(ctx, d.text(`SELECT id FROM {schema}inkit_queue_events WHERE id IN (`+pattern+`)`+condition), args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	left := make(map[string]bool)
-	for rows.Next() {
-		var id string
-		if err := rows.Scan(&id); err != nil {
-			return err
-		}
-		left[id] = true
-	}
-	for _, f := range some {
-		if left[f.ID] {
-			b.Left = append(b.Left, f)
-		}
-	}
-	return rows.Err()
-}
-
 func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
 	// Events with a due time that only a wrong clock can give are due now.
-	_, err := tx.ExecContext(ctx, d.text(`
+	_, err := d.exec(ctx, tx, `
 		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
 			SELECT e.id FROM {schema}inkit_queue_events AS e
-			WHERE e.queue = $1 AND e.state = 'pending' AND e.due > {now} + CAST($2 AS BIGINT) LIMIT 500 {skip})`),
+			WHERE e.queue = $1 AND e.state = 'pending' AND e.due > {now} + CAST($2 AS BIGINT) LIMIT 500 {skip})`,
 		claim.Queue, max(store.Latest, claim.Lease).Milliseconds())
 	if err != nil {
 		return err
@@ -277,27 +266,20 @@ func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.C
 }
 
 func (d *DB) claimFrom(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim, from, order string) error {
-	rows, err := tx.QueryContext(ctx, d.text(`
+	r := store.Record{Queue: claim.Queue, State: store.Pending}
+	var received, queued, now int64
+	dest := []any{&r.ID, &received, &queued, &r.Attempts, &r.EventType, &r.ResourceID, &r.Request, &r.Checksum, &now}
+	return d.each(ctx, tx, dest, func() {
+		found := r
+		found.Received, found.Age = time.UnixMilli(received), time.Duration(max(0, now-queued))*time.Millisecond
+		claim.Records = append(claim.Records, &found)
+	}, `
 		WITH picked AS MATERIALIZED (
 			SELECT e.id FROM `+from+` e.queue = $1 AND e.state = 'pending' AND e.due <= {now}
 			ORDER BY `+order+` LIMIT $2 {skip})
 		UPDATE {schema}inkit_queue_events
 		SET due = {now} + CAST($3 AS BIGINT), lease = {now} + CAST($3 AS BIGINT), owner = $4, attempts = attempts + 1
 		WHERE id IN (SELECT id FROM picked)
-		RETURNING id, received, queued, attempts, event_type, resource_id, request, checksum, {now}`),
+		RETURNING id, received, queued, attempts, event_type, resource_id, request, checksum, {now}`,
 		claim.Queue, claim.Max, claim.Lease.Milliseconds(), owner)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		r := &store.Record{Queue: claim.Queue, State: store.Pending}
-		var received, queued, now int64
-		if err := rows.Scan(&r.ID, &received, &queued, &r.Attempts, &r.EventType, &r.ResourceID, &r.Request, &r.Checksum, &now); err != nil {
-			return err
-		}
-		r.Received, r.Age = time.UnixMilli(received), time.Duration(max(0, now-queued))*time.Millisecond
-		claim.Records = append(claim.Records, r)
-	}
-	return rows.Err()
 }

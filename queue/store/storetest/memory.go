@@ -1,7 +1,9 @@
 package storetest
 
 import (
+	"context"
 	"fmt"
+	"maps"
 	"testing"
 	"time"
 
@@ -105,10 +107,10 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 		time.Sleep(20 * time.Millisecond)
 		_, err = s.Tidy(t.Context(), nil)
 		require.NoError(t, err)
-		keys, err := s.Keys(t.Context(), store.Key{})
-		require.NoError(t, err)
+		keys := rows(t, s, "once", false)
 		require.Len(t, keys, 1)
-		assert.Equal(t, []any{"default", []byte("digest"), "b", 0}, []any{keys[0].Queue, keys[0].Digest, keys[0].ID, keys[0].Duplicates})
+		assert.Equal(t, []any{"default", []byte("digest"), "b"}, keys[0][:3])
+		assert.Equal(t, int64(0), keys[0][4], "duplicates")
 	})
 	test("dropping forgets a key whose event and history are gone", func(t *testing.T, s store.Store) {
 		add(t, s, keyed("a", "digest"))
@@ -116,9 +118,7 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 		n, err := s.Drop(t.Context(), store.Filter{IDs: []string{"a"}})
 		require.NoError(t, err)
 		assert.Zero(t, n, "it was to be dropped while pending, and was delivered before")
-		keys, err := s.Keys(t.Context(), store.Key{})
-		require.NoError(t, err)
-		assert.Len(t, keys, 1)
+		assert.Len(t, rows(t, s, "once", false), 1)
 		for _, want := range []int{1, 0} {
 			n, err := s.Drop(t.Context(), store.Filter{IDs: []string{"a"}, States: []string{store.History}})
 			require.NoError(t, err)
@@ -183,26 +183,73 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Zero(t, peek("default"))
 	})
 	test("status", statuses)
-	t.Run("what is remembered goes along", func(t *testing.T) {
-		from, to := open(t, newDatabase(t)), open(t, newDatabase(t))
-		add(t, from, keyed("a", "digest"))
-		add(t, from, keyed("b", "digest"))
-		apply(t, from, &store.Batch{History: []*store.Record{delivered("c", nil)}})
-		_, err := from.Pause(t.Context(), "default", true)
+	t.Run("all rows are copied", func(t *testing.T) { copies(t, open(t, newDatabase(t)), open(t, newDatabase(t))) })
+}
+
+// rows returns all rows of a table.
+func rows(t *testing.T, s store.Store, table string, idle bool) (all [][]any) {
+	t.Helper()
+	for page := (store.Rows{Table: table}); ; {
+		var err error
+		page, err = s.ReadRows(t.Context(), page, idle)
 		require.NoError(t, err)
-		for range 2 {
-			require.NoError(t, store.CopyMemory(t.Context(), to, from))
+		if len(page.Rows) == 0 {
+			return all
 		}
-		before, err := from.Keys(t.Context(), store.Key{})
-		require.NoError(t, err)
-		after, err := to.Keys(t.Context(), store.Key{})
-		require.NoError(t, err)
-		assert.Equal(t, before, after)
-		assert.Equal(t, find(t, from, "c"), find(t, to, "c"))
-		p, err := to.Peek(t.Context(), "default")
-		require.NoError(t, err)
-		assert.NotZero(t, p.Paused)
-	})
+		all = append(all, page.Rows...)
+	}
+}
+
+func copies(t *testing.T, from, to store.Store) {
+	t.Helper()
+	const many = 1100 // more than two pages
+	add(t, from, records(many, func(i int, r *store.Record) { r.Digest, r.Remember = fmt.Appendf(nil, "digest %d", i), time.Hour })...)
+	add(t, from, keyed("duplicate", "digest 7"))
+	claim(t, from, "me", 2, time.Hour)
+	leased := keyed("leased", "of the leased one")
+	leased.Lease, leased.Attempts = time.Hour, 1
+	add(t, from, leased)
+	finish(t, from, "me", store.Finish{ID: "event-00000", Outcome: store.SetAside, LastError: "status 404"},
+		store.Finish{ID: "event-00001", Outcome: store.Later, After: time.Hour, LastError: "status 500"})
+	apply(t, from, &store.Batch{History: records(many, func(i int, r *store.Record) { r.Finished, r.Status = time.Now(), 204 })})
+	_, err := from.Pause(t.Context(), "default", true)
+	require.NoError(t, err)
+
+	add(t, to, record("event-00002"), keyed("other", "digest 3"))
+	byKey := func(s store.Store, table string) map[string]string {
+		all := make(map[string]string)
+		for _, row := range rows(t, s, table, false) {
+			all[fmt.Sprint(row[:2])] = fmt.Sprintf("%#v", row)
+		}
+		return all
+	}
+	stays := map[string]map[string]string{"events": byKey(to, "events"), "once": byKey(to, "once")}
+	for range 2 { // it can be repeated
+		var copied []string
+		require.NoError(t, store.Copy(t.Context(), to, from, true, func(ids []string) error {
+			copied = append(copied, ids...)
+			return nil
+		}))
+		assert.Len(t, copied, many)
+		assert.NotContains(t, copied, "leased")
+	}
+	assert.Nil(t, find(t, to, "leased"))
+	require.NoError(t, store.Copy(t.Context(), to, from, false, func([]string) error { return nil }))
+	for table, n := range map[string]int{"events": many + 1, "history": many, "once": many + 1, "paused": 1} {
+		require.Len(t, rows(t, from, table, false), n, table)
+		want, got := byKey(from, table), byKey(to, table)
+		maps.Copy(want, stays[table])
+		require.Len(t, got, len(want), table)
+		for key := range want {
+			require.Equal(t, want[key], got[key], table)
+		}
+	}
+	finish(t, to, "me", store.Finish{ID: "leased", Outcome: store.Later, LastError: "of its owner"})
+	assert.Equal(t, "of its owner", find(t, to, "leased").LastError, "the attempt that was running ends as before")
+
+	ctx, stop := context.WithCancel(t.Context())
+	err = store.Copy(ctx, to, from, false, func([]string) error { stop(); return nil })
+	require.ErrorIs(t, err, context.Canceled)
 }
 
 func searches(t *testing.T, s store.Store) {

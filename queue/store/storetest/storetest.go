@@ -497,12 +497,12 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 			assert.Equal(t, 1, n, id)
 		}
 	})
-	t.Run("a schema of a later version is left alone", func(t *testing.T) {
+	t.Run("a schema of another version is left alone", func(t *testing.T) {
 		db := newDatabase(t)
 		require.NoError(t, open(t, db).Close())
 		db.Exec(t, `UPDATE inkit_queue_schema SET version = 99`)
 		_, err := db.Open(t.Context(), store.Opening{Logger: zaptest.NewLogger(t)})
-		require.ErrorIs(t, err, store.ErrNewer)
+		require.ErrorIs(t, err, store.ErrVersion)
 		assert.ErrorContains(t, err, "99")
 	})
 }
