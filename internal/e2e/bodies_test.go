@@ -81,7 +81,7 @@ func clients(t *testing.T, c *caddy) map[string]*http.Client {
 
 func TestBodiesArriveWhole(t *testing.T) {
 	t.Run("reverse_proxy", func(t *testing.T) {
-		b := newBackend(t, modeGood)
+		b := newBackend(t, good)
 		c := startCaddy(t, "", `https://localhost:{{port}} {
 	tls internal
 	header X-Proto {http.request.proto}

@@ -1,7 +1,7 @@
 //go:build unix
 
-// Package e2e runs a real Caddy with this module in front of real backends, each
-// in its own process, and sends them real requests on the loopback interface.
+// Package e2e runs a real Caddy with this module in front of real backends, and sends
+// them real requests on the loopback interface.
 package e2e
 
 import (
@@ -37,22 +37,26 @@ const secret = "test_inkit_webhook_secret"
 // .ci/run.
 var long = os.Getenv("E2E_LONG") != ""
 
+// size is one size at full length and another one otherwise.
+func size(full, quick int) int {
+	if long {
+		return full
+	}
+	return quick
+}
+
 // caddyPath is the binary under test: E2E_CADDY, such as one that xcaddy built with
 // another version of Caddy, or else cmd/caddy.
 var caddyPath string
 
 func TestMain(m *testing.M) {
-	if os.Getenv("E2E_BACKEND") != "" {
-		runBackend()
-		return
-	}
 	os.Exit(run(m))
 }
 
 func run(m *testing.M) int {
 	// Tests in parallel wait more than they work, so there may be more of them than
 	// there are processors. -parallel on the command line has the last word.
-	if err := flag.Set("test.parallel", "8"); err != nil {
+	if err := flag.Set("test.parallel", "12"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}

@@ -157,7 +157,7 @@ func TestKubernetesExample(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, string(formatted), caddyfile.String(), "it is formatted")
 
-	backend := newTakerOrNot(t, http.StatusServiceUnavailable)
+	backend, status := newStatus(t, http.StatusServiceUnavailable)
 	d := deploy(t, caddyfile.String(), "/etc/inkit/secret", "backend:9000", backend.addr, "shutdown_delay 5s", "shutdown_delay 1s")
 	healthy := func() int {
 		resp, err := http.Get("http://" + d.addr + "/healthz")
@@ -174,8 +174,8 @@ func TestKubernetesExample(t *testing.T) {
 	assert.True(t, strings.HasPrefix(out, "200 OK\n"), out)
 	assert.Contains(t, out, " doc_test ", "it is in the list")
 	assert.Contains(t, d.get("http://"+d.metrics+"/metrics"), `caddy_inkit_queue_events{queue="default",state="pending"}`)
-	backend.status.Store(http.StatusOK)
-	waitFor(t, "it is delivered", d.process, func() bool { return backend.hasTaken("doc_test") })
+	status.Store(http.StatusOK)
+	waitFor(t, "it is delivered", d.process, func() bool { return backend.of("doc_test").taken > 0 })
 }
 
 func TestSystemdExample(t *testing.T) {
@@ -233,7 +233,7 @@ WantedBy=multi-user.target
 
 	t.Run("the Caddyfile", func(t *testing.T) {
 		t.Parallel()
-		backend := newTakerOrNot(t, http.StatusOK)
+		backend := newTaker(t, all)
 		credentials := t.TempDir()
 		writeFile(t, credentials+"/inkit_webhook", secret+"\n")
 		options, site, found := strings.Cut(readFile(t, from+"Caddyfile"), "\n}\n")
@@ -248,7 +248,7 @@ WantedBy=multi-user.target
 		body := event("doc_1")
 		assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
 		assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, sign("wrong", body)).status)
-		assert.True(t, backend.hasTaken("doc_1"))
+		assert.Positive(t, backend.of("doc_1").taken)
 		// as the README has it
 		const validate = "CREDENTIALS_DIRECTORY=/etc/caddy caddy validate --config /etc/caddy/Caddyfile"
 		require.Contains(t, readFile(t, from+"README.md"), "`sudo "+validate+"`")

@@ -26,7 +26,7 @@ func TestNginxInFront(t *testing.T) {
 	if err != nil {
 		t.Skip("nginx is not installed")
 	}
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	site := recommendedSite(t, b.addr)
 	one, two := startCaddy(t, "", site), startCaddy(t, "", site)
 	dir, addr := t.TempDir(), freeAddr(t)

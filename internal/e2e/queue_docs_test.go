@@ -4,9 +4,7 @@ package e2e
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -14,7 +12,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -53,55 +50,22 @@ func docBlocks(t *testing.T, path, language string) (blocks []docBlock) {
 	return blocks
 }
 
-// takerOrNot is a backend with a changeable status, which records its requests.
-type takerOrNot struct {
-	addr   string
-	status atomic.Int32
-
-	mu    sync.Mutex
-	taken map[string]int // by resource id
-	ids   map[string]string
-}
-
-func newTakerOrNot(t *testing.T, status int) *takerOrNot {
+// newStatus starts a backend that answers each attempt with a status that can be changed.
+func newStatus(t *testing.T, code int32) (b *backend, status *atomic.Int32) {
 	t.Helper()
-	b := &takerOrNot{taken: make(map[string]int), ids: make(map[string]string)}
-	b.status.Store(int32(status))
-	server := httptest.NewServer(b)
-	t.Cleanup(server.Close)
-	b.addr = server.Listener.Addr().String()
-	return b
+	status = new(atomic.Int32)
+	status.Store(code)
+	return newTaker(t, func(string, int) int { return int(status.Load()) }), status
 }
 
-func (b *takerOrNot) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	var e struct {
-		ResourceID string `json:"resource_id"`
+// idOf returns the id of the last event with a resource.
+func (b *backend) idOf(resource string) (id string) {
+	for _, r := range b.records() {
+		if bytes.Equal(r.Body, event(resource)) {
+			id = r.Header.Get("Inkit-Queue-Id")
+		}
 	}
-	if err != nil || json.Unmarshal(body, &e) != nil {
-		w.WriteHeader(http.StatusBadRequest)
-		return
-	}
-	status := int(b.status.Load())
-	b.mu.Lock()
-	b.ids[e.ResourceID] = r.Header.Get("Inkit-Queue-Id")
-	if status == http.StatusOK {
-		b.taken[e.ResourceID]++
-	}
-	b.mu.Unlock()
-	w.WriteHeader(status)
-}
-
-func (b *takerOrNot) hasTaken(id string) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.taken[id] > 0
-}
-
-func (b *takerOrNot) idOf(resource string) string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.ids[resource]
+	return id
 }
 
 // operator is a shell in which the commands of docs/queue.md run, as the user that Caddy
@@ -182,7 +146,7 @@ func TestQueueDocs(t *testing.T) {
 	for _, block := range docBlocks(t, "../../docs/queue.md", "caddyfile") {
 		caddyfiles[block.heading] = block.text
 	}
-	backend := newTakerOrNot(t, http.StatusInternalServerError)
+	backend, status := newStatus(t, http.StatusInternalServerError)
 	replace := func(text string, pairs ...string) string {
 		t.Helper()
 		for i := 0; i < len(pairs); i += 2 {
@@ -272,13 +236,13 @@ func TestQueueDocs(t *testing.T) {
 		}, func(script string) {
 			out := o.run(replace(script, exampleID, id))
 			assert.Equal(t, "pending "+id+"\n1 events are due\n", out)
-			backend.status.Store(http.StatusOK)
-			waitFor(t, "both are delivered", c.process, func() bool { return backend.hasTaken("doc_1") && backend.hasTaken("doc_dead") })
+			status.Store(http.StatusOK)
+			waitFor(t, "both are delivered", c.process, func() bool { return backend.of("doc_1").taken > 0 && backend.of("doc_dead").taken > 0 })
 			waitFor(t, "no line is left", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
 			assert.Equal(t, id, backend.idOf("doc_dead"), "under the same id")
 		}},
 		{became, func() {
-			backend.status.Store(http.StatusInternalServerError)
+			status.Store(http.StatusInternalServerError)
 			waiting("doc_dropped")
 		}, func(script string) {
 			assert.Equal(t, "dropped "+id+" DOCUMENT_CREATE_FINISHED doc_dropped\n0 events are dropped\n", o.run(replace(script, exampleID, id)))
@@ -351,22 +315,22 @@ func TestQueueDocs(t *testing.T) {
 			require.NoError(t, os.WriteFile(o.vars, []byte("db="+db+"\n"), 0o600))
 			assert.Contains(t, list(""), "doc_1")
 			assert.Contains(t, list(""), "doc_moved")
-			backend.status.Store(http.StatusOK)
+			status.Store(http.StatusOK)
 			// now, and not after as long again as they have waited; one that is being
 			// delivered is an error
 			_ = o.command("caddy inkit-queue retry " + backend.idOf("doc_1") + " " + id).Run()
 			waitFor(t, "both are delivered from there", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
-			assert.True(t, backend.hasTaken("doc_moved"))
+			assert.Positive(t, backend.of("doc_moved").taken)
 		}},
 		{"A damaged file", func() {
-			backend.status.Store(http.StatusServiceUnavailable)
+			status.Store(http.StatusServiceUnavailable)
 			for i := range 400 {
 				noisy = append(noisy, fmt.Sprint("noisy_", i))
 				sendEvent(noisy[i], http.StatusOK)
 			}
 			o.run("systemctl stop caddy")
 			damage(t, db, "noisy_200")
-			backend.status.Store(http.StatusOK)
+			status.Store(http.StatusOK)
 			c.start()
 			waitFor(t, "the file is moved aside", c.process, func() bool {
 				return strings.Contains(c.output.String(), `"moved_to":"`+db+".damaged-")
@@ -379,7 +343,7 @@ func TestQueueDocs(t *testing.T) {
 				switch {
 				case regexp.MustCompile(resource + `\s`).MatchString(out):
 					recovered++
-				case !backend.hasTaken(resource):
+				case backend.of(resource).taken == 0:
 					missing++
 				}
 			}
@@ -401,7 +365,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Empty(t, left)
 			waitFor(t, "what was recovered is delivered", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
 			for _, resource := range noisy {
-				if !backend.hasTaken(resource) {
+				if backend.of(resource).taken == 0 {
 					lost--
 				}
 			}

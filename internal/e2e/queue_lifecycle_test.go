@@ -58,7 +58,7 @@ func TestQueueAcrossReloads(t *testing.T) { //nolint:tparallel // its subtests s
 			_, err := c.command("reload", "--config", c.path("Caddyfile"), "--address", c.admin, "--force")
 			require.ErrorContains(t, err, "address already in use", i)
 		}
-		next.listen(t)
+		next.listen()
 		next.hasAll(t, s.ids()[2:], 20*time.Second)
 		assert.Equal(t, 2, old.snapshot().events)
 	})
@@ -74,7 +74,7 @@ func TestQueueAcrossReloads(t *testing.T) { //nolint:tparallel // its subtests s
 		assert.Contains(t, c.output.String(), `"queue":"default","pending":10`)
 		c.configure("", strings.Replace(queueSite(next.addr, "name another"), "/webhook", "/another", 1))
 		c.reload()
-		next.listen(t)
+		next.listen()
 		c.configure("", queueSite(next.addr, ""))
 		c.reload()
 		next.hasAll(t, s.ids()[2:], 20*time.Second)
@@ -125,7 +125,7 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 	backend.close()
 	<-s.sendAll(t.Context(), "kept", events)
 	one.stop(t, syscall.SIGTERM)
-	backend.listen(t)
+	backend.listen()
 	assert.Zero(t, backend.hasAll(t, s.ids(), time.Minute), "the other one delivers")
 	s.refusedNone(t)
 }
@@ -185,7 +185,7 @@ func TestQueueIsNotTouchedByValidate(t *testing.T) {
 		assert.Equal(t, os.FileMode(0o600), info.Mode().Perm(), suffix)
 	}
 	s.once(t, "after")
-	backend.listen(t)
+	backend.listen()
 	backend.hasAll(t, s.ids(), 20*time.Second)
 }
 

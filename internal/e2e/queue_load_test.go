@@ -36,7 +36,8 @@ func TestQueueOfManyEvents(t *testing.T) {
 		taken.LoadOrStore("first", time.Now())
 		return http.StatusOK
 	}
-	c := queueCaddy(t, backend.addr, "max_events 2000000\nconcurrency 64\nhistory 0")
+	const options = "max_events 2000000\nconcurrency 64\nhistory 0"
+	c := queueCaddy(t, backend.addr, options)
 	beside := queueCaddy(t, backend.addr, "") // to compare with
 	<-newSender(t, beside).sendAll(t.Context(), "beside", 100)
 	s := newSender(t, c)
@@ -98,12 +99,22 @@ func TestQueueOfManyEvents(t *testing.T) {
 	wait := first.(time.Time).Sub(started)
 	t.Logf("the first delivery %v after the start, which took %v", wait.Round(time.Millisecond), started.Sub(began).Round(time.Millisecond))
 	assert.Less(t, wait, max(time.Second, 2*started.Sub(began)))
+	if long { // what follows measures no time
+		up.Store(false)
+		t.Parallel()
+		up.Store(true)
+	}
 
 	waitLong(t, "all are delivered", 15*time.Minute, func() bool {
 		time.Sleep(500 * time.Millisecond) // looking costs, too
 		return c.metric(pendingMetric) == "0" && len(c.list(t)) == 0
 	})
 	t.Logf("delivered in %v", time.Since(began).Round(time.Second))
+	// what is tidied with the next count is tidied now: it may be two minutes away if the last one took long
+	for _, name := range []string{"others.db", "events.db"} {
+		c.configure("grace_period 5s", strings.Replace(queueSite(backend.addr, options), "events.db", name, 1))
+		c.reload()
+	}
 	waitLong(t, "the room is given back", 2*time.Minute, func() bool { return fileSize(t, db) < before/10 })
 	assert.LessOrEqual(t, resident(t, c)-empty, int64(60<<20))
 }

@@ -4,9 +4,7 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -22,157 +20,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
-
-// size is one size at full length and another one otherwise.
-func size(full, quick int) int {
-	if long {
-		return full
-	}
-	return quick
-}
-
-// taker is a backend that records its requests and the events that it took.
-type taker struct {
-	addr   string
-	status func(id string, attempt int) int
-	quiet  bool // whether it notes nothing
-
-	mu       sync.Mutex
-	server   *http.Server // nil while nothing listens
-	taken    map[string]int
-	takenAt  map[string]time.Time // the first time
-	attempts map[string]int
-	keys     map[string]map[string]bool // of each request of the sender
-	times    []time.Time                // of attempts
-	now      int                        // attempts at this moment
-	most     int                        // and at most
-}
-
-// newTaker starts a taker. status returns its answer to an attempt.
-func newTaker(t *testing.T, status func(id string, attempt int) int) *taker {
-	t.Helper()
-	b := &taker{
-		addr: freeAddr(t), status: status, taken: make(map[string]int), takenAt: make(map[string]time.Time),
-		attempts: make(map[string]int), keys: make(map[string]map[string]bool),
-	}
-	b.listen(t)
-	t.Cleanup(b.close)
-	return b
-}
-
-// listen begins to listen, and close ends it with all connections.
-func (b *taker) listen(t *testing.T) {
-	t.Helper()
-	server := &http.Server{Addr: b.addr, Handler: b}
-	b.mu.Lock()
-	b.server = server
-	b.mu.Unlock()
-	go func() { _ = server.ListenAndServe() }()
-	waitFor(t, "the backend listens", nil, listening(b.addr))
-}
-
-func (b *taker) close() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	_ = b.server.Close()
-}
-
-// all is a backend that takes all events.
-func all(string, int) int {
-	time.Sleep(2 * time.Millisecond)
-	return http.StatusOK
-}
-
-func (b *taker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	var e struct {
-		ResourceID string `json:"resource_id"`
-		Sent       int    `json:"sent"` // how often the sender has sent it
-	}
-	if err != nil || json.Unmarshal(body, &e) != nil {
-		w.WriteHeader(http.StatusBadRequest)
-		return
-	}
-	if b.quiet {
-		w.WriteHeader(b.status(e.ResourceID, 1))
-		return
-	}
-	b.mu.Lock()
-	b.attempts[e.ResourceID]++
-	attempt := b.attempts[e.ResourceID]
-	sent := fmt.Sprint(e.ResourceID, " ", e.Sent)
-	if b.keys[sent] == nil {
-		b.keys[sent] = make(map[string]bool)
-	}
-	b.keys[sent][r.Header.Get("Idempotency-Key")] = true
-	b.times = append(b.times, time.Now())
-	b.now++
-	b.most = max(b.most, b.now)
-	b.mu.Unlock()
-	status := b.status(e.ResourceID, attempt)
-	b.mu.Lock()
-	b.now--
-	if status == http.StatusOK {
-		if b.taken[e.ResourceID]++; b.taken[e.ResourceID] == 1 {
-			b.takenAt[e.ResourceID] = time.Now()
-		}
-	}
-	b.mu.Unlock()
-	w.WriteHeader(status)
-}
-
-// snapshot returns how many events it was asked to take, and how many attempts there are
-// at this moment, and were at most.
-func (b *taker) snapshot() (s struct{ events, now, most int }) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	s.events, s.now, s.most = len(b.attempts), b.now, b.most
-	return s
-}
-
-// of returns how often it was asked to take an event, and how often it did.
-func (b *taker) of(id string) (e struct{ attempts, taken int }) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	e.attempts, e.taken = b.attempts[id], b.taken[id]
-	return e
-}
-
-// missing returns those of ids that the backend has not taken.
-func (b *taker) missing(ids []string) (missing []string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, id := range ids {
-		if b.taken[id] == 0 {
-			missing = append(missing, id)
-		}
-	}
-	return missing
-}
-
-// hasAll waits until the backend has taken all of ids, and each event under one key. It
-// returns how many it has taken twice.
-func (b *taker) hasAll(t *testing.T, ids []string, within time.Duration) (doubles int) {
-	t.Helper()
-	require.NotEmpty(t, ids)
-	began := time.Now()
-	for len(b.missing(ids)) > 0 && time.Since(began) < within {
-		time.Sleep(50 * time.Millisecond)
-	}
-	missing := b.missing(ids)
-	require.Empty(t, missing[:min(10, len(missing))], "%d of %d events that were answered 2xx are lost", len(missing), len(ids))
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for sent, keys := range b.keys {
-		require.Len(t, keys, 1, sent)
-		require.NotContains(t, keys, "", sent)
-	}
-	for _, id := range ids {
-		doubles += b.taken[id] - 1
-	}
-	t.Logf("%d events were answered 2xx: 0 lost, %d taken twice, the last %v after the last was accepted", len(ids), doubles, time.Since(began).Round(time.Millisecond))
-	return doubles
-}
 
 // sender sends events to Caddys in turn, and goes on to the next when one does not
 // take an event.
@@ -346,7 +193,7 @@ func TestQueueOutage(t *testing.T) {
 	killHard(c)
 	c.start()
 	c.reload()
-	backend.listen(t)
+	backend.listen()
 	backend.hasAll(t, s.ids(), 2*time.Minute)
 	most := backend.snapshot().most
 	t.Logf("%d attempts at most at a time", most)
@@ -599,7 +446,7 @@ func TestQueueDrainsBesideLiveEvents(t *testing.T) {
 	events := size(10_000, 2_000)
 	<-s.sendAll(t.Context(), "backlog", events)
 	require.Len(t, s.ids(), events)
-	backend.listen(t)
+	backend.listen()
 	waitFor(t, "the backend is known to be up", c.process, func() bool { return len(backend.missing(s.ids())) < events-200 })
 	beside := live("beside", func(int) bool { return len(backend.missing(s.ids())) > 200 })
 	backend.hasAll(t, s.ids(), time.Minute)

@@ -49,7 +49,7 @@ type rotating struct {
 
 func newRotating(t *testing.T, files ...secretFile) *rotating {
 	t.Helper()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	var secrets strings.Builder
 	for i, f := range files {
 		fmt.Fprintf(&secrets, "\t\tsecret {file.%s} name file%d\n", f.path, i+1)
@@ -194,7 +194,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 // TestRecipeSecretFiles uses files in the layouts of Docker, Kubernetes and systemd.
 func TestRecipeSecretFiles(t *testing.T) {
 	t.Parallel()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	site := func(t *testing.T, line string) string {
 		t.Helper()
 		require.Contains(t, recipes(t), "`"+line+"`", "the line is in the recipes")
@@ -252,7 +252,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 // the recipe.
 func TestRecipeRotation(t *testing.T) {
 	t.Parallel()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	dir := t.TempDir() + "/inkit"
 	blocks := strings.Split(section(t, "Rotate a secret"), "```sh\n")
 	require.Len(t, blocks, 4, "once, the new secret, and the old one")
@@ -449,7 +449,7 @@ func TestHungFileSystem(t *testing.T) {
 	site := func(b *backend) string {
 		return "http://:{{port}} {\n\tinkit_webhook {\n\t\tsecret {file.{{dir}}/secret}\n\t}\n\treverse_proxy " + b.addr + "\n}\n"
 	}
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 
 	t.Run("while Caddy runs", func(t *testing.T) {
 		t.Parallel()
