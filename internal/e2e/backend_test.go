@@ -34,6 +34,7 @@ type backend struct {
 	taken    map[string]int
 	takenAt  map[string]time.Time // the first time
 	attempts map[string]int
+	ids      map[string]string // of the queue
 	keys     map[string]map[string]bool // of each request of the sender
 	times    []time.Time                // of attempts
 	now      int                        // attempts at this moment
@@ -55,7 +56,7 @@ func newBackend(t *testing.T, answer func(b *backend, w http.ResponseWriter, r *
 	t.Helper()
 	b := &backend{
 		t: t, addr: freeAddr(t), answer: answer, taken: make(map[string]int), takenAt: make(map[string]time.Time),
-		attempts: make(map[string]int), keys: make(map[string]map[string]bool),
+		attempts: make(map[string]int), ids: make(map[string]string), keys: make(map[string]map[string]bool),
 	}
 	b.listen()
 	t.Cleanup(b.close)
@@ -186,18 +187,16 @@ func (b *backend) take(w http.ResponseWriter, r *http.Request) {
 		ResourceID string `json:"resource_id"`
 		Sent       int    `json:"sent"` // how often the sender has sent it
 	}
-	if b.quiet {
-		if json.NewDecoder(r.Body).Decode(&e) == nil {
-			w.WriteHeader(b.status(e.ResourceID, 1))
-		}
-		return
-	}
-	body, _ := b.record(r)
-	if json.Unmarshal(body, &e) != nil {
+	if body, err := io.ReadAll(r.Body); err != nil || json.Unmarshal(body, &e) != nil {
 		w.WriteHeader(http.StatusBadRequest)
 		return
 	}
+	if b.quiet {
+		w.WriteHeader(b.status(e.ResourceID, 1))
+		return
+	}
 	b.mu.Lock()
+	b.ids[e.ResourceID] = r.Header.Get("Inkit-Queue-Id")
 	b.attempts[e.ResourceID]++
 	attempt := b.attempts[e.ResourceID]
 	sent := fmt.Sprint(e.ResourceID, " ", e.Sent)
@@ -236,6 +235,13 @@ func (b *backend) of(id string) (e struct{ attempts, taken int }) {
 	defer b.mu.Unlock()
 	e.attempts, e.taken = b.attempts[id], b.taken[id]
 	return e
+}
+
+// idOf returns the queue's id of the last attempt of an event.
+func (b *backend) idOf(id string) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.ids[id]
 }
 
 // missing returns those of ids that the backend has not taken.

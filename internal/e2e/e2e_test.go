@@ -55,8 +55,9 @@ func TestMain(m *testing.M) {
 
 func run(m *testing.M) int {
 	// Tests in parallel wait more than they work, so there may be more of them than
-	// there are processors. -parallel on the command line has the last word.
-	if err := flag.Set("test.parallel", "12"); err != nil {
+	// there are processors, and fewer at full length, at which they work more. -parallel
+	// on the command line has the last word.
+	if err := flag.Set("test.parallel", strconv.Itoa(size(8, 12))); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -410,6 +411,32 @@ func readFile(t *testing.T, path string) string {
 	content, err := os.ReadFile(path)
 	require.NoError(t, err)
 	return string(content)
+}
+
+// logged waits for a line of the log.
+func (c *caddy) logged(text string) {
+	c.t.Helper()
+	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })
+}
+
+// replaceEach replaces pairs of texts, each of which must be there.
+func replaceEach(t *testing.T, text string, pairs ...string) string {
+	t.Helper()
+	for i := 0; i < len(pairs); i += 2 {
+		require.Contains(t, text, pairs[i])
+		text = strings.ReplaceAll(text, pairs[i], pairs[i+1])
+	}
+	return text
+}
+
+// needs skips a test if a program is not installed.
+func needs(t *testing.T, programs ...string) {
+	t.Helper()
+	for _, program := range programs {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skip(program + " is not installed")
+		}
+	}
 }
 
 // killHard ends a Caddy as the death of its machine does.

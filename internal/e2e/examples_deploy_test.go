@@ -21,16 +21,6 @@ import (
 // Caddyfiles, the backend, Prometheus, and the commands of each README without the part
 // that enters a container. examples/test checks the manifests.
 
-// replaceEach replaces pairs of texts, each of which must be there.
-func replaceEach(t *testing.T, text string, pairs ...string) string {
-	t.Helper()
-	for i := 0; i < len(pairs); i += 2 {
-		require.Contains(t, text, pairs[i])
-		text = strings.ReplaceAll(text, pairs[i], pairs[i+1])
-	}
-	return text
-}
-
 // deployed is a Caddy as in a container, and a shell outside.
 type deployed struct {
 	*caddy
@@ -72,11 +62,7 @@ func (d *deployed) shell(program, standIn, script string) string {
 
 func TestDockerExample(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"python3", "prometheus", "curl"} {
-		if _, err := exec.LookPath(name); err != nil {
-			t.Skip(name + " is not installed")
-		}
-	}
+	needs(t, "python3", "prometheus", "curl")
 	const from = "../../examples/docker/"
 	upstream := freeAddr(t)
 	d := deploy(t, readFile(t, from+"caddy/Caddyfile"), "/run/secrets/inkit_webhook", "backend:9000", upstream)
@@ -185,9 +171,7 @@ func TestSystemdExample(t *testing.T) {
 
 	t.Run("the drop-in", func(t *testing.T) {
 		t.Parallel()
-		if _, err := exec.LookPath("systemd-analyze"); err != nil {
-			t.Skip("systemd-analyze is not installed")
-		}
+		needs(t, "systemd-analyze")
 		verify := func(t *testing.T, dropIn string) string {
 			t.Helper()
 			dir := t.TempDir()

@@ -98,6 +98,13 @@ func (l *load) sendOne() {
 	}
 }
 
+// answered returns how many events were answered.
+func (l *load) answered() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.status)
+}
+
 // many sends n events, some at the same time.
 func (l *load) many(n, workers int) {
 	var wg sync.WaitGroup
@@ -377,10 +384,11 @@ func TestStopUnderLoad(t *testing.T) {
 		defer close(done)
 		l.many(1_000_000, 16)
 	}()
-	time.Sleep(time.Second)
+	waitFor(t, "events are under way", c.process, func() bool { return l.answered() > 200 })
 	go c.stop(t, syscall.SIGTERM)
 	<-c.exited
-	time.Sleep(200 * time.Millisecond)
+	before := l.nextID.Load()
+	waitFor(t, "more are sent", nil, func() bool { return l.nextID.Load() > before+100 })
 	l.stopped.Store(true)
 	<-done
 

@@ -233,12 +233,9 @@ func TestDribblingClients(t *testing.T) {
 // listener in Python that follows Inkit's documentation.
 func TestSameVerdictAsInkitsListener(t *testing.T) {
 	t.Parallel()
-	python, err := exec.LookPath("python3")
-	if err != nil {
-		t.Skip("python3 is not installed")
-	}
+	needs(t, "python3")
 	reference := freeAddr(t)
-	cmd := exec.Command(python, "listener.py", port(reference))
+	cmd := exec.Command("python3", "listener.py", port(reference))
 	cmd.Env = append(os.Environ(), "INKIT_WEBHOOK_SECRET="+secret, "PYTHONDONTWRITEBYTECODE=1")
 	cmd.Dir = "testdata"
 	p := start(t, cmd)

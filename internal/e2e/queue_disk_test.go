@@ -33,12 +33,6 @@ func tmpfs(t *testing.T, dir, options string) {
 	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
 }
 
-// logged waits for a line of the log.
-func (c *caddy) logged(text string) {
-	c.t.Helper()
-	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })
-}
-
 // switchable is a backend that the test can switch on and off.
 func switchable(t *testing.T) (b *backend, up *atomic.Bool) {
 	t.Helper()

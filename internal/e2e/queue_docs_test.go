@@ -58,16 +58,6 @@ func newStatus(t *testing.T, code int32) (b *backend, status *atomic.Int32) {
 	return newTaker(t, func(string, int) int { return int(status.Load()) }), status
 }
 
-// idOf returns the id of the last event with a resource.
-func (b *backend) idOf(resource string) (id string) {
-	for _, r := range b.records() {
-		if bytes.Equal(r.Body, event(resource)) {
-			id = r.Header.Get("Inkit-Queue-Id")
-		}
-	}
-	return id
-}
-
 // operator is a shell in which the commands of docs/queue.md run, as the user that Caddy
 // runs as. There is no systemd here: the test stands in for it.
 type operator struct {
@@ -133,11 +123,7 @@ func (o *operator) run(script string) string {
 // TestQueueDocs runs every command of docs/queue.md, from the first line to the last.
 func TestQueueDocs(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"bash", "curl", "sqlite3"} {
-		if _, err := exec.LookPath(name); err != nil {
-			t.Skip(name + " is not installed")
-		}
-	}
+	needs(t, "bash", "curl", "sqlite3")
 	const (
 		exampleID = "01a212b7-70f5-73ee-bba8-3136b2a65a14"
 		became    = "With the log"
@@ -147,19 +133,11 @@ func TestQueueDocs(t *testing.T) {
 		caddyfiles[block.heading] = block.text
 	}
 	backend, status := newStatus(t, http.StatusInternalServerError)
-	replace := func(text string, pairs ...string) string {
-		t.Helper()
-		for i := 0; i < len(pairs); i += 2 {
-			require.Contains(t, text, pairs[i])
-			text = strings.ReplaceAll(text, pairs[i], pairs[i+1])
-		}
-		return text
-	}
 	options, site, found := strings.Cut(strings.TrimPrefix(caddyfiles[became], "{\n"), "\n}\n")
 	require.True(t, found, "the Caddyfile has global options")
-	site = replace(site, "example.com {", "http://:{{port}} {", "localhost:9000", backend.addr)
+	site = replaceEach(t, site, "example.com {", "http://:{{port}} {", "localhost:9000", backend.addr)
 	withOption := func(option string) string {
-		return replace(site, "inkit_queue {\n", "inkit_queue {\n"+option+"\n")
+		return replaceEach(t, site, "inkit_queue {\n", "inkit_queue {\n"+option+"\n")
 	}
 	c := startCaddy(t, options, site)
 	o := newOperator(t, c)
@@ -177,9 +155,9 @@ func TestQueueDocs(t *testing.T) {
 	id := "" // of the event that stands for the one in the text
 	waiting := func(resource string) {
 		t.Helper()
+		before := backend.idOf(resource)
 		sendEvent(resource, http.StatusOK)
-		id = backend.idOf(resource)
-		require.NotEmpty(t, id, "the backend has the id of its event")
+		waitFor(t, "the backend has the id of its event", c.process, func() bool { id = backend.idOf(resource); return id != before })
 		waitFor(t, "the attempt has failed", c.process, func() bool { return strings.Contains(list(""), id) })
 	}
 	var noisy []string
@@ -191,7 +169,7 @@ func TestQueueDocs(t *testing.T) {
 		check   func(script string) // which runs the commands
 	}{
 		{"What became of one event", func() { waiting("doc_1") }, func(script string) {
-			out := o.run(replace(script, exampleID, id))
+			out := o.run(replaceEach(t, script, exampleID, id))
 			assert.Regexp(t, id+` +pending .*DOCUMENT_CREATE_FINISHED +doc_1 .*status 500\n`, out)
 			assert.Contains(t, out, `"last_error": "status 500"`)
 			assert.Regexp(t, `pending +1, the oldest for`, out)
@@ -218,7 +196,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Regexp(t, id+` +pending .*DOCUMENT_CREATE_FINISHED +doc_1 .*status 500\n`, o.run(script))
 		}},
 		{became, nil, func(script string) {
-			out := o.run(replace(script, exampleID, id))
+			out := o.run(replaceEach(t, script, exampleID, id))
 			assert.Contains(t, out, `"last_error": "status 500"`)
 			assert.Contains(t, out, `"Content-Type": [`)
 			assert.Contains(t, out, "\n\n"+string(event("doc_1")))
@@ -234,7 +212,7 @@ func TestQueueDocs(t *testing.T) {
 			c.configure(options, site)
 			c.reload()
 		}, func(script string) {
-			out := o.run(replace(script, exampleID, id))
+			out := o.run(replaceEach(t, script, exampleID, id))
 			assert.Equal(t, "pending "+id+"\n1 events are due\n", out)
 			status.Store(http.StatusOK)
 			waitFor(t, "both are delivered", c.process, func() bool { return backend.of("doc_1").taken > 0 && backend.of("doc_dead").taken > 0 })
@@ -245,12 +223,12 @@ func TestQueueDocs(t *testing.T) {
 			status.Store(http.StatusInternalServerError)
 			waiting("doc_dropped")
 		}, func(script string) {
-			assert.Equal(t, "dropped "+id+" DOCUMENT_CREATE_FINISHED doc_dropped\n0 events are dropped\n", o.run(replace(script, exampleID, id)))
+			assert.Equal(t, "dropped "+id+" DOCUMENT_CREATE_FINISHED doc_dropped\n0 events are dropped\n", o.run(replaceEach(t, script, exampleID, id)))
 			assert.NotContains(t, list(""), id)
 		}},
 		{became, func() { waiting("doc_1") }, func(script string) {
 			waitFor(t, "the gauges are counted", c.process, func() bool {
-				out := o.run(replace(script, "localhost:2019", c.admin))
+				out := o.run(replaceEach(t, script, "localhost:2019", c.admin))
 				lines := strings.SplitN(out, "\n", 3)
 				assert.NotContains(t, lines[0], "doc_", "no event is dead")
 				assert.Equal(t, "1", lines[1])
@@ -262,7 +240,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Equal(t, "default is paused\ndefault is no longer paused\n", o.run(script))
 		}},
 		{"Look into the database", nil, func(script string) {
-			out := o.run(replace(script, "/var/lib/caddy/.local/share/caddy/inkit_queue.db", db))
+			out := o.run(replaceEach(t, script, "/var/lib/caddy/.local/share/caddy/inkit_queue.db", db))
 			assert.Regexp(t, `^default\|pending\|1\|20\d\d-.*\n1\|status 500\n`+id+`\|pending\|\d+\n$`, out)
 			columns := o.run(`sqlite3 -readonly "$db" "SELECT name FROM pragma_table_info('inkit_queue_events')"`)
 			for column := range strings.Lines(columns) {
@@ -292,7 +270,7 @@ func TestQueueDocs(t *testing.T) {
 		}},
 		{"Move it to another disk", nil, func(script string) {
 			other := t.TempDir()
-			o.run(replace(script, "/srv/queue/", other+"/"))
+			o.run(replaceEach(t, script, "/srv/queue/", other+"/"))
 			assert.NoFileExists(t, db)
 			db = other + "/inkit_queue.db"
 			c.configure(options, withOption("store sqlite "+db))
@@ -308,7 +286,7 @@ func TestQueueDocs(t *testing.T) {
 			var out strings.Builder
 			for again := true; again; again = strings.Contains(out.String(), "run this again") {
 				out.Reset()
-				out.WriteString(o.run(replace(script, "/etc/caddy/Caddyfile", c.path("Caddyfile"))))
+				out.WriteString(o.run(replaceEach(t, script, "/etc/caddy/Caddyfile", c.path("Caddyfile"))))
 			}
 			assert.Equal(t, 1, strings.Count(list(""), "\n"), "none is left")
 			db = c.path("caddy/inkit_queue.db")
@@ -332,9 +310,7 @@ func TestQueueDocs(t *testing.T) {
 			damage(t, db, "noisy_200")
 			status.Store(http.StatusOK)
 			c.start()
-			waitFor(t, "the file is moved aside", c.process, func() bool {
-				return strings.Contains(c.output.String(), `"moved_to":"`+db+".damaged-")
-			})
+			c.logged(`"moved_to":"` + db + ".damaged-")
 			sendEvent("after_damage", http.StatusOK)
 		}, func(script string) {
 			out := o.run(script)
@@ -354,7 +330,7 @@ func TestQueueDocs(t *testing.T) {
 		}},
 		{"A damaged file", nil, func(script string) {
 			waitFor(t, "the headings alone are left", c.process, func() bool {
-				out := o.run(replace(script, "/etc/caddy/Caddyfile", c.path("Caddyfile")))
+				out := o.run(replaceEach(t, script, "/etc/caddy/Caddyfile", c.path("Caddyfile")))
 				return strings.HasSuffix(out, "LAST ERROR\n")
 			})
 		}},

@@ -290,9 +290,7 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				c.start()
 				backend.hasAll(t, s.ids(), 10*time.Second)
 				waitFor(t, "what was in flight is attempted again, before its lease of 32 s is over", c.process, func() bool {
-					backend.mu.Lock()
-					defer backend.mu.Unlock()
-					return backend.attempts["slow-00001"] > 1 && backend.attempts["slow-00002"] > 1
+					return backend.of("slow-00001").attempts > 1 && backend.of("slow-00002").attempts > 1
 				})
 				s.refusedNone(t)
 			})

@@ -50,7 +50,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	accept("first", 100)
 	more := size(5000, 2000)
 	few := accept("few", more)
-	empty := resident(t, c)
+	empty := c.status(t, "VmRSS")
 	db := c.path("queue/events.db")
 	c.stop(t, syscall.SIGTERM)
 	fill(t, db, events)
@@ -74,7 +74,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	idle, idleBeside := float64(cpuTicks(t, c)-ticks)/seconds, float64(cpuTicks(t, beside)-ticksBeside)/seconds
 	beside.stop(t, syscall.SIGTERM)
 	many := accept("many", more)
-	full := resident(t, c)
+	full := c.status(t, "VmRSS")
 	t.Logf("idle: %.2f %% of a core, and beside few events %.2f %%; %d events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
 		100*idle, 100*idleBeside, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
 	if long {
@@ -116,7 +116,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 		c.reload()
 	}
 	waitLong(t, "the room is given back", 2*time.Minute, func() bool { return fileSize(t, db) < before/10 })
-	assert.LessOrEqual(t, resident(t, c)-empty, int64(60<<20))
+	assert.LessOrEqual(t, c.status(t, "VmRSS")-empty, int64(60<<20))
 }
 
 // fill adds copies of an event that is there until there are as many as wanted.
@@ -150,19 +150,6 @@ func fileSize(t *testing.T, path string) int64 {
 	info, err := os.Stat(path)
 	require.NoError(t, err)
 	return info.Size()
-}
-
-// resident returns how much memory a Caddy has in use.
-func resident(t *testing.T, c *caddy) int64 {
-	t.Helper()
-	for line := range strings.Lines(readFile(t, filepath.Join("/proc", strconv.Itoa(c.cmd.Process.Pid), "status"))) {
-		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			kB, err := strconv.ParseInt(strings.Fields(value)[0], 10, 64)
-			require.NoError(t, err)
-			return kB << 10
-		}
-	}
-	return 0
 }
 
 // cpuTicks returns how long a Caddy has been at work, in hundredths of a second.

@@ -289,11 +289,7 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 // TestPostgresExample runs examples/two-caddys as its README says.
 func TestPostgresExample(t *testing.T) {
 	t.Parallel()
-	for _, needed := range []string{"python3", "bash", "curl", "openssl"} {
-		if _, err := exec.LookPath(needed); err != nil {
-			t.Skip(needed + " is not installed")
-		}
-	}
+	needs(t, "python3", "bash", "curl", "openssl")
 	server := pgtest.Start(t)
 	dir, err := filepath.Abs("../../examples/two-caddys")
 	require.NoError(t, err)
@@ -344,9 +340,7 @@ func TestPostgresThatIsNotThere(t *testing.T) {
 	server.Exec(t, name, "CREATE ROLE late LOGIN PASSWORD 'another'", "GRANT CREATE ON SCHEMA public TO late")
 	c := pgCaddy(t, backend.addr, strings.Replace(server.DSN(name), "//postgres:", "//late:", 1), "")
 	require.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
-	waitFor(t, "a line in the log", c.process, func() bool {
-		return strings.Contains(c.output.String(), `"error":"wrong password, or none: `)
-	})
+	c.logged(`"error":"wrong password, or none: `)
 	body := event("refused")
 	got := post(t, "http://"+c.addr+"/webhook", body, sign(secret, body))
 	require.Equal(t, http.StatusServiceUnavailable, got.status)

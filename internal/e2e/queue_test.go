@@ -259,9 +259,7 @@ func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 // TestQueueSyncsBeforeItAnswers looks at the system calls of Caddy.
 func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("strace"); err != nil {
-		t.Skip("strace is not installed")
-	}
+	needs(t, "strace")
 	// traced returns the calls from the moment when Caddy has answered the first
 	traced := func(t *testing.T, use func(c *caddy)) string {
 		t.Helper()

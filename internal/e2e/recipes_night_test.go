@@ -507,37 +507,36 @@ func block(t *testing.T, heading, language string) string {
 // startFront starts nginx or HAProxy as the document has it, with replacements.
 func startFront(t *testing.T, program string, replacements ...string) (addr string) {
 	t.Helper()
-	path, err := exec.LookPath(program)
-	if err != nil {
-		t.Skip(program + " is not installed")
-	}
-	dir, addr := t.TempDir(), freeAddr(t)
-	language := program
-	config := block(t, "A proxy or load balancer in front", language)
+	needs(t, program)
+	addr = freeAddr(t)
 	listen := map[string]string{"nginx": "listen 8080", "haproxy": "bind :8080"}[program]
-	for i, pair := 0, append([]string{listen, strings.Replace(strings.Replace(listen, "8080", addr, 1), ":127", "127", 1)}, replacements...); i < len(pair); i += 2 {
-		require.Contains(t, config, pair[i])
-		config = strings.ReplaceAll(config, pair[i], pair[i+1])
-	}
-	var cmd *exec.Cmd
+	replacements = append([]string{listen, strings.Replace(strings.Replace(listen, "8080", addr, 1), ":127", "127", 1)}, replacements...)
+	config := replaceEach(t, block(t, "A proxy or load balancer in front", program), replacements...)
 	if program == "nginx" {
-		user := ""
-		if os.Geteuid() == 0 {
-			user = "user root root;"
-		}
-		paths := ""
-		for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
-			paths += kind + "_temp_path " + dir + "/" + kind + ";\n"
-		}
-		cmd = exec.Command(path, "-p", dir, "-e", "stderr", "-c", writeFile(t, dir+"/nginx.conf",
-			user+"daemon off;\npid "+dir+"/nginx.pid;\nerror_log stderr;\nevents {}\nhttp {\naccess_log off;\n"+paths+config+"}\n"))
-	} else {
-		cmd = exec.Command(path, "-db", "-f", writeFile(t, dir+"/haproxy.cfg",
-			"defaults\n\tmode http\n\ttimeout connect 1s\n\ttimeout client 20s\n\ttimeout server 20s\n"+config))
+		startNginx(t, addr, config)
+		return addr
 	}
-	p := start(t, cmd)
-	waitFor(t, program+" listens", p, listening(addr))
+	p := start(t, exec.Command(program, "-db", "-f", writeFile(t, t.TempDir()+"/haproxy.cfg",
+		"defaults\n\tmode http\n\ttimeout connect 1s\n\ttimeout client 20s\n\ttimeout server 20s\n"+config)))
+	waitFor(t, "HAProxy listens", p, listening(addr))
 	return addr
+}
+
+// startNginx starts nginx with a part of its configuration, which is inside http.
+func startNginx(t *testing.T, addr, config string) *process {
+	t.Helper()
+	needs(t, "nginx")
+	dir, user, paths := t.TempDir(), "", ""
+	if os.Geteuid() == 0 { // or else a worker of another user has no way into the folder
+		user = "user root root;"
+	}
+	for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		paths += kind + "_temp_path " + dir + "/" + kind + ";\n"
+	}
+	p := start(t, exec.Command("nginx", "-p", dir, "-e", "stderr", "-c", writeFile(t, dir+"/nginx.conf",
+		user+"daemon off;\npid "+dir+"/nginx.pid;\nerror_log stderr;\nevents {}\nhttp {\naccess_log off;\n"+paths+config+"}\n")))
+	waitFor(t, "nginx listens", p, listening(addr))
+	return p
 }
 
 // frontSite has two webhooks behind one Caddy: the backend of one of them has trouble.

@@ -37,15 +37,8 @@ func section(t *testing.T, heading string) string {
 // own, and so on. Each replacement must be of use.
 func recipe(t *testing.T, heading string, replacements ...string) (options, site string) {
 	t.Helper()
-	_, block, found := strings.Cut(section(t, heading), "```caddyfile\n")
-	require.True(t, found, "no Caddyfile under %q", heading)
-	block, _, _ = strings.Cut(block, "```\n")
 	replacements = append([]string{"example.com {", "http://:{{port}} {"}, replacements...)
-	for i := 0; i < len(replacements); i += 2 {
-		require.Contains(t, block, replacements[i])
-		block = strings.ReplaceAll(block, replacements[i], replacements[i+1])
-	}
-	return split(block)
+	return split(replaceEach(t, block(t, heading, "caddyfile"), replacements...))
 }
 
 // split returns the global options of a Caddyfile, without the braces, and its sites.
@@ -173,9 +166,7 @@ func TestHandleErrors(t *testing.T) {
 	id, found := strings.CutPrefix(got.body, "This is for Inkit alone: signature_mismatch ")
 	assert.True(t, found, got.body)
 	require.NotEmpty(t, id)
-	waitFor(t, "the line in the log has the id that the page shows", c.process, func() bool {
-		return strings.Contains(c.output.String(), `"err_id":"`+id+`"`)
-	})
+	c.logged(`"err_id":"` + id + `"`) // which the page shows
 	assert.Equal(t, "Inkit-Signature", got.header.Get("WWW-Authenticate"))
 	got = post(t, webhookURL(c, "/webhook"), make([]byte, 70_000), sign(secret, body))
 	assert.Equal(t, 413, got.status)
@@ -210,9 +201,7 @@ func TestRecipeLogs(t *testing.T) {
 	}
 	b.close()
 	assert.Equal(t, 502, post(t, webhookURL(c, "/webhook"), body, good).status)
-	waitFor(t, "the access log", nil, func() bool {
-		return strings.Contains(c.output.String(), `"resource_id":"doc_logged"`)
-	})
+	c.logged(`"resource_id":"doc_logged"`)
 	output := c.output.String()
 	assert.Contains(t, output, `"event_type":"DOCUMENT_CREATE_FINISHED"`)
 	assert.Contains(t, output, "upstream roundtrip", "the debug lines are there")
@@ -272,11 +261,7 @@ func TestRecipeJSON(t *testing.T) {
 
 // TestQuickStart runs the example and the commands in its comment and in the README.
 func TestQuickStart(t *testing.T) {
-	for _, name := range []string{"openssl", "curl", "sh"} {
-		if _, err := exec.LookPath(name); err != nil {
-			t.Skip(name + " is not installed")
-		}
-	}
+	needs(t, "openssl", "curl", "sh")
 	example := readFile(t, "../../example.Caddyfile")
 	options, site, page := exampleSites(t)
 	require.Contains(t, options, "log")
@@ -348,10 +333,6 @@ func exampleSites(t *testing.T) (options, sites, page string) {
 	t.Helper()
 	page = freeAddr(t)
 	example := readFile(t, "../../example.Caddyfile")
-	for here, there := range map[string]string{"\nhttp://localhost:8080 {": "\nhttp://localhost:{{port}} {", "\nhttp://localhost:8081 {": "\nhttp://localhost:" + port(page) + " {"} {
-		require.Contains(t, example, here)
-		example = strings.Replace(example, here, there, 1)
-	}
-	options, sites = split(example)
+	options, sites = split(replaceEach(t, example, "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", "\nhttp://localhost:8081 {", "\nhttp://localhost:"+port(page)+" {"))
 	return options, sites, page
 }

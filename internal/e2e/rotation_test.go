@@ -127,10 +127,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 		r := newRotating(t, files...)
 		var current atomic.Value
 		current.Store("secret_0")
-		swaps := 2
-		if long {
-			swaps = 10
-		}
+		swaps := size(10, 2)
 		var events, refused atomic.Int64
 		swapped := make(chan struct{})
 		go func() {
@@ -332,10 +329,7 @@ func TestRotationsUnderLoad(t *testing.T) {
 		assert.Zero(t, refused.Load())
 	})
 
-	swaps := 3
-	if long {
-		swaps = 10
-	}
+	swaps := size(10, 3)
 	for name, newSwap := range map[string]func(t *testing.T) (path string, swap func(value string)){
 		"by a link, as Kubernetes does": func(t *testing.T) (string, func(string)) {
 			dir, version := t.TempDir(), 0
@@ -419,15 +413,12 @@ func TestRotationsUnderLoad(t *testing.T) {
 // was opened a number of times.
 func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	t.Helper()
-	strace, err := exec.LookPath("strace")
-	if err != nil {
-		t.Skip("strace is not installed")
-	}
-	if out, err := exec.Command(strace, "-o", os.DevNull, "true").CombinedOutput(); err != nil {
+	needs(t, "strace")
+	if out, err := exec.Command("strace", "-o", os.DevNull, "true").CombinedOutput(); err != nil {
 		t.Skipf("this machine lets nobody trace: %s", out)
 	}
 	return []string{
-		strace, "-D", "-f", "-o", os.DevNull, "-P", path, "-e", "trace=openat",
+		"strace", "-D", "-f", "-o", os.DevNull, "-P", path, "-e", "trace=openat",
 		"-e", fmt.Sprintf("inject=openat:delay_enter=600s:when=%d+", opened+1),
 	}
 }
