@@ -34,9 +34,11 @@ type backend struct {
 	taken    map[string]int
 	takenAt  map[string]time.Time // the first time
 	attempts map[string]int
-	ids      map[string]string // of the queue
+	ids      map[string]string          // of the queue
 	keys     map[string]map[string]bool // of each request of the sender
 	times    []time.Time                // of attempts
+	current  map[string]bool            // events that are being attempted
+	atOnce   []string                   // events of which there were two attempts at once
 	now      int                        // attempts at this moment
 	most     int                        // and at most
 }
@@ -56,7 +58,7 @@ func newBackend(t *testing.T, answer func(b *backend, w http.ResponseWriter, r *
 	t.Helper()
 	b := &backend{
 		t: t, addr: freeAddr(t), answer: answer, taken: make(map[string]int), takenAt: make(map[string]time.Time),
-		attempts: make(map[string]int), ids: make(map[string]string), keys: make(map[string]map[string]bool),
+		attempts: make(map[string]int), ids: make(map[string]string), current: make(map[string]bool), keys: make(map[string]map[string]bool),
 	}
 	b.listen()
 	t.Cleanup(b.close)
@@ -197,6 +199,10 @@ func (b *backend) take(w http.ResponseWriter, r *http.Request) {
 	}
 	b.mu.Lock()
 	b.ids[e.ResourceID] = r.Header.Get("Inkit-Queue-Id")
+	if b.current[e.ResourceID] {
+		b.atOnce = append(b.atOnce, e.ResourceID)
+	}
+	b.current[e.ResourceID] = true
 	b.attempts[e.ResourceID]++
 	attempt := b.attempts[e.ResourceID]
 	sent := fmt.Sprint(e.ResourceID, " ", e.Sent)
@@ -211,6 +217,7 @@ func (b *backend) take(w http.ResponseWriter, r *http.Request) {
 	status := b.status(e.ResourceID, attempt)
 	b.mu.Lock()
 	b.now--
+	delete(b.current, e.ResourceID)
 	if status == http.StatusOK {
 		if b.taken[e.ResourceID]++; b.taken[e.ResourceID] == 1 {
 			b.takenAt[e.ResourceID] = time.Now()

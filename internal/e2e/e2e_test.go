@@ -187,7 +187,13 @@ func port(addr string) string {
 
 func waitFor(t *testing.T, what string, p *process, done func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	waitLong(t, what, 20*time.Second, p, done)
+}
+
+// waitLong is waitFor with a longer limit.
+func waitLong(t *testing.T, what string, limit time.Duration, p *process, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if done() {
 			return
 		}

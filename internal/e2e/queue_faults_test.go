@@ -158,38 +158,6 @@ func TestQueueBesideManyFiles(t *testing.T) {
 	s.refusedNone(t)
 }
 
-// timeline is a backend that notes which events it was asked to take twice at a time.
-type timeline struct {
-	mu     sync.Mutex
-	now    map[string]bool
-	twice  []string
-	up     atomic.Bool   // whether it takes events
-	status int           // its answer while it is down
-	let    chan struct{} // closed when it answers the slow ones
-}
-
-func (l *timeline) answer(id string, _ int) int {
-	l.mu.Lock()
-	if l.now[id] {
-		l.twice = append(l.twice, id)
-	}
-	l.now[id] = true
-	l.mu.Unlock()
-	defer func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		delete(l.now, id)
-	}()
-	if strings.HasPrefix(id, "slow") {
-		<-l.let
-		return http.StatusOK
-	}
-	if !l.up.Load() {
-		return l.status
-	}
-	return http.StatusOK
-}
-
 // The clock of the database's times is set back or forward while Caddy runs, or before
 // it starts again after a kill.
 func TestQueueWhoseClockIsSet(t *testing.T) {
@@ -227,20 +195,29 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				}
 			}
 			name := fmt.Sprintf("%s, %+d h, ", store, hours)
-			newBackend := func(t *testing.T, status int) (*backend, *timeline) {
+			// answers is of a backend that answers slow events when it is let, and others with status until it is up
+			answers := func(t *testing.T, status int) (b *backend, up *atomic.Bool, let chan struct{}) {
 				t.Helper()
-				l := &timeline{now: make(map[string]bool), status: status, let: make(chan struct{})}
-				return newTaker(t, l.answer), l
+				up, let = new(atomic.Bool), make(chan struct{})
+				return newTaker(t, func(id string, _ int) int {
+					switch {
+					case strings.HasPrefix(id, "slow"):
+						<-let
+					case !up.Load():
+						return status
+					}
+					return http.StatusOK
+				}), up, let
 			}
 
 			t.Run(name+"events wait and are in flight", func(t *testing.T) {
 				t.Parallel()
-				backend, l := newBackend(t, http.StatusInternalServerError)
+				backend, up, let := answers(t, http.StatusInternalServerError)
 				c, shift := open(t, backend.addr)
 				s := newSender(t, c)
 				<-s.sendAll(t.Context(), "slow", 4)
 				<-s.sendAll(t.Context(), "kept", 50)
-				l.up.Store(true)
+				up.Store(true)
 				require.Greater(t, shift(), 20)
 				var kept []string
 				for _, id := range s.ids() {
@@ -251,41 +228,41 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				backend.hasAll(t, kept, 10*time.Second)
 				require.True(t, s.send(t.Context(), "new", 0))
 				time.Sleep(3 * time.Second) // in which the slow ones are not to be attempted again
-				close(l.let)
+				close(let)
 				doubles := backend.hasAll(t, s.ids(), 10*time.Second)
 				assert.Zero(t, doubles)
 				for i := 1; i <= 4; i++ {
 					assert.Equal(t, 1, backend.of(fmt.Sprintf("slow-%05d", i)).attempts)
 				}
-				assert.Empty(t, l.twice, "twice at once")
+				assert.Empty(t, backend.atOnce, "twice at once")
 				s.refusedNone(t)
 			})
 			t.Run(name+"the backend is down", func(t *testing.T) {
 				t.Parallel()
-				backend, l := newBackend(t, http.StatusServiceUnavailable)
+				backend, up, _ := answers(t, http.StatusServiceUnavailable)
 				c, shift := open(t, backend.addr)
 				s := newSender(t, c)
 				<-s.sendAll(t.Context(), "kept", 50)
 				waitFor(t, "the backend is known to be down", c.process, func() bool {
 					return c.metric(`caddy_inkit_queue_backend_down{queue="default"}`) == "1"
 				})
-				l.up.Store(true)
+				up.Store(true)
 				require.Greater(t, shift(), 20)
 				require.True(t, s.send(t.Context(), "new", 0))
 				assert.Zero(t, backend.hasAll(t, s.ids(), 10*time.Second))
-				assert.Empty(t, l.twice, "twice at once")
+				assert.Empty(t, backend.atOnce, "twice at once")
 				s.refusedNone(t)
 			})
 			t.Run(name+"Caddy was killed", func(t *testing.T) {
 				t.Parallel()
-				backend, l := newBackend(t, http.StatusInternalServerError)
+				backend, up, let := answers(t, http.StatusInternalServerError)
 				c, shift := open(t, backend.addr)
 				s := newSender(t, c)
 				<-s.sendAll(t.Context(), "slow", 4)
 				<-s.sendAll(t.Context(), "kept", 50)
 				killHard(c)
-				l.up.Store(true)
-				close(l.let)
+				up.Store(true)
+				close(let)
 				require.Greater(t, shift(), 20)
 				c.start()
 				backend.hasAll(t, s.ids(), 10*time.Second)

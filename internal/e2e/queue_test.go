@@ -132,6 +132,17 @@ func sometimes(id string, attempt int) int {
 	return http.StatusOK
 }
 
+// firstHangs is a backend whose first attempt of each event lasts for that long, and fails.
+func firstHangs(timeout time.Duration) func(id string, attempt int) int {
+	return func(_ string, attempt int) int {
+		if attempt == 1 {
+			time.Sleep(timeout)
+			return http.StatusInternalServerError
+		}
+		return http.StatusOK
+	}
+}
+
 // queueCaddy starts a Caddy with a queue in SQLite, in front of a backend.
 func queueCaddy(t *testing.T, backend, options string) *caddy {
 	t.Helper()
@@ -237,13 +248,7 @@ func TestQueueOfACaddyThatIsKilledAndReloaded(t *testing.T) {
 func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 	t.Parallel()
 	const attemptTimeout = 4 * time.Second
-	backend := newTaker(t, func(id string, attempt int) int {
-		if attempt == 1 {
-			time.Sleep(attemptTimeout) // the attempts do not end
-			return http.StatusInternalServerError
-		}
-		return http.StatusOK
-	})
+	backend := newTaker(t, firstHangs(attemptTimeout))
 	c := queueCaddy(t, backend.addr, "answer_after 100ms\nattempt_timeout "+attemptTimeout.String())
 	s := newSender(t, c)
 	<-s.sendAll(t.Context(), "orphan", 12)
@@ -362,32 +367,22 @@ func TestQueueAsksADeadBackendSeldom(t *testing.T) {
 		return slices.Clone(backend.times)
 	}
 	from := len(asked())
-	waitLong(t, "it is asked again and again", time.Minute, func() bool { return len(asked()) >= from+size(30, 6) })
+	waitLong(t, "it is asked again and again", time.Minute, nil, func() bool { return len(asked()) >= from+size(30, 6) })
 	times := asked()
 	t.Logf("it was asked %d times in %v", len(times), times[len(times)-1].Sub(times[0]).Round(time.Second))
-	for i, at := range times {
-		if i < 10 {
-			continue
-		}
-		n := 0
-		for _, other := range times[i:] {
-			if other.Sub(at) < time.Second {
-				n++
-			}
-		}
-		assert.LessOrEqual(t, n, 2, "in the second after %v", at.Sub(times[0]))
-	}
+	assert.LessOrEqual(t, mostInASecond(times[10:]), 2)
 }
 
-// waitLong is waitFor with a longer limit.
-func waitLong(t *testing.T, what string, limit time.Duration, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if done() {
-			return
+// mostInASecond returns how many of the times, which are in order, are in one second.
+func mostInASecond(times []time.Time) (most int) {
+	for i, at := range times {
+		n := 0
+		for n < len(times)-i && times[i+n].Sub(at) < time.Second {
+			n++
 		}
+		most = max(most, n)
 	}
-	require.FailNow(t, what+" does not happen")
+	return most
 }
 
 func TestQueueOfEventsThatFail(t *testing.T) {
