@@ -54,10 +54,14 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
-	// Tests in parallel wait more than they work, so there may be more of them than
-	// there are processors, and fewer at full length, at which they work more. -parallel
-	// on the command line has the last word.
-	if err := flag.Set("test.parallel", strconv.Itoa(size(8, 12))); err != nil {
+	// Tests in parallel wait more than they work, so there may be more of them than there
+	// are processors, and fewer where they work more. -parallel on the command line has the
+	// last word.
+	parallel := size(8, 12)
+	if raceEnabled {
+		parallel = 8
+	}
+	if err := flag.Set("test.parallel", strconv.Itoa(parallel)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}

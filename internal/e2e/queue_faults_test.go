@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -195,30 +194,41 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				}
 			}
 			name := fmt.Sprintf("%s, %+d h, ", store, hours)
-			// answers is of a backend that answers slow events when it is let, and others with status until it is up
-			answers := func(t *testing.T, status int) (b *backend, up *atomic.Bool, let chan struct{}) {
+			// answers is of a backend that answers slow events when it is let, and others with status until it is
+			// back. An attempt that begins meanwhile waits, or else its pause would have the age of a shifted event.
+			answers := func(t *testing.T, status int) (b *backend, back func(shift func() int), let chan struct{}) {
 				t.Helper()
-				up, let = new(atomic.Bool), make(chan struct{})
-				return newTaker(t, func(id string, _ int) int {
-					switch {
-					case strings.HasPrefix(id, "slow"):
+				var mu sync.RWMutex
+				up, let := false, make(chan struct{})
+				b = newTaker(t, func(id string, _ int) int {
+					if strings.HasPrefix(id, "slow") {
 						<-let
-					case !up.Load():
+						return http.StatusOK
+					}
+					mu.RLock()
+					defer mu.RUnlock()
+					if !up {
 						return status
 					}
 					return http.StatusOK
-				}), up, let
+				})
+				return b, func(shift func() int) {
+					t.Helper()
+					mu.Lock()
+					defer mu.Unlock()
+					require.Greater(t, shift(), 20)
+					up = true
+				}, let
 			}
 
 			t.Run(name+"events wait and are in flight", func(t *testing.T) {
 				t.Parallel()
-				backend, up, let := answers(t, http.StatusInternalServerError)
+				backend, back, let := answers(t, http.StatusInternalServerError)
 				c, shift := open(t, backend.addr)
 				s := newSender(t, c)
 				<-s.sendAll(t.Context(), "slow", 4)
 				<-s.sendAll(t.Context(), "kept", 50)
-				up.Store(true)
-				require.Greater(t, shift(), 20)
+				back(shift)
 				var kept []string
 				for _, id := range s.ids() {
 					if strings.HasPrefix(id, "kept") {
@@ -239,15 +249,14 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 			})
 			t.Run(name+"the backend is down", func(t *testing.T) {
 				t.Parallel()
-				backend, up, _ := answers(t, http.StatusServiceUnavailable)
+				backend, back, _ := answers(t, http.StatusServiceUnavailable)
 				c, shift := open(t, backend.addr)
 				s := newSender(t, c)
 				<-s.sendAll(t.Context(), "kept", 50)
 				waitFor(t, "the backend is known to be down", c.process, func() bool {
 					return c.metric(`caddy_inkit_queue_backend_down{queue="default"}`) == "1"
 				})
-				up.Store(true)
-				require.Greater(t, shift(), 20)
+				back(shift)
 				require.True(t, s.send(t.Context(), "new", 0))
 				assert.Zero(t, backend.hasAll(t, s.ids(), 10*time.Second))
 				assert.Empty(t, backend.atOnce, "twice at once")
@@ -255,15 +264,14 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 			})
 			t.Run(name+"Caddy was killed", func(t *testing.T) {
 				t.Parallel()
-				backend, up, let := answers(t, http.StatusInternalServerError)
+				backend, back, let := answers(t, http.StatusInternalServerError)
 				c, shift := open(t, backend.addr)
 				s := newSender(t, c)
 				<-s.sendAll(t.Context(), "slow", 4)
 				<-s.sendAll(t.Context(), "kept", 50)
 				killHard(c)
-				up.Store(true)
 				close(let)
-				require.Greater(t, shift(), 20)
+				back(shift)
 				c.start()
 				backend.hasAll(t, s.ids(), 10*time.Second)
 				waitFor(t, "what was in flight is attempted again, before its lease of 32 s is over", c.process, func() bool {
