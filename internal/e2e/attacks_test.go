@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -39,7 +40,7 @@ func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reade
 func TestErrorRouteGetsNothingForged(t *testing.T) {
 	for name, before := range map[string]string{"": "", "behind timeouts": "timeouts {\n\t\tread_timeout 10s\n\t}\n\t"} {
 		t.Run("no gate "+name, func(t *testing.T) {
-			b, fallback := newBackend(t, modeGood), newBackend(t, modeGood)
+			b, fallback := newBackend(t, good), newBackend(t, good)
 			c := startCaddy(t, "", `http://:{{port}} {
 	`+before+`inkit_webhook {env.INKIT_WEBHOOK_SECRET}
 	reverse_proxy `+b.addr+`
@@ -73,7 +74,7 @@ func TestErrorRouteGetsNothingForged(t *testing.T) {
 		})
 	}
 	t.Run("the gate of the documentation", func(t *testing.T) {
-		fallback := newBackend(t, modeGood)
+		fallback := newBackend(t, good)
 		c := startCaddy(t, "", `http://:{{port}} {
 	inkit_webhook {env.INKIT_WEBHOOK_SECRET}
 	reverse_proxy `+freeAddr(t)+`
@@ -99,7 +100,16 @@ func TestErrorRouteGetsNothingForged(t *testing.T) {
 // A client's fields about the connection do not remove fields of the guard, open no
 // tunnel, and do not stop the proxy from buffering the body for a retry.
 func TestSenderDoesNotSteerTheProxy(t *testing.T) {
-	b := newBackend(t, modeUpgrade)
+	b := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Upgrade") == "" {
+			good(b, w, r)
+			return
+		}
+		b.record(r) // and changes to any requested protocol
+		conn := hijack(w)
+		defer conn.Close()
+		fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", r.Header.Get("Upgrade"))
+	})
 	c := startCaddy(t, "", recommendedSite(t, b.addr))
 	body := string(event("doc_1"))
 	head := "POST /webhook HTTP/1.1\r\nHost: x\r\nInkit-Signature: " + sign(secret, []byte(body)) + fmt.Sprintf("\r\nContent-Length: %d\r\n", len(body))
@@ -154,7 +164,7 @@ func TestUnhandledEvent(t *testing.T) {
 // event is lost, as behind plain Caddy.
 func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
 	t.Parallel()
-	b, fallback := newBackend(t, modeDropReused), newBackend(t, modeGood)
+	b, fallback := newBackend(t, dropReused(true)), newBackend(t, good)
 	c := startCaddy(t, "", `http://:{{port}} {
 	route {
 		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
@@ -189,7 +199,13 @@ func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
 func TestSenderThatHangsUp(t *testing.T) {
 	t.Parallel()
 	const senders = 200
-	b := newBackend(t, modeHang)
+	var arrived, gone atomic.Int64
+	b := newBackend(t, func(_ *backend, _ http.ResponseWriter, r *http.Request) {
+		_, _ = io.Copy(io.Discard, r.Body)
+		arrived.Add(1)
+		<-r.Context().Done()
+		gone.Add(1)
+	})
 	c := startCaddy(t, "", recommendedSite(t, b.addr))
 	body := event("doc_1")
 	inParallel(20, senders, func(int) {
@@ -198,17 +214,6 @@ func TestSenderThatHangsUp(t *testing.T) {
 		_, err := send(ctx, &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, webhookURL(c, "/webhook"), body, int64(len(body)), sign(secret, body))
 		assert.ErrorIs(t, err, context.DeadlineExceeded)
 	})
-	waitFor(t, "the backend is left alone", c.process, func() bool {
-		arrived, gone := 0, 0
-		for _, r := range b.records() {
-			switch r.Note {
-			case "arrived":
-				arrived++
-			case "gone":
-				gone++
-			}
-		}
-		return arrived > 0 && arrived == gone
-	})
+	waitFor(t, "the backend is left alone", c.process, func() bool { return arrived.Load() > 0 && arrived.Load() == gone.Load() })
 	c.stop(t, syscall.SIGTERM) // fails the test if Caddy does not end
 }

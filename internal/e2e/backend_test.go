@@ -3,205 +3,286 @@
 package e2e
 
 import (
-	"bufio"
-	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"net"
 	"net/http"
-	"os"
-	"os/exec"
-	"strings"
+	"slices"
 	"sync"
-	"syscall"
 	"testing"
+	"time"
 
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
-// record is a complete request, as the backend received it.
+// backend is a server that records its requests, and which events it takes. It can be
+// closed with all of its connections, as if its process were killed, and listen again.
+type backend struct {
+	t      *testing.T
+	addr   string
+	answer func(b *backend, w http.ResponseWriter, r *http.Request)
+	status func(id string, attempt int) int // of take
+	quiet  bool                             // whether take notes nothing
+
+	mu       sync.Mutex
+	server   *http.Server
+	listener net.Listener
+	received []record
+	taken    map[string]int
+	takenAt  map[string]time.Time // the first time
+	attempts map[string]int
+	ids      map[string]string          // of the queue
+	keys     map[string]map[string]bool // of each request of the sender
+	times    []time.Time                // of attempts
+	current  map[string]bool            // events that are being attempted
+	atOnce   []string                   // events of which there were two attempts at once
+	now      int                        // attempts at this moment
+	most     int                        // and at most
+}
+
+// record is a complete request.
 type record struct {
 	Body           []byte
-	SHA256         string
 	ContentLength  int64
 	Chunked        bool
 	IdempotencyKey []string
 	Header         http.Header
-	Query          string
-	Note           string `json:",omitempty"`
+	Target, Query  string // such as POST /webhook
 }
 
-// backend is a process that records each complete request, and then answers 200 with the
-// hash of the body. It is this test binary with a variable in its environment.
-type backend struct {
-	*process
-	t    *testing.T
-	addr string
-	mode string
-	file string
-}
-
-// The ways in which a backend may behave badly. Its records stay.
-const (
-	modeGood        = "good"
-	modeDropReused  = "drop-reused"  // closes a connection once a second request has arrived on it
-	modeDropHeader  = "drop-header"  // the same, but once its header has
-	modeResetRandom = "reset-random" // resets one connection in three, before or after writing down
-	modeDieReading  = "die-reading"  // ends in the middle of reading the body, one time in two
-	modeDieWriting  = "die-writing"  // ends in the middle of the answer, one time in two
-	modeDiscard     = "discard"      // reads each request, and writes nothing down
-	modeUpgrade     = "upgrade"      // changes to any requested protocol, and records all bytes
-	modeHang        = "hang"         // writes down that a request has arrived, never answers, and writes down its end
-	modeEarly413    = "early-413"    // answers every request that has ?early before it reads it
-)
-
-func newBackend(t *testing.T, mode string) *backend {
+// newBackend starts a backend.
+func newBackend(t *testing.T, answer func(b *backend, w http.ResponseWriter, r *http.Request)) *backend {
 	t.Helper()
-	b := &backend{t: t, addr: freeAddr(t), mode: mode, file: t.TempDir() + "/records"}
-	b.start()
+	b := &backend{
+		t: t, addr: freeAddr(t), answer: answer, taken: make(map[string]int), takenAt: make(map[string]time.Time),
+		attempts: make(map[string]int), ids: make(map[string]string), current: make(map[string]bool), keys: make(map[string]map[string]bool),
+	}
+	b.listen()
+	t.Cleanup(b.close)
 	return b
 }
 
-func (b *backend) start() {
+// listen begins to listen, and close ends it with all connections.
+func (b *backend) listen() {
 	b.t.Helper()
-	b.run()
-	waitFor(b.t, "the backend listens", b.process, listening(b.addr))
+	var listener net.Listener
+	if !assert.Eventually(b.t, func() bool { // a program that a parallel test starts may have the old one, for a moment
+		var err error
+		listener, err = net.Listen("tcp", b.addr)
+		return err == nil
+	}, 10*time.Second, time.Millisecond) {
+		return
+	}
+	server := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { b.answer(b, w, r) })}
+	b.mu.Lock()
+	b.server, b.listener = server, listener
+	b.mu.Unlock()
+	go func() { _ = server.Serve(listener) }()
 }
 
-// run starts the process and does not wait for it: it may listen, take an event and die
-// before the test looks.
-func (b *backend) run() {
-	b.t.Helper()
-	cmd := exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "E2E_BACKEND="+b.mode, "E2E_ADDR="+b.addr, "E2E_RECORDS="+b.file)
-	b.process = start(b.t, cmd)
+func (b *backend) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	_ = b.listener.Close() // of which the server may not know yet
+	_ = b.server.Close()
 }
 
-func (b *backend) kill() {
-	b.t.Helper()
-	_ = b.cmd.Process.Signal(syscall.SIGKILL)
-	<-b.exited
+// record reads a request, records it if it is complete, and returns how many there are.
+func (b *backend) record(r *http.Request) (body []byte, n int) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		panic(http.ErrAbortHandler)
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.received = append(b.received, record{
+		Body: body, ContentLength: r.ContentLength, Chunked: len(r.TransferEncoding) > 0,
+		IdempotencyKey: r.Header["Idempotency-Key"], Header: r.Header, Target: r.Method + " " + r.URL.Path, Query: r.URL.RawQuery,
+	})
+	return body, len(b.received)
 }
 
-func (b *backend) records() (records []record) {
-	b.t.Helper()
-	file, err := os.Open(b.file)
-	require.NoError(b.t, err)
-	defer file.Close()
-	decoder := json.NewDecoder(bufio.NewReader(file))
-	for {
-		var r record
-		err := decoder.Decode(&r)
-		if err == io.EOF {
-			return records
+func (b *backend) records() []record {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.received)
+}
+
+// good answers each request with 200 and the hash of its body.
+func good(b *backend, w http.ResponseWriter, r *http.Request) {
+	body, _ := b.record(r)
+	fmt.Fprintf(w, "%x", sha256.Sum256(body))
+}
+
+// dropReused closes a connection once a second request has arrived on it, or its header.
+func dropReused(whole bool) func(b *backend, w http.ResponseWriter, r *http.Request) {
+	var used sync.Map
+	return func(b *backend, w http.ResponseWriter, r *http.Request) {
+		if _, again := used.LoadOrStore(r.RemoteAddr, true); !again {
+			good(b, w, r)
+			return
 		}
-		require.NoError(b.t, err)
-		records = append(records, r)
+		if whole {
+			_, _ = io.Copy(io.Discard, r.Body)
+		}
+		hijack(w).Close()
 	}
 }
 
-// runBackend is the main function of a backend process.
-func runBackend() {
-	mode := os.Getenv("E2E_BACKEND")
-	file, err := os.OpenFile(os.Getenv("E2E_RECORDS"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+// hijack takes a connection away from net/http.
+func hijack(w http.ResponseWriter) *net.TCPConn {
+	conn, _, err := w.(http.Hijacker).Hijack()
 	if err != nil {
 		panic(err)
 	}
-	var mu sync.Mutex
-	write := func(r *http.Request, body []byte, note string) string {
-		sum := sha256.Sum256(body)
-		line, err := json.Marshal(record{
-			Note: note, Body: body, SHA256: hex.EncodeToString(sum[:]), ContentLength: r.ContentLength,
-			Chunked: len(r.TransferEncoding) > 0, IdempotencyKey: r.Header["Idempotency-Key"], Header: r.Header, Query: r.URL.RawQuery,
-		})
-		if err != nil {
-			panic(err)
-		}
-		mu.Lock()
-		defer mu.Unlock()
-		// one write with O_APPEND, so that a record is there whole or not at all
-		if _, err := file.Write(append(line, '\n')); err != nil {
-			panic(err)
-		}
-		return hex.EncodeToString(sum[:])
-	}
-	hangUp := func(w http.ResponseWriter, reset bool) {
-		conn, _, err := w.(http.Hijacker).Hijack()
-		if err != nil {
-			panic(err)
-		}
-		if reset {
-			_ = conn.(*net.TCPConn).SetLinger(0)
-		}
-		conn.Close()
-	}
+	return conn.(*net.TCPConn)
+}
 
-	type connKey struct{}
-	server := &http.Server{
-		Addr: os.Getenv("E2E_ADDR"),
-		ConnContext: func(ctx context.Context, c net.Conn) context.Context {
-			return context.WithValue(ctx, connKey{}, new(int))
-		},
-		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			requests := r.Context().Value(connKey{}).(*int)
-			*requests++
-			switch {
-			case mode == modeDropReused && *requests > 1:
-				_, _ = io.Copy(io.Discard, r.Body)
-				hangUp(w, false)
-				return
-			case mode == modeDropHeader && *requests > 1:
-				hangUp(w, false)
-				return
-			case mode == modeResetRandom && rand.IntN(6) == 0:
-				hangUp(w, true)
-				return
-			case mode == modeDieReading && rand.IntN(2) == 0:
-				_, _ = io.ReadFull(r.Body, make([]byte, 10))
-				os.Exit(1)
-			case mode == modeUpgrade && r.Header.Get("Upgrade") != "":
-				conn, buffered, err := w.(http.Hijacker).Hijack()
-				if err != nil {
-					panic(err)
-				}
-				fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", r.Header.Get("Upgrade"))
-				tunnel, _ := io.ReadAll(buffered)
-				write(r, tunnel, "tunnel")
-				return
-			case mode == modeHang:
-				body, _ := io.ReadAll(r.Body)
-				write(r, body, "arrived")
-				<-r.Context().Done()
-				write(r, nil, "gone")
-				return
-			case mode == modeEarly413 && strings.Contains(r.URL.RawQuery, "early"):
-				w.WriteHeader(http.StatusRequestEntityTooLarge)
-				return
-			}
-			if mode == modeDiscard {
-				_, _ = io.Copy(io.Discard, r.Body)
-				return
-			}
-			body, err := io.ReadAll(r.Body)
-			if err != nil {
-				return
-			}
-			sum := write(r, body, "")
-			switch {
-			case mode == modeResetRandom && rand.IntN(6) == 0:
-				hangUp(w, true)
-				return
-			case mode == modeDieWriting && rand.IntN(2) == 0:
-				conn, _, _ := w.(http.Hijacker).Hijack()
-				fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Le")
-				os.Exit(1)
-			}
-			fmt.Fprint(w, sum)
-		}),
+// newScripted starts a backend whose status is for the n-th request, from 1 on. With 0, it
+// closes the connection without an answer.
+func newScripted(t *testing.T, status func(n int, r *http.Request) int) *backend {
+	t.Helper()
+	return newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
+		_, n := b.record(r)
+		code := status(n, r)
+		if code == 0 {
+			panic(http.ErrAbortHandler)
+		}
+		w.WriteHeader(code)
+	})
+}
+
+// always answers one status.
+func always(code int) func(int, *http.Request) int {
+	return func(int, *http.Request) int { return code }
+}
+
+// inTurn answers one status after the other, and then 200.
+func inTurn(codes ...int) func(int, *http.Request) int {
+	return func(n int, _ *http.Request) int {
+		if n <= len(codes) {
+			return codes[n-1]
+		}
+		return http.StatusOK
 	}
-	panic(server.ListenAndServe())
+}
+
+// newTaker starts a backend that takes events. status returns its answer to an attempt.
+func newTaker(t *testing.T, status func(id string, attempt int) int) *backend {
+	t.Helper()
+	b := newBackend(t, (*backend).take)
+	b.status = status
+	return b
+}
+
+// all is a backend that takes all events.
+func all(string, int) int {
+	time.Sleep(2 * time.Millisecond)
+	return http.StatusOK
+}
+
+func (b *backend) take(w http.ResponseWriter, r *http.Request) {
+	var e struct {
+		ResourceID string `json:"resource_id"`
+		Sent       int    `json:"sent"` // how often the sender has sent it
+	}
+	if body, err := io.ReadAll(r.Body); err != nil || json.Unmarshal(body, &e) != nil {
+		w.WriteHeader(http.StatusBadRequest)
+		return
+	}
+	if b.quiet {
+		w.WriteHeader(b.status(e.ResourceID, 1))
+		return
+	}
+	b.mu.Lock()
+	b.ids[e.ResourceID] = r.Header.Get("Inkit-Queue-Id")
+	if b.current[e.ResourceID] {
+		b.atOnce = append(b.atOnce, e.ResourceID)
+	}
+	b.current[e.ResourceID] = true
+	b.attempts[e.ResourceID]++
+	attempt := b.attempts[e.ResourceID]
+	sent := fmt.Sprint(e.ResourceID, " ", e.Sent)
+	if b.keys[sent] == nil {
+		b.keys[sent] = make(map[string]bool)
+	}
+	b.keys[sent][r.Header.Get("Idempotency-Key")] = true
+	b.times = append(b.times, time.Now())
+	b.now++
+	b.most = max(b.most, b.now)
+	b.mu.Unlock()
+	status := b.status(e.ResourceID, attempt)
+	b.mu.Lock()
+	b.now--
+	delete(b.current, e.ResourceID)
+	if status == http.StatusOK {
+		if b.taken[e.ResourceID]++; b.taken[e.ResourceID] == 1 {
+			b.takenAt[e.ResourceID] = time.Now()
+		}
+	}
+	b.mu.Unlock()
+	w.WriteHeader(status)
+}
+
+// snapshot returns how many events it was asked to take, and how many attempts there are
+// at this moment, and were at most.
+func (b *backend) snapshot() (s struct{ events, now, most int }) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	s.events, s.now, s.most = len(b.attempts), b.now, b.most
+	return s
+}
+
+// of returns how often it was asked to take an event, and how often it did.
+func (b *backend) of(id string) (e struct{ attempts, taken int }) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e.attempts, e.taken = b.attempts[id], b.taken[id]
+	return e
+}
+
+// idOf returns the queue's id of the last attempt of an event.
+func (b *backend) idOf(id string) string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.ids[id]
+}
+
+// missing returns those of ids that the backend has not taken.
+func (b *backend) missing(ids []string) (missing []string) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, id := range ids {
+		if b.taken[id] == 0 {
+			missing = append(missing, id)
+		}
+	}
+	return missing
+}
+
+// hasAll waits until the backend has taken all of ids, and each event under one key. It
+// returns how many it has taken twice.
+func (b *backend) hasAll(t *testing.T, ids []string, within time.Duration) (doubles int) {
+	t.Helper()
+	require.NotEmpty(t, ids)
+	began := time.Now()
+	for len(b.missing(ids)) > 0 && time.Since(began) < within {
+		time.Sleep(50 * time.Millisecond)
+	}
+	missing := b.missing(ids)
+	require.Empty(t, missing[:min(10, len(missing))], "%d of %d events that were answered 2xx are lost", len(missing), len(ids))
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for sent, keys := range b.keys {
+		require.Len(t, keys, 1, sent)
+		require.NotContains(t, keys, "", sent)
+	}
+	for _, id := range ids {
+		doubles += b.taken[id] - 1
+	}
+	t.Logf("%d events were answered 2xx: 0 lost, %d taken twice, the last %v after the last was accepted", len(ids), doubles, time.Since(began).Round(time.Millisecond))
+	return doubles
 }

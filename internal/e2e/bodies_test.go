@@ -81,7 +81,7 @@ func clients(t *testing.T, c *caddy) map[string]*http.Client {
 
 func TestBodiesArriveWhole(t *testing.T) {
 	t.Run("reverse_proxy", func(t *testing.T) {
-		b := newBackend(t, modeGood)
+		b := newBackend(t, good)
 		c := startCaddy(t, "", `https://localhost:{{port}} {
 	tls internal
 	header X-Proto {http.request.proto}
@@ -123,13 +123,10 @@ func TestBodiesArriveWhole(t *testing.T) {
 // startPHP runs php-cgi as a FastCGI server for one script.
 func startPHP(t *testing.T, script string) (root, addr string) {
 	t.Helper()
-	php, err := exec.LookPath("php-cgi")
-	if err != nil {
-		t.Skip("php-cgi is not installed")
-	}
+	needs(t, "php-cgi")
 	root, addr = t.TempDir(), freeAddr(t)
 	writeFile(t, root+"/index.php", script)
-	cmd := exec.Command(php, "-b", addr)
+	cmd := exec.Command("php-cgi", "-b", addr)
 	cmd.Env = []string{"PHP_FCGI_CHILDREN=2", "PHP_FCGI_MAX_REQUESTS=10000"}
 	p := start(t, cmd)
 	waitFor(t, "php-cgi listens", p, listening(addr))

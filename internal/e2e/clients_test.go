@@ -29,7 +29,7 @@ const (
 // the rows that say so.
 func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share a Caddy
 	t.Parallel()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	c := startCaddy(t, `	log {
 		output file {{dir}}/log
 		format json

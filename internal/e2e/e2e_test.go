@@ -1,7 +1,7 @@
 //go:build unix
 
-// Package e2e runs a real Caddy with this module in front of real backends, each
-// in its own process, and sends them real requests on the loopback interface.
+// Package e2e runs a real Caddy with this module in front of real backends, and sends
+// them real requests on the loopback interface.
 package e2e
 
 import (
@@ -37,22 +37,31 @@ const secret = "test_inkit_webhook_secret"
 // .ci/run.
 var long = os.Getenv("E2E_LONG") != ""
 
+// size is one size at full length and another one otherwise.
+func size(full, quick int) int {
+	if long {
+		return full
+	}
+	return quick
+}
+
 // caddyPath is the binary under test: E2E_CADDY, such as one that xcaddy built with
 // another version of Caddy, or else cmd/caddy.
 var caddyPath string
 
 func TestMain(m *testing.M) {
-	if os.Getenv("E2E_BACKEND") != "" {
-		runBackend()
-		return
-	}
 	os.Exit(run(m))
 }
 
 func run(m *testing.M) int {
-	// Tests in parallel wait more than they work, so there may be more of them than
-	// there are processors. -parallel on the command line has the last word.
-	if err := flag.Set("test.parallel", "8"); err != nil {
+	// Tests in parallel wait more than they work, so there may be more of them than there
+	// are processors, and fewer where they work more. -parallel on the command line has the
+	// last word.
+	parallel := size(8, 12)
+	if raceEnabled {
+		parallel = 8
+	}
+	if err := flag.Set("test.parallel", strconv.Itoa(parallel)); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
@@ -182,7 +191,13 @@ func port(addr string) string {
 
 func waitFor(t *testing.T, what string, p *process, done func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+	waitLong(t, what, 20*time.Second, p, done)
+}
+
+// waitLong is waitFor with a longer limit.
+func waitLong(t *testing.T, what string, limit time.Duration, p *process, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
 		if done() {
 			return
 		}
@@ -406,6 +421,32 @@ func readFile(t *testing.T, path string) string {
 	content, err := os.ReadFile(path)
 	require.NoError(t, err)
 	return string(content)
+}
+
+// logged waits for a line of the log.
+func (c *caddy) logged(text string) {
+	c.t.Helper()
+	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })
+}
+
+// replaceEach replaces pairs of texts, each of which must be there.
+func replaceEach(t *testing.T, text string, pairs ...string) string {
+	t.Helper()
+	for i := 0; i < len(pairs); i += 2 {
+		require.Contains(t, text, pairs[i])
+		text = strings.ReplaceAll(text, pairs[i], pairs[i+1])
+	}
+	return text
+}
+
+// needs skips a test if a program is not installed.
+func needs(t *testing.T, programs ...string) {
+	t.Helper()
+	for _, program := range programs {
+		if _, err := exec.LookPath(program); err != nil {
+			t.Skip(program + " is not installed")
+		}
+	}
 }
 
 // killHard ends a Caddy as the death of its machine does.

@@ -21,16 +21,6 @@ import (
 // Caddyfiles, the backend, Prometheus, and the commands of each README without the part
 // that enters a container. examples/test checks the manifests.
 
-// replaceEach replaces pairs of texts, each of which must be there.
-func replaceEach(t *testing.T, text string, pairs ...string) string {
-	t.Helper()
-	for i := 0; i < len(pairs); i += 2 {
-		require.Contains(t, text, pairs[i])
-		text = strings.ReplaceAll(text, pairs[i], pairs[i+1])
-	}
-	return text
-}
-
 // deployed is a Caddy as in a container, and a shell outside.
 type deployed struct {
 	*caddy
@@ -72,11 +62,7 @@ func (d *deployed) shell(program, standIn, script string) string {
 
 func TestDockerExample(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"python3", "prometheus", "curl"} {
-		if _, err := exec.LookPath(name); err != nil {
-			t.Skip(name + " is not installed")
-		}
-	}
+	needs(t, "python3", "prometheus", "curl")
 	const from = "../../examples/docker/"
 	upstream := freeAddr(t)
 	d := deploy(t, readFile(t, from+"caddy/Caddyfile"), "/run/secrets/inkit_webhook", "backend:9000", upstream)
@@ -157,7 +143,7 @@ func TestKubernetesExample(t *testing.T) {
 	require.NoError(t, err)
 	assert.Equal(t, string(formatted), caddyfile.String(), "it is formatted")
 
-	backend := newTakerOrNot(t, http.StatusServiceUnavailable)
+	backend, status := newStatus(t, http.StatusServiceUnavailable)
 	d := deploy(t, caddyfile.String(), "/etc/inkit/secret", "backend:9000", backend.addr, "shutdown_delay 5s", "shutdown_delay 1s")
 	healthy := func() int {
 		resp, err := http.Get("http://" + d.addr + "/healthz")
@@ -174,8 +160,8 @@ func TestKubernetesExample(t *testing.T) {
 	assert.True(t, strings.HasPrefix(out, "200 OK\n"), out)
 	assert.Contains(t, out, " doc_test ", "it is in the list")
 	assert.Contains(t, d.get("http://"+d.metrics+"/metrics"), `caddy_inkit_queue_events{queue="default",state="pending"}`)
-	backend.status.Store(http.StatusOK)
-	waitFor(t, "it is delivered", d.process, func() bool { return backend.hasTaken("doc_test") })
+	status.Store(http.StatusOK)
+	waitFor(t, "it is delivered", d.process, func() bool { return backend.of("doc_test").taken > 0 })
 }
 
 func TestSystemdExample(t *testing.T) {
@@ -185,9 +171,7 @@ func TestSystemdExample(t *testing.T) {
 
 	t.Run("the drop-in", func(t *testing.T) {
 		t.Parallel()
-		if _, err := exec.LookPath("systemd-analyze"); err != nil {
-			t.Skip("systemd-analyze is not installed")
-		}
+		needs(t, "systemd-analyze")
 		verify := func(t *testing.T, dropIn string) string {
 			t.Helper()
 			dir := t.TempDir()
@@ -233,7 +217,7 @@ WantedBy=multi-user.target
 
 	t.Run("the Caddyfile", func(t *testing.T) {
 		t.Parallel()
-		backend := newTakerOrNot(t, http.StatusOK)
+		backend := newTaker(t, all)
 		credentials := t.TempDir()
 		writeFile(t, credentials+"/inkit_webhook", secret+"\n")
 		options, site, found := strings.Cut(readFile(t, from+"Caddyfile"), "\n}\n")
@@ -248,7 +232,7 @@ WantedBy=multi-user.target
 		body := event("doc_1")
 		assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
 		assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, sign("wrong", body)).status)
-		assert.True(t, backend.hasTaken("doc_1"))
+		assert.Positive(t, backend.of("doc_1").taken)
 		// as the README has it
 		const validate = "CREDENTIALS_DIRECTORY=/etc/caddy caddy validate --config /etc/caddy/Caddyfile"
 		require.Contains(t, readFile(t, from+"README.md"), "`sudo "+validate+"`")

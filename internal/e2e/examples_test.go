@@ -107,11 +107,9 @@ var backends = []struct {
 	{"node", "node", "204 No Content"},
 }
 
-func backendExample(t *testing.T, name, needs string) *example {
+func backendExample(t *testing.T, name, program string) *example {
 	t.Helper()
-	if _, err := exec.LookPath(needs); err != nil {
-		t.Skip(needs + " is not installed")
-	}
+	needs(t, program)
 	e := newExample(t, name)
 	if name == "php" && os.Getuid() == 0 { // php-fpm refuses to run as root
 		e.backend = strings.TrimSpace(e.backend) + " --allow-to-run-as-root"
@@ -181,10 +179,7 @@ func TestExamples(t *testing.T) {
 // full length: each event that was answered 2xx must arrive.
 func TestExamplesLoseNothing(t *testing.T) {
 	t.Parallel()
-	outage := time.Second
-	if long {
-		outage = 30 * time.Second
-	}
+	outage := time.Duration(size(30, 1)) * time.Second
 	for _, tt := range backends {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()

@@ -7,7 +7,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -94,6 +96,13 @@ func (l *load) sendOne() {
 		}
 		l.mu.Unlock()
 	}
+}
+
+// answered returns how many events were answered.
+func (l *load) answered() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.status)
 }
 
 // many sends n events, some at the same time.
@@ -188,28 +197,27 @@ func (l *load) tally(backends ...*backend) (sum tally) {
 // to write the body, and does not send such a request again, with any header: with
 // bare reverse_proxy, these events are lost.
 func TestKeptAliveConnectionsThatClose(t *testing.T) {
-	events := 1000
-	if raceEnabled {
-		events = 300 // the run without it has the figures
-	}
+	t.Parallel()
+	events := size(1000, 300)
 	for _, tt := range []struct {
-		mode string
+		name string
 		site string
 		lost int // at most; -1 for any number
 	}{
-		{modeDropReused, plainSite, -1},
-		{modeDropReused, bareSite, events * 5 / 100},
-		{modeDropReused, recommendedSite(t, "UPSTREAMS"), 0},
-		{modeDropHeader, plainSite, -1},
-		{modeDropHeader, bareSite, -1},
-		{modeDropHeader, recommendedSite(t, "UPSTREAMS"), 0},
+		{"drop-reused", plainSite, -1},
+		{"drop-reused", bareSite, events * 5 / 100},
+		{"drop-reused", recommendedSite(t, "UPSTREAMS"), 0},
+		{"drop-header", plainSite, -1},
+		{"drop-header", bareSite, -1},
+		{"drop-header", recommendedSite(t, "UPSTREAMS"), 0},
 	} {
 		name := map[string]string{plainSite: "plain Caddy", bareSite: "bare reverse_proxy"}[tt.site]
 		if name == "" {
 			name = "the recommended block"
 		}
-		t.Run(tt.mode+"/"+name, func(t *testing.T) {
-			b := newBackend(t, tt.mode)
+		t.Run(tt.name+"/"+name, func(t *testing.T) {
+			t.Parallel()
+			b := newBackend(t, dropReused(tt.name == "drop-reused"))
 			c := startCaddy(t, "", strings.ReplaceAll(tt.site, "UPSTREAMS", b.addr))
 			lost := 0
 			client := new(http.Client)
@@ -239,16 +247,16 @@ func TestKeptAliveConnectionsThatClose(t *testing.T) {
 
 func TestBackendRestarts(t *testing.T) {
 	t.Parallel()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	c := startCaddy(t, "", recommendedSite(t, b.addr))
 	l := newLoad(t, webhookURL(c, "/webhook"))
 	l.client.Transport.(*http.Transport).MaxConnsPerHost = 0
 	l.atRate(50, func() {
 		for range 5 {
 			time.Sleep(time.Second)
-			b.kill()
+			b.close()
 			time.Sleep(2 * time.Second)
-			b.start()
+			b.listen()
 		}
 		time.Sleep(time.Second)
 	})
@@ -257,40 +265,45 @@ func TestBackendRestarts(t *testing.T) {
 	assert.Zero(t, sum.lost)
 }
 
+// A backend dies in the middle of reading a body or of its answer, one time in two.
 func TestBackendDies(t *testing.T) {
 	t.Parallel()
-	for _, mode := range []string{modeDieReading, modeDieWriting} {
-		t.Run(mode, func(t *testing.T) {
+	for _, when := range []string{"reading", "writing"} {
+		t.Run(when, func(t *testing.T) {
 			t.Parallel()
-			b := newBackend(t, mode)
-			c := startCaddy(t, "", recommendedSite(t, b.addr))
-			l := newLoad(t, webhookURL(c, "/webhook"))
 			var deaths atomic.Int64
-			stop, stopped := make(chan struct{}), make(chan struct{})
-			go func() {
-				defer close(stopped)
-				for {
-					select {
-					case <-b.exited:
-						deaths.Add(1)
-						b.run()
-					case <-stop:
-						return
-					}
+			var dying sync.Mutex
+			b := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
+				if rand.IntN(2) == 0 {
+					good(b, w, r)
+					return
 				}
-			}()
-			for deaths.Load() < int64(map[bool]int{false: 100, true: 20}[raceEnabled]) {
+				var conn *net.TCPConn
+				if when == "reading" {
+					_, _ = io.ReadFull(r.Body, make([]byte, 10))
+					conn = hijack(w)
+				} else {
+					b.record(r)
+					conn = hijack(w)
+					fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Le")
+				}
+				dying.Lock()
+				defer dying.Unlock()
+				b.close()
+				conn.Close()
+				time.Sleep(20 * time.Millisecond) // it takes a while to start
+				b.listen()
+				deaths.Add(1)
+			})
+			c := startCaddy(t, "", strings.Replace(recommendedSite(t, b.addr), "lb_try_interval 250ms", "lb_try_interval 20ms", 1))
+			l := newLoad(t, webhookURL(c, "/webhook"))
+			for deaths.Load() < int64(map[bool]int{false: 100, true: 20}[raceEnabled]) && !t.Failed() {
 				l.sendOne()
-				if t.Failed() {
-					break
-				}
 			}
-			close(stop)
-			<-stopped
 			sum := l.tally(b)
 			t.Logf("%d deaths", deaths.Load())
 			assert.Zero(t, sum.lost)
-			if mode == modeDieWriting {
+			if when == "writing" {
 				assert.Positive(t, sum.twice, "or else nothing died in the middle of an answer")
 			}
 		})
@@ -305,12 +318,13 @@ func TestBackendDies(t *testing.T) {
 // requests. So for HTTP/1.1 the test only asserts that no event is refused, that each
 // answered event arrived, and that the other senders see that they got no answer.
 func TestReloadUnderLoad(t *testing.T) {
-	reloads := 20
+	t.Parallel()
+	reloads := size(20, 8)
 	if raceEnabled {
 		reloads = 5 // the command takes a second to start with the race detector
 	}
 	run := func(t *testing.T, one, two, scheme string, client func(c *caddy) *http.Client) (*load, tally) {
-		b := newBackend(t, modeGood)
+		b := newBackend(t, good)
 		sites := [2]string{strings.ReplaceAll(one, "UPSTREAMS", b.addr), strings.ReplaceAll(two, "UPSTREAMS", b.addr)}
 		c := startCaddy(t, "", sites[0])
 		l := newLoad(t, scheme+"://localhost:"+port(c.addr)+"/webhook")
@@ -339,6 +353,7 @@ func TestReloadUnderLoad(t *testing.T) {
 	require.NotEqual(t, one, two)
 
 	t.Run("HTTP/2", func(t *testing.T) {
+		t.Parallel()
 		overTLS := strings.NewReplacer("http://:{{port}} {", "https://localhost:{{port}} {\n\ttls internal")
 		_, sum := run(t, overTLS.Replace(one), overTLS.Replace(two), "https", func(c *caddy) *http.Client { return clients(t, c)["HTTP/2.0"] })
 		assert.Zero(t, sum.lost)
@@ -347,14 +362,19 @@ func TestReloadUnderLoad(t *testing.T) {
 		return &http.Client{Transport: &http.Transport{MaxConnsPerHost: 16, MaxIdleConnsPerHost: 16}}
 	}
 	t.Run("HTTP/1.1", func(t *testing.T) {
+		t.Parallel()
 		l, sum := run(t, one, two, "http", http1)
 		assert.Equal(t, len(l.failed), sum.lost, "what is answered is answered 2xx")
 	})
-	t.Run("HTTP/1.1, plain Caddy", func(t *testing.T) { run(t, plainSite, plainSite, "http", http1) })
+	t.Run("HTTP/1.1, plain Caddy", func(t *testing.T) {
+		t.Parallel()
+		run(t, plainSite, plainSite, "http", http1)
+	})
 }
 
 func TestStopUnderLoad(t *testing.T) {
-	b := newBackend(t, modeGood)
+	t.Parallel()
+	b := newBackend(t, good)
 	c := startCaddy(t, "", recommendedSite(t, b.addr))
 	l := newLoad(t, webhookURL(c, "/webhook"))
 	// a connection for each event, so that being refused is to the point
@@ -364,10 +384,11 @@ func TestStopUnderLoad(t *testing.T) {
 		defer close(done)
 		l.many(1_000_000, 16)
 	}()
-	time.Sleep(time.Second)
+	waitFor(t, "events are under way", c.process, func() bool { return l.answered() > 200 })
 	go c.stop(t, syscall.SIGTERM)
 	<-c.exited
-	time.Sleep(200 * time.Millisecond)
+	before := l.nextID.Load()
+	waitFor(t, "more are sent", nil, func() bool { return l.nextID.Load() > before+100 })
 	l.stopped.Store(true)
 	<-done
 
@@ -397,15 +418,26 @@ func TestTwoUpstreams(t *testing.T) {
 	t.Parallel()
 	t.Run("one is dead", func(t *testing.T) {
 		t.Parallel()
-		b := newBackend(t, modeGood)
-		c := startCaddy(t, "", recommendedSite(t, freeAddr(t), b.addr))
+		b := newBackend(t, good)
+		c := startCaddy(t, "", strings.Replace(recommendedSite(t, freeAddr(t), b.addr), "lb_try_interval 250ms", "lb_try_interval 20ms", 1))
 		l := newLoad(t, webhookURL(c, "/webhook"))
 		l.many(500, 16)
 		assert.Zero(t, l.tally(b).lost)
 	})
 	t.Run("one resets connections at random", func(t *testing.T) {
 		t.Parallel()
-		b, bad := newBackend(t, modeGood), newBackend(t, modeResetRandom)
+		b := newBackend(t, good)
+		bad := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) { // one connection in three
+			before, after := rand.IntN(6) == 0, rand.IntN(6) == 0
+			if !before {
+				b.record(r)
+			}
+			if before || after {
+				conn := hijack(w)
+				_ = conn.SetLinger(0)
+				conn.Close()
+			}
+		})
 		c := startCaddy(t, "", recommendedSite(t, bad.addr, b.addr))
 		l := newLoad(t, webhookURL(c, "/webhook"))
 		l.many(500, 16)
@@ -419,16 +451,22 @@ func TestTwoUpstreams(t *testing.T) {
 // after the handler has returned. No byte of it may show up in another request.
 func TestUpstreamThatAnswersEarly(t *testing.T) {
 	t.Parallel()
-	b := newBackend(t, modeEarly413)
+	b := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
+		if strings.Contains(r.URL.RawQuery, "early") {
+			w.WriteHeader(http.StatusRequestEntityTooLarge)
+			return
+		}
+		good(b, w, r)
+	})
 	c := startCaddy(t, "", strings.ReplaceAll(bareSite, "UPSTREAMS", b.addr))
-	const requests = 10_000
+	requests := size(10_000, 2_000)
 	client := &http.Client{Timeout: 60 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 	sent := make([][]byte, requests)
 	var next, early, late atomic.Int64
 	var wg sync.WaitGroup
 	for range 32 {
 		wg.Go(func() {
-			for i := next.Add(1) - 1; i < requests; i = next.Add(1) - 1 {
+			for i := int(next.Add(1)) - 1; i < requests; i = int(next.Add(1)) - 1 {
 				// as distinct as can be: every word of it is its number
 				word := fmt.Sprintf("%08d", i)
 				body := []byte(strings.Repeat(word, 1+rand.IntN(8000)))
@@ -465,7 +503,7 @@ func TestUpstreamThatAnswersEarly(t *testing.T) {
 		require.True(t, bytes.Equal(sent[i], r.Body), "request %d has other bytes", i)
 	}
 	t.Logf("%d requests, %d answered early, %d recorded", requests, early.Load(), len(records))
-	assert.Greater(t, early.Load(), int64(requests/2*9/10))
-	assert.Greater(t, late.Load(), int64(requests/2*9/10))
+	assert.Greater(t, int(early.Load()), requests/2*9/10)
+	assert.Greater(t, int(late.Load()), requests/2*9/10)
 	assert.GreaterOrEqual(t, len(records), int(late.Load()))
 }

@@ -6,8 +6,6 @@ import (
 	"context"
 	"fmt"
 	"net/http"
-	"os"
-	"os/exec"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -22,45 +20,20 @@ import (
 // not cause this: genuine events would be lost during that time.
 func TestNginxInFront(t *testing.T) {
 	t.Parallel()
-	nginx, err := exec.LookPath("nginx")
-	if err != nil {
-		t.Skip("nginx is not installed")
-	}
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	site := recommendedSite(t, b.addr)
 	one, two := startCaddy(t, "", site), startCaddy(t, "", site)
-	dir, addr := t.TempDir(), freeAddr(t)
-	user := ""
-	if os.Geteuid() == 0 { // or else a worker of another user has no way into the folder
-		user = "user root root;"
-	}
-	config := writeFile(t, dir+"/nginx.conf", user+`
-daemon off;
-pid `+dir+`/nginx.pid;
-error_log stderr;
-events {}
-http {
-	access_log off;
-	client_max_body_size 2m;
-	client_body_temp_path `+dir+`/body;
-	proxy_temp_path `+dir+`/proxy;
-	fastcgi_temp_path `+dir+`/fastcgi;
-	uwsgi_temp_path `+dir+`/uwsgi;
-	scgi_temp_path `+dir+`/scgi;
-	upstream guards { server `+one.addr+`; server `+two.addr+`; }
-	server {
-		listen `+addr+`;
-		location / { proxy_pass http://guards; }
-	}
+	addr := freeAddr(t)
+	p := startNginx(t, addr, `
+client_max_body_size 2m;
+upstream guards { server `+one.addr+`; server `+two.addr+`; }
+server {
+	listen `+addr+`;
+	location / { proxy_pass http://guards; }
 }
 `)
-	p := start(t, exec.Command(nginx, "-p", dir, "-e", "stderr", "-c", config))
-	waitFor(t, "nginx listens", p, listening(addr))
 
-	seconds := 5
-	if long {
-		seconds = 15
-	}
+	seconds := size(15, 5)
 	var sent, lost, unsigned, unanswered atomic.Int64
 	client := &http.Client{Timeout: time.Minute, Transport: new(http.Transport)}
 	defer client.CloseIdleConnections()

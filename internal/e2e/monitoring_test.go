@@ -27,12 +27,9 @@ const monitoring = "../../examples/monitoring"
 // way: each alert has a case that fires and one that must not, so that they fail.
 func TestAlertRules(t *testing.T) {
 	t.Parallel()
-	promtool, err := exec.LookPath("promtool")
-	if err != nil {
-		t.Skip("promtool is not installed")
-	}
+	needs(t, "promtool")
 	run := func(dir string, args ...string) (string, error) {
-		cmd := exec.Command(promtool, args...)
+		cmd := exec.Command("promtool", args...)
 		cmd.Dir = dir
 		out, err := cmd.CombinedOutput()
 		return string(out), err
@@ -116,10 +113,7 @@ func TestMonitoringDoc(t *testing.T) {
 		assert.Contains(t, doc, "\n| `"+metric[1]+"` |")
 	}
 
-	promtool, err := exec.LookPath("promtool")
-	if err != nil {
-		t.Skip("promtool is not installed")
-	}
+	needs(t, "promtool")
 	_, rule, found := strings.Cut(doc, "```yaml\n")
 	require.True(t, found)
 	rule, _, _ = strings.Cut(rule, "```")
@@ -138,7 +132,7 @@ tests:
   - {alertname: CaddyDown, eval_time: 4m}
   - {alertname: CaddyDown, eval_time: 5m, exp_alerts: [{exp_labels: {job: caddy, instance: a}}]}
 `)
-	cmd := exec.Command(promtool, "test", "rules", "test.yml")
+	cmd := exec.Command("promtool", "test", "rules", "test.yml")
 	cmd.Dir = dir
 	out, err := cmd.CombinedOutput()
 	require.NoError(t, err, "%s", out)
@@ -208,22 +202,16 @@ type prometheus struct {
 // startPrometheus starts a Prometheus that scrapes Caddys, with the example's configuration.
 func startPrometheus(t *testing.T, caddys ...*caddy) *prometheus {
 	t.Helper()
-	path, err := exec.LookPath("prometheus")
-	if err != nil {
-		t.Skip("prometheus is not installed")
-	}
+	needs(t, "prometheus")
 	p := &prometheus{t: t, addr: freeAddr(t)}
 	var targets []string
 	for _, c := range caddys {
 		targets = append(targets, c.admin)
 	}
 	dir, config := t.TempDir(), readFile(t, monitoring+"/prometheus.yml")
-	for from, to := range map[string]string{"scrape_interval: 15s": "scrape_interval: 1s", "[localhost:2019]": "[" + strings.Join(targets, ", ") + "]"} {
-		require.Contains(t, config, from)
-		config = strings.ReplaceAll(config, from, to)
-	}
+	config = replaceEach(t, config, "scrape_interval: 15s", "scrape_interval: 1s", "[localhost:2019]", "["+strings.Join(targets, ", ")+"]")
 	writeFile(t, dir+"/alerts.yml", readFile(t, monitoring+"/alerts.yml"))
-	p.process = start(t, exec.Command(path, "--config.file="+writeFile(t, dir+"/prometheus.yml", config),
+	p.process = start(t, exec.Command("prometheus", "--config.file="+writeFile(t, dir+"/prometheus.yml", config),
 		"--storage.tsdb.path="+dir+"/data", "--web.listen-address="+p.addr))
 	waitFor(t, "Prometheus is ready", p.process, func() bool {
 		resp, err := http.Get("http://" + p.addr + "/-/ready")

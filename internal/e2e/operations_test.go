@@ -21,7 +21,7 @@ import (
 func TestNothingConfidentialShows(t *testing.T) {
 	t.Parallel()
 	const next = "the_next_secret"
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	file := writeFile(t, t.TempDir()+"/next", next+"\n")
 	options, site := recipe(t, "Logs and traces", "localhost:9000", b.addr, "output file rejections.log", "output file {{dir}}/rejections.log",
 		"inkit_webhook {env.INKIT_WEBHOOK_SECRET}", "inkit_webhook {env.INKIT_WEBHOOK_SECRET} {\n\t\t\tname hook\n\t\t\tsecret {file."+file+"} name next\n\t\t}")
@@ -32,10 +32,7 @@ func TestNothingConfidentialShows(t *testing.T) {
 	).Replace(options)
 	c := startCaddy(t, options+"\n\tmetrics", site, "OTEL_TRACES_EXPORTER=none")
 
-	requests := 10_000
-	if raceEnabled {
-		requests = 3000 // the run without it has the figures
-	}
+	requests := size(10_000, 2000)
 	var responses lockedBuffer
 	var statuses [600]atomic.Int64
 	client := &http.Client{Timeout: time.Minute, Transport: &http.Transport{MaxConnsPerHost: 16, MaxIdleConnsPerHost: 16}}
@@ -132,7 +129,7 @@ func TestMetrics(t *testing.T) {
 	for _, option := range []string{"", "\tmetrics"} {
 		t.Run(map[string]string{"": "without the metrics option", "\tmetrics": "with the metrics option"}[option], func(t *testing.T) {
 			t.Parallel()
-			b := newBackend(t, modeGood)
+			b := newBackend(t, good)
 			c := startCaddy(t, option, `http://:{{port}} {
 	handle /documents {
 		inkit_webhook {
@@ -161,7 +158,7 @@ func TestMetrics(t *testing.T) {
 			assert.Equal(t, "0", count("verified", "mail-new", "mail"), "there from the start")
 			body := event("doc_1")
 			large := make([]byte, 70_000)
-			reloads := 20
+			reloads := 5
 			if raceEnabled {
 				reloads = 3 // the command takes a second to start with the race detector
 			}
@@ -202,7 +199,7 @@ func TestMetrics(t *testing.T) {
 			assert.Contains(t, metrics, fmt.Sprintf("\ncaddy_inkit_webhook_deliveries_total{result=\"accepted\",webhook=\"documents\"} %d\n", 2*reloads))
 			assert.Contains(t, metrics, "\ncaddy_inkit_webhook_deliveries_total{result=\"failed\",webhook=\"mail\"} 0\n")
 
-			b.kill()
+			b.close()
 			assert.Equal(t, 502, post(t, webhookURL(c, "/mail"), body, sign("mail_new", body)).status)
 			assert.Contains(t, c.get("http://"+c.admin+"/metrics"), "\ncaddy_inkit_webhook_deliveries_total{result=\"failed\",webhook=\"mail\"} 1\n", "what was verified and not delivered")
 		})
@@ -212,7 +209,7 @@ func TestMetrics(t *testing.T) {
 // TestRecipeTraces has Caddy print its spans, for which OpenTelemetry has an exporter.
 func TestRecipeTraces(t *testing.T) {
 	t.Parallel()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	options, site := recipe(t, "Logs and traces", "localhost:9000", b.addr, "output file rejections.log", "output file {{dir}}/rejections.log")
 	c := startCaddy(t, options, site, "OTEL_TRACES_EXPORTER=console", "OTEL_BSP_SCHEDULE_DELAY=50")
 	body := event("doc_traced")

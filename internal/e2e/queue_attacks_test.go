@@ -43,9 +43,9 @@ func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 		c := newQueueCaddy(t, backend.addr, "")
 		require.NoError(t, os.MkdirAll(c.path("queue/events.db"), 0o700)) // no file can be there
 		c.start()
-		for i := range 4 { // each waits 5 s for a database
+		inParallel(4, 4, func(i int) { // each waits 5 s for a database
 			assert.Equal(t, http.StatusServiceUnavailable, halfClosed(t, c, fmt.Sprint("refused-", i)))
-		}
+		})
 	})
 	t.Run("when it is kept", func(t *testing.T) {
 		t.Parallel()
@@ -66,9 +66,7 @@ func TestQueueWithoutADatabaseWhoseBackendComesBack(t *testing.T) {
 	require.NoError(t, os.MkdirAll(c.path("queue/events.db"), 0o700))
 	c.start()
 	s := newSender(t, c)
-	for i := range 10 {
-		refused(t, s.once(t, fmt.Sprint("refused-", i)))
-	}
+	inParallel(10, 10, func(i int) { refused(t, s.once(t, fmt.Sprint("refused-", i))) }) // each waits 5 s
 	c.logged("the backend is down")
 	up.Store(true)
 	for i := range 10 {

@@ -275,9 +275,7 @@ if (str_contains($body, 'hangs')) sleep(3600);`)
 	}
 	seen := func(id string) int { return strings.Count(readFile(t, root+"/seen"), id) }
 	send("hangs") // one of the two workers of PHP
-	waitFor(t, "the line of the log", c.process, func() bool {
-		return strings.Contains(c.output.String(), "an attempt goes on after attempt_timeout")
-	})
+	c.logged("an attempt goes on after attempt_timeout")
 	waitFor(t, "it is tried again, but not while that goes on", c.process, func() bool {
 		list := c.list(t)
 		return len(list) == 1 && list[0].Attempts > 2 && list[0].LastError == "the last attempt has not ended yet"

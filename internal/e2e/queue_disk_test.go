@@ -33,14 +33,8 @@ func tmpfs(t *testing.T, dir, options string) {
 	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
 }
 
-// logged waits for a line of the log.
-func (c *caddy) logged(text string) {
-	c.t.Helper()
-	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })
-}
-
 // switchable is a backend that the test can switch on and off.
-func switchable(t *testing.T) (b *taker, up *atomic.Bool) {
+func switchable(t *testing.T) (b *backend, up *atomic.Bool) {
 	t.Helper()
 	up = new(atomic.Bool)
 	return newTaker(t, func(id string, attempt int) int {
@@ -221,7 +215,7 @@ func TestQueueWhoseDatabaseIsDeletedBeforeAStop(t *testing.T) {
 		require.NoError(t, os.Remove(c.path("queue/events.db"+suffix)))
 	}
 	c.stop(t, syscall.SIGTERM)
-	backend.listen(t)
+	backend.listen()
 	c.start()
 	backend.hasAll(t, s.ids(), time.Minute)
 }

@@ -4,9 +4,7 @@ package e2e
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -14,7 +12,6 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -53,55 +50,12 @@ func docBlocks(t *testing.T, path, language string) (blocks []docBlock) {
 	return blocks
 }
 
-// takerOrNot is a backend with a changeable status, which records its requests.
-type takerOrNot struct {
-	addr   string
-	status atomic.Int32
-
-	mu    sync.Mutex
-	taken map[string]int // by resource id
-	ids   map[string]string
-}
-
-func newTakerOrNot(t *testing.T, status int) *takerOrNot {
+// newStatus starts a backend that answers each attempt with a status that can be changed.
+func newStatus(t *testing.T, code int32) (b *backend, status *atomic.Int32) {
 	t.Helper()
-	b := &takerOrNot{taken: make(map[string]int), ids: make(map[string]string)}
-	b.status.Store(int32(status))
-	server := httptest.NewServer(b)
-	t.Cleanup(server.Close)
-	b.addr = server.Listener.Addr().String()
-	return b
-}
-
-func (b *takerOrNot) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	var e struct {
-		ResourceID string `json:"resource_id"`
-	}
-	if err != nil || json.Unmarshal(body, &e) != nil {
-		w.WriteHeader(http.StatusBadRequest)
-		return
-	}
-	status := int(b.status.Load())
-	b.mu.Lock()
-	b.ids[e.ResourceID] = r.Header.Get("Inkit-Queue-Id")
-	if status == http.StatusOK {
-		b.taken[e.ResourceID]++
-	}
-	b.mu.Unlock()
-	w.WriteHeader(status)
-}
-
-func (b *takerOrNot) hasTaken(id string) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.taken[id] > 0
-}
-
-func (b *takerOrNot) idOf(resource string) string {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.ids[resource]
+	status = new(atomic.Int32)
+	status.Store(code)
+	return newTaker(t, func(string, int) int { return int(status.Load()) }), status
 }
 
 // operator is a shell in which the commands of docs/queue.md run, as the user that Caddy
@@ -169,11 +123,7 @@ func (o *operator) run(script string) string {
 // TestQueueDocs runs every command of docs/queue.md, from the first line to the last.
 func TestQueueDocs(t *testing.T) {
 	t.Parallel()
-	for _, name := range []string{"bash", "curl", "sqlite3"} {
-		if _, err := exec.LookPath(name); err != nil {
-			t.Skip(name + " is not installed")
-		}
-	}
+	needs(t, "bash", "curl", "sqlite3")
 	const (
 		exampleID = "01a212b7-70f5-73ee-bba8-3136b2a65a14"
 		became    = "With the log"
@@ -182,20 +132,12 @@ func TestQueueDocs(t *testing.T) {
 	for _, block := range docBlocks(t, "../../docs/queue.md", "caddyfile") {
 		caddyfiles[block.heading] = block.text
 	}
-	backend := newTakerOrNot(t, http.StatusInternalServerError)
-	replace := func(text string, pairs ...string) string {
-		t.Helper()
-		for i := 0; i < len(pairs); i += 2 {
-			require.Contains(t, text, pairs[i])
-			text = strings.ReplaceAll(text, pairs[i], pairs[i+1])
-		}
-		return text
-	}
+	backend, status := newStatus(t, http.StatusInternalServerError)
 	options, site, found := strings.Cut(strings.TrimPrefix(caddyfiles[became], "{\n"), "\n}\n")
 	require.True(t, found, "the Caddyfile has global options")
-	site = replace(site, "example.com {", "http://:{{port}} {", "localhost:9000", backend.addr)
+	site = replaceEach(t, site, "example.com {", "http://:{{port}} {", "localhost:9000", backend.addr)
 	withOption := func(option string) string {
-		return replace(site, "inkit_queue {\n", "inkit_queue {\n"+option+"\n")
+		return replaceEach(t, site, "inkit_queue {\n", "inkit_queue {\n"+option+"\n")
 	}
 	c := startCaddy(t, options, site)
 	o := newOperator(t, c)
@@ -213,9 +155,9 @@ func TestQueueDocs(t *testing.T) {
 	id := "" // of the event that stands for the one in the text
 	waiting := func(resource string) {
 		t.Helper()
+		before := backend.idOf(resource)
 		sendEvent(resource, http.StatusOK)
-		id = backend.idOf(resource)
-		require.NotEmpty(t, id, "the backend has the id of its event")
+		waitFor(t, "the backend has the id of its event", c.process, func() bool { id = backend.idOf(resource); return id != before })
 		waitFor(t, "the attempt has failed", c.process, func() bool { return strings.Contains(list(""), id) })
 	}
 	var noisy []string
@@ -227,7 +169,7 @@ func TestQueueDocs(t *testing.T) {
 		check   func(script string) // which runs the commands
 	}{
 		{"What became of one event", func() { waiting("doc_1") }, func(script string) {
-			out := o.run(replace(script, exampleID, id))
+			out := o.run(replaceEach(t, script, exampleID, id))
 			assert.Regexp(t, id+` +pending .*DOCUMENT_CREATE_FINISHED +doc_1 .*status 500\n`, out)
 			assert.Contains(t, out, `"last_error": "status 500"`)
 			assert.Regexp(t, `pending +1, the oldest for`, out)
@@ -254,7 +196,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Regexp(t, id+` +pending .*DOCUMENT_CREATE_FINISHED +doc_1 .*status 500\n`, o.run(script))
 		}},
 		{became, nil, func(script string) {
-			out := o.run(replace(script, exampleID, id))
+			out := o.run(replaceEach(t, script, exampleID, id))
 			assert.Contains(t, out, `"last_error": "status 500"`)
 			assert.Contains(t, out, `"Content-Type": [`)
 			assert.Contains(t, out, "\n\n"+string(event("doc_1")))
@@ -270,23 +212,23 @@ func TestQueueDocs(t *testing.T) {
 			c.configure(options, site)
 			c.reload()
 		}, func(script string) {
-			out := o.run(replace(script, exampleID, id))
+			out := o.run(replaceEach(t, script, exampleID, id))
 			assert.Equal(t, "events due: 1\nevents due: 1\n", out)
-			backend.status.Store(http.StatusOK)
-			waitFor(t, "both are delivered", c.process, func() bool { return backend.hasTaken("doc_1") && backend.hasTaken("doc_dead") })
+			status.Store(http.StatusOK)
+			waitFor(t, "both are delivered", c.process, func() bool { return backend.of("doc_1").taken > 0 && backend.of("doc_dead").taken > 0 })
 			waitFor(t, "no line is left", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
 			assert.Equal(t, id, backend.idOf("doc_dead"), "under the same id")
 		}},
 		{became, func() {
-			backend.status.Store(http.StatusInternalServerError)
+			status.Store(http.StatusInternalServerError)
 			waiting("doc_dropped")
 		}, func(script string) {
-			assert.Equal(t, "events dropped: 1\nevents dropped: 0\n", o.run(replace(script, exampleID, id)))
+			assert.Equal(t, "events dropped: 1\nevents dropped: 0\n", o.run(replaceEach(t, script, exampleID, id)))
 			assert.NotContains(t, list(""), id)
 		}},
 		{became, func() { waiting("doc_1") }, func(script string) {
 			waitFor(t, "the gauges are counted", c.process, func() bool {
-				out := o.run(replace(script, "localhost:2019", c.admin))
+				out := o.run(replaceEach(t, script, "localhost:2019", c.admin))
 				lines := strings.SplitN(out, "\n", 3)
 				assert.NotContains(t, lines[0], "doc_", "no event is dead")
 				assert.Equal(t, "1", lines[1])
@@ -298,7 +240,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Equal(t, "default is paused\ndefault is no longer paused\n", o.run(script))
 		}},
 		{"Look into the database", nil, func(script string) {
-			out := o.run(replace(script, "/var/lib/caddy/.local/share/caddy/inkit_queue.db", db))
+			out := o.run(replaceEach(t, script, "/var/lib/caddy/.local/share/caddy/inkit_queue.db", db))
 			assert.Regexp(t, `^default\|pending\|1\|20\d\d-.*\n1\|status 500\n`+id+`\|pending\|\d+\n$`, out)
 			columns := o.run(`sqlite3 -readonly "$db" "SELECT name FROM pragma_table_info('inkit_queue_events')"`)
 			for column := range strings.Lines(columns) {
@@ -328,7 +270,7 @@ func TestQueueDocs(t *testing.T) {
 		}},
 		{"Move it to another disk", nil, func(script string) {
 			other := t.TempDir()
-			o.run(replace(script, "/srv/queue/", other+"/"))
+			o.run(replaceEach(t, script, "/srv/queue/", other+"/"))
 			assert.NoFileExists(t, db)
 			db = other + "/inkit_queue.db"
 			c.configure(options, withOption("store sqlite "+db))
@@ -344,33 +286,31 @@ func TestQueueDocs(t *testing.T) {
 			var out strings.Builder
 			for again := true; again; again = strings.Contains(out.String(), "run this again") {
 				out.Reset()
-				out.WriteString(o.run(replace(script, "/etc/caddy/Caddyfile", c.path("Caddyfile"))))
+				out.WriteString(o.run(replaceEach(t, script, "/etc/caddy/Caddyfile", c.path("Caddyfile"))))
 			}
 			assert.Equal(t, 1, strings.Count(list(""), "\n"), "none is left")
 			db = c.path("caddy/inkit_queue.db")
 			require.NoError(t, os.WriteFile(o.vars, []byte("db="+db+"\n"), 0o600))
 			assert.Contains(t, list(""), "doc_1")
 			assert.Contains(t, list(""), "doc_moved")
-			backend.status.Store(http.StatusOK)
+			status.Store(http.StatusOK)
 			// now, and not after as long again as they have waited; one that is being
 			// delivered is an error
 			_ = o.command("caddy inkit-queue retry " + backend.idOf("doc_1") + " " + id).Run()
 			waitFor(t, "both are delivered from there", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
-			assert.True(t, backend.hasTaken("doc_moved"))
+			assert.Positive(t, backend.of("doc_moved").taken)
 		}},
 		{"A damaged file", func() {
-			backend.status.Store(http.StatusServiceUnavailable)
+			status.Store(http.StatusServiceUnavailable)
 			for i := range 400 {
 				noisy = append(noisy, fmt.Sprint("noisy_", i))
 				sendEvent(noisy[i], http.StatusOK)
 			}
 			o.run("systemctl stop caddy")
 			damage(t, db, "noisy_200")
-			backend.status.Store(http.StatusOK)
+			status.Store(http.StatusOK)
 			c.start()
-			waitFor(t, "the file is moved aside", c.process, func() bool {
-				return strings.Contains(c.output.String(), `"moved_to":"`+db+".damaged-")
-			})
+			c.logged(`"moved_to":"` + db + ".damaged-")
 			sendEvent("after_damage", http.StatusOK)
 		}, func(script string) {
 			out := o.run(script)
@@ -379,7 +319,7 @@ func TestQueueDocs(t *testing.T) {
 				switch {
 				case regexp.MustCompile(resource + `\s`).MatchString(out):
 					recovered++
-				case !backend.hasTaken(resource):
+				case backend.of(resource).taken == 0:
 					missing++
 				}
 			}
@@ -390,7 +330,7 @@ func TestQueueDocs(t *testing.T) {
 		}},
 		{"A damaged file", nil, func(script string) {
 			waitFor(t, "the headings alone are left", c.process, func() bool {
-				out := o.run(replace(script, "/etc/caddy/Caddyfile", c.path("Caddyfile")))
+				out := o.run(replaceEach(t, script, "/etc/caddy/Caddyfile", c.path("Caddyfile")))
 				return strings.HasSuffix(out, "LAST ERROR\n")
 			})
 		}},
@@ -401,7 +341,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Empty(t, left)
 			waitFor(t, "what was recovered is delivered", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
 			for _, resource := range noisy {
-				if !backend.hasTaken(resource) {
+				if backend.of(resource).taken == 0 {
 					lost--
 				}
 			}

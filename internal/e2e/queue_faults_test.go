@@ -12,7 +12,6 @@ import (
 	"os/exec"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -56,38 +55,38 @@ func (b *lateBody) Read(p []byte) (int, error) {
 
 // Requests that have begun before a reload reach the handlers of the old configuration
 // after Caddy has cleaned it up. With slow senders, there are some at each reload.
-func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside each other they take longer, and so events wait longer
+func TestQueueReloadsRefuseNothing(t *testing.T) {
 	t.Parallel()
-	other := func(site string) string { return strings.Replace(site, "events.db", "others.db", 1) }
+	for _, state := range []string{"up", "down"} {
+		t.Run("the backend is "+state, func(t *testing.T) { //nolint:tparallel // beside each other they take longer, and so events wait longer
+			t.Parallel()
+			testQueueReloadsRefuseNothing(t, state == "down")
+		})
+	}
+}
+
+func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
+	t.Helper()
 	for _, tt := range []struct {
 		name  string
-		sites func(backend string) []string // one after the other, again and again
-		down  bool                          // whether the backend is
+		sites func(site, backend string) []string // one after the other, again and again
 	}{
-		{"options change, the backend is up", changedOptions, false},
-		{"options change, the backend is down", changedOptions, true},
-		{"the store changes, the backend is up", func(backend string) []string {
-			return []string{queueSite(backend, ""), other(queueSite(backend, ""))}
-		}, false},
-		{"the store changes, the backend is down", func(backend string) []string {
-			return []string{queueSite(backend, ""), other(queueSite(backend, ""))}
-		}, true},
-		{"the name changes, the backend is up", func(backend string) []string {
-			return []string{queueSite(backend, ""), queueSite(backend, "name another")}
-		}, false},
-		{"the name changes, the backend is down", func(backend string) []string {
-			return []string{queueSite(backend, ""), queueSite(backend, "name another")}
-		}, true},
-		{"the queue goes and comes, the backend is up", func(backend string) []string {
-			return []string{queueSite(backend, ""), proxySite(backend)}
-		}, false},
+		{"options change", func(_, backend string) []string { return changedOptions(backend) }},
+		{"the store changes", func(site, _ string) []string {
+			return []string{site, strings.Replace(site, "events.db", "others.db", 1)}
+		}},
+		{"the name changes", func(site, backend string) []string { return []string{site, queueSite(backend, "name another")} }},
+		{"the queue goes and comes", func(site, backend string) []string { return []string{site, proxySite(backend)} }},
 	} {
+		if down && tt.name == "the queue goes and comes" { // the proxy keeps nothing
+			continue
+		}
 		t.Run(tt.name, func(t *testing.T) {
 			backend := newTaker(t, all)
-			if tt.down {
+			if down {
 				backend.close()
 			}
-			sites := tt.sites(backend.addr)
+			sites := tt.sites(queueSite(backend.addr, ""), backend.addr)
 			c := queueCaddy(t, backend.addr, "")
 			load, cancel := context.WithCancel(t.Context())
 			defer cancel()
@@ -95,8 +94,7 @@ func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside 
 			slow.client.Transport = slowly{slow.client.Transport.(*http.Transport)}
 			s.workers, slow.workers = 4, 4
 			done, slowDone := s.sendAll(load, "reload", 1_000_000), slow.sendAll(load, "slow", 1_000_000)
-			reloads := size(60, 9)
-			for i := range reloads {
+			for i := range size(60, 6) {
 				before := len(s.ids())
 				waitFor(t, "events are accepted", c.process, func() bool { return len(s.ids()) >= before+20 })
 				c.configure("grace_period 5s", sites[(i+1)%len(sites)])
@@ -106,8 +104,8 @@ func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside 
 			<-done
 			<-slowDone
 			ids := append(s.ids(), slow.ids()...)
-			if tt.down {
-				backend.listen(t)
+			if down {
+				backend.listen()
 			}
 			// Each queue delivers its events while it is configured. The pause after a failed probe
 			// is as long as the event's age.
@@ -159,38 +157,6 @@ func TestQueueBesideManyFiles(t *testing.T) {
 	s.refusedNone(t)
 }
 
-// timeline is a backend that notes which events it was asked to take twice at a time.
-type timeline struct {
-	mu     sync.Mutex
-	now    map[string]bool
-	twice  []string
-	up     atomic.Bool   // whether it takes events
-	status int           // its answer while it is down
-	let    chan struct{} // closed when it answers the slow ones
-}
-
-func (l *timeline) answer(id string, _ int) int {
-	l.mu.Lock()
-	if l.now[id] {
-		l.twice = append(l.twice, id)
-	}
-	l.now[id] = true
-	l.mu.Unlock()
-	defer func() {
-		l.mu.Lock()
-		defer l.mu.Unlock()
-		delete(l.now, id)
-	}()
-	if strings.HasPrefix(id, "slow") {
-		<-l.let
-		return http.StatusOK
-	}
-	if !l.up.Load() {
-		return l.status
-	}
-	return http.StatusOK
-}
-
 // The clock of the database's times is set back or forward while Caddy runs, or before
 // it starts again after a kill.
 func TestQueueWhoseClockIsSet(t *testing.T) {
@@ -228,21 +194,41 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				}
 			}
 			name := fmt.Sprintf("%s, %+d h, ", store, hours)
-			newBackend := func(t *testing.T, status int) (*taker, *timeline) {
+			// answers is of a backend that answers slow events when it is let, and others with status until it is
+			// back. An attempt that begins meanwhile waits, or else its pause would have the age of a shifted event.
+			answers := func(t *testing.T, status int) (b *backend, back func(shift func() int), let chan struct{}) {
 				t.Helper()
-				l := &timeline{now: make(map[string]bool), status: status, let: make(chan struct{})}
-				return newTaker(t, l.answer), l
+				var mu sync.RWMutex
+				up, let := false, make(chan struct{})
+				b = newTaker(t, func(id string, _ int) int {
+					if strings.HasPrefix(id, "slow") {
+						<-let
+						return http.StatusOK
+					}
+					mu.RLock()
+					defer mu.RUnlock()
+					if !up {
+						return status
+					}
+					return http.StatusOK
+				})
+				return b, func(shift func() int) {
+					t.Helper()
+					mu.Lock()
+					defer mu.Unlock()
+					require.Greater(t, shift(), 20)
+					up = true
+				}, let
 			}
 
 			t.Run(name+"events wait and are in flight", func(t *testing.T) {
 				t.Parallel()
-				backend, l := newBackend(t, http.StatusInternalServerError)
+				backend, back, let := answers(t, http.StatusInternalServerError)
 				c, shift := open(t, backend.addr)
 				s := newSender(t, c)
 				<-s.sendAll(t.Context(), "slow", 4)
 				<-s.sendAll(t.Context(), "kept", 50)
-				l.up.Store(true)
-				require.Greater(t, shift(), 20)
+				back(shift)
 				var kept []string
 				for _, id := range s.ids() {
 					if strings.HasPrefix(id, "kept") {
@@ -252,48 +238,44 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				backend.hasAll(t, kept, 10*time.Second)
 				require.True(t, s.send(t.Context(), "new", 0))
 				time.Sleep(3 * time.Second) // in which the slow ones are not to be attempted again
-				close(l.let)
+				close(let)
 				doubles := backend.hasAll(t, s.ids(), 10*time.Second)
 				assert.Zero(t, doubles)
 				for i := 1; i <= 4; i++ {
 					assert.Equal(t, 1, backend.of(fmt.Sprintf("slow-%05d", i)).attempts)
 				}
-				assert.Empty(t, l.twice, "twice at once")
+				assert.Empty(t, backend.atOnce, "twice at once")
 				s.refusedNone(t)
 			})
 			t.Run(name+"the backend is down", func(t *testing.T) {
 				t.Parallel()
-				backend, l := newBackend(t, http.StatusServiceUnavailable)
+				backend, back, _ := answers(t, http.StatusServiceUnavailable)
 				c, shift := open(t, backend.addr)
 				s := newSender(t, c)
 				<-s.sendAll(t.Context(), "kept", 50)
 				waitFor(t, "the backend is known to be down", c.process, func() bool {
 					return c.metric(`caddy_inkit_queue_backend_down{queue="default"}`) == "1"
 				})
-				l.up.Store(true)
-				require.Greater(t, shift(), 20)
+				back(shift)
 				require.True(t, s.send(t.Context(), "new", 0))
 				assert.Zero(t, backend.hasAll(t, s.ids(), 10*time.Second))
-				assert.Empty(t, l.twice, "twice at once")
+				assert.Empty(t, backend.atOnce, "twice at once")
 				s.refusedNone(t)
 			})
 			t.Run(name+"Caddy was killed", func(t *testing.T) {
 				t.Parallel()
-				backend, l := newBackend(t, http.StatusInternalServerError)
+				backend, back, let := answers(t, http.StatusInternalServerError)
 				c, shift := open(t, backend.addr)
 				s := newSender(t, c)
 				<-s.sendAll(t.Context(), "slow", 4)
 				<-s.sendAll(t.Context(), "kept", 50)
 				killHard(c)
-				l.up.Store(true)
-				close(l.let)
-				require.Greater(t, shift(), 20)
+				close(let)
+				back(shift)
 				c.start()
 				backend.hasAll(t, s.ids(), 10*time.Second)
 				waitFor(t, "what was in flight is attempted again, before its lease of 32 s is over", c.process, func() bool {
-					backend.mu.Lock()
-					defer backend.mu.Unlock()
-					return backend.attempts["slow-00001"] > 1 && backend.attempts["slow-00002"] > 1
+					return backend.of("slow-00001").attempts > 1 && backend.of("slow-00002").attempts > 1
 				})
 				s.refusedNone(t)
 			})
@@ -306,7 +288,7 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 	t.Parallel()
 	// load sends events while the faults happen, and then has the backend take them
-	load := func(t *testing.T, backend *taker, c *caddy, faults func(accepted func(more int))) {
+	load := func(t *testing.T, backend *backend, c *caddy, faults func(accepted func(more int))) {
 		t.Helper()
 		ctx, cancel := context.WithCancel(t.Context())
 		defer cancel()
@@ -322,11 +304,11 @@ func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 		accepted(50)
 		cancel()
 		<-done
-		backend.listen(t)
+		backend.listen()
 		backend.hasAll(t, s.ids(), 2*time.Minute)
 		s.refusedNone(t)
 	}
-	down := func(t *testing.T) *taker {
+	down := func(t *testing.T) *backend {
 		t.Helper()
 		backend := newTaker(t, all)
 		backend.close()

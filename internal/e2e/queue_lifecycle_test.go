@@ -34,11 +34,7 @@ func TestQueueAcrossReloads(t *testing.T) { //nolint:tparallel // its subtests s
 	s := newSender(t, c)
 	s.once(t, "stays")
 	s.once(t, "in flight")
-	waitFor(t, "two attempts", c.process, func() bool {
-		old.mu.Lock()
-		defer old.mu.Unlock()
-		return old.now == 2
-	})
+	waitFor(t, "two attempts", c.process, func() bool { return old.snapshot().now == 2 })
 	c.configure("grace_period 5s", queueSite(next.addr, "answer_after 50ms"))
 	c.reload()
 	waitFor(t, "the delivery in flight ends under the old configuration", c.process, func() bool { return len(old.missing([]string{"in flight"})) == 0 })
@@ -58,7 +54,7 @@ func TestQueueAcrossReloads(t *testing.T) { //nolint:tparallel // its subtests s
 			_, err := c.command("reload", "--config", c.path("Caddyfile"), "--address", c.admin, "--force")
 			require.ErrorContains(t, err, "address already in use", i)
 		}
-		next.listen(t)
+		next.listen()
 		next.hasAll(t, s.ids()[2:], 20*time.Second)
 		assert.Equal(t, 2, old.snapshot().events)
 	})
@@ -74,7 +70,7 @@ func TestQueueAcrossReloads(t *testing.T) { //nolint:tparallel // its subtests s
 		assert.Contains(t, c.output.String(), `"queue":"default","pending":10`)
 		c.configure("", strings.Replace(queueSite(next.addr, "name another"), "/webhook", "/another", 1))
 		c.reload()
-		next.listen(t)
+		next.listen()
 		c.configure("", queueSite(next.addr, ""))
 		c.reload()
 		next.hasAll(t, s.ids()[2:], 20*time.Second)
@@ -125,8 +121,8 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 	backend.close()
 	<-s.sendAll(t.Context(), "kept", events)
 	one.stop(t, syscall.SIGTERM)
-	backend.listen(t)
-	assert.Zero(t, backend.hasAll(t, s.ids(), time.Minute), "the other one delivers")
+	backend.listen()
+	assert.Zero(t, backend.hasAll(t, s.ids(), 2*time.Minute), "the other one delivers")
 	s.refusedNone(t)
 }
 
@@ -185,7 +181,7 @@ func TestQueueIsNotTouchedByValidate(t *testing.T) {
 		assert.Equal(t, os.FileMode(0o600), info.Mode().Perm(), suffix)
 	}
 	s.once(t, "after")
-	backend.listen(t)
+	backend.listen()
 	backend.hasAll(t, s.ids(), 20*time.Second)
 }
 
@@ -211,11 +207,7 @@ func TestQueueOfASenderThatHangsUp(t *testing.T) {
 			_, err := send(ctx, http.DefaultClient, "http://"+c.addr+"/webhook", body, int64(len(body)), sign(secret, body))
 			failed <- err
 		}()
-		waitFor(t, "an attempt", c.process, func() bool {
-			backend.mu.Lock()
-			defer backend.mu.Unlock()
-			return backend.attempts[id] > 0
-		})
+		waitFor(t, "an attempt", c.process, func() bool { return backend.of(id).attempts > 0 })
 		cancel()
 		require.ErrorIs(t, <-failed, context.Canceled)
 		ids = append(ids, id)

@@ -49,7 +49,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	accept("first", 100)
 	more := size(5000, 2000)
 	few := accept("few", more)
-	empty := resident(t, c)
+	empty := c.status(t, "VmRSS")
 	db := c.path("queue/events.db")
 	c.stop(t, syscall.SIGTERM)
 	fill(t, db, events)
@@ -61,7 +61,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 		n, _ := strconv.ParseFloat(c.metric(pendingMetric), 64)
 		return int(n) >= events
 	})
-	waitLong(t, "the work of the start is done", time.Minute, func() bool {
+	waitLong(t, "the work of the start is done", time.Minute, c.process, func() bool {
 		before := cpuTicks(t, c)
 		time.Sleep(time.Second)
 		return cpuTicks(t, c)-before < 10 // hundredths of a second
@@ -73,7 +73,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	idle, idleBeside := float64(cpuTicks(t, c)-ticks)/seconds, float64(cpuTicks(t, beside)-ticksBeside)/seconds
 	beside.stop(t, syscall.SIGTERM)
 	many := accept("many", more)
-	full := resident(t, c)
+	full := c.status(t, "VmRSS")
 	t.Logf("idle: %.2f %% of a core, and beside few events %.2f %%; %d events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
 		100*idle, 100*idleBeside, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
 	if long {
@@ -98,14 +98,25 @@ func TestQueueOfManyEvents(t *testing.T) {
 	wait := first.(time.Time).Sub(started)
 	t.Logf("the first delivery %v after the start, which took %v", wait.Round(time.Millisecond), started.Sub(began).Round(time.Millisecond))
 	assert.Less(t, wait, max(time.Second, 2*started.Sub(began)))
+	if long { // what follows measures no time
+		up.Store(false)
+		t.Parallel()
+		up.Store(true)
+	}
 
-	waitLong(t, "all are delivered", 15*time.Minute, func() bool {
+	enough := min(events, 100_000)
+	waitLong(t, "100,000 are delivered, or all", 5*time.Minute, c.process, func() bool {
 		time.Sleep(500 * time.Millisecond) // looking costs, too
-		return c.metric(pendingMetric) == "0" && len(c.list(t)) == 0
+		n, _ := strconv.ParseFloat(c.metric(`caddy_inkit_queue_attempts_total{queue="default",result="delivered"}`), 64)
+		return int(n) >= enough && (long || c.metric(pendingMetric) == "0" && len(c.list(t)) == 0)
 	})
-	t.Logf("delivered in %v", time.Since(began).Round(time.Second))
-	waitLong(t, "the room is given back", 2*time.Minute, func() bool { return fileSize(t, db) < before/10 })
-	assert.LessOrEqual(t, resident(t, c)-empty, int64(60<<20))
+	t.Logf("%d delivered in %v", enough, time.Since(began).Round(time.Second))
+	assert.LessOrEqual(t, c.status(t, "VmRSS")-empty, int64(60<<20))
+	c.stop(t, syscall.SIGTERM)
+	execSQL(t, db, `DELETE FROM inkit_queue_events`) // as if the others were delivered, too
+	c.start()
+	waitLong(t, "the room is given back", 2*time.Minute, c.process, func() bool { return fileSize(t, db) < before/10 })
+	assert.LessOrEqual(t, c.status(t, "VmRSS")-empty, int64(60<<20))
 }
 
 // fill adds copies of an event that is there until there are as many as wanted.
@@ -139,19 +150,6 @@ func fileSize(t *testing.T, path string) int64 {
 	info, err := os.Stat(path)
 	require.NoError(t, err)
 	return info.Size()
-}
-
-// resident returns how much memory a Caddy has in use.
-func resident(t *testing.T, c *caddy) int64 {
-	t.Helper()
-	for line := range strings.Lines(readFile(t, filepath.Join("/proc", strconv.Itoa(c.cmd.Process.Pid), "status"))) {
-		if value, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			kB, err := strconv.ParseInt(strings.Fields(value)[0], 10, 64)
-			require.NoError(t, err)
-			return kB << 10
-		}
-	}
-	return 0
 }
 
 // cpuTicks returns how long a Caddy has been at work, in hundredths of a second.

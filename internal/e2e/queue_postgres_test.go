@@ -25,23 +25,12 @@ import (
 // pgCaddy starts a Caddy with a queue in a database.
 func pgCaddy(t *testing.T, backend, dsn, options string) *caddy {
 	t.Helper()
-	return startCaddy(t, "grace_period 5s", `
-http://{{addr}} {
-	handle /webhook {
-		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
-		inkit_queue {
-			store postgres {env.INKIT_QUEUE_DSN}
-			`+options+`
-			deliver {
-				reverse_proxy `+backend+`
-			}
-		}
-	}
-	handle /other {
-		respond "the other site"
-	}
-	error 404
-}`, "INKIT_QUEUE_DSN="+dsn)
+	return startCaddy(t, "grace_period 5s", inPostgres(queueSite(backend, options)), "INKIT_QUEUE_DSN="+dsn)
+}
+
+// inPostgres changes the store of queueSite.
+func inPostgres(site string) string {
+	return strings.Replace(site, "store sqlite {{dir}}/queue/events.db", "store postgres {env.INKIT_QUEUE_DSN}", 1)
 }
 
 func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
@@ -197,16 +186,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	times := slices.Clone(backend.times)
 	backend.most = 0
 	backend.mu.Unlock()
-	most := 0
-	for i := range times {
-		n := 0
-		for _, other := range times[i:] {
-			if other.Sub(times[i]) < time.Second {
-				n++
-			}
-		}
-		most = max(most, n)
-	}
+	most := mostInASecond(times)
 	t.Logf("%d attempts while it was down, %d at most in a second", len(times), most)
 	assert.NotEmpty(t, times)
 	assert.LessOrEqual(t, most, 2)
@@ -265,13 +245,7 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 	server := pgtest.Start(t)
 	dsn := server.DSN(server.NewDatabase(t))
 	const attemptTimeout = 4 * time.Second
-	backend := newTaker(t, func(id string, attempt int) int {
-		if attempt == 1 {
-			time.Sleep(attemptTimeout) // the attempts of this Caddy do not end
-			return http.StatusInternalServerError
-		}
-		return http.StatusOK
-	})
+	backend := newTaker(t, firstHangs(attemptTimeout))
 	options := "answer_after 100ms\nattempt_timeout " + attemptTimeout.String()
 	one := pgCaddy(t, backend.addr, dsn, options)
 	pgCaddy(t, backend.addr, dsn, options)
@@ -289,11 +263,7 @@ func TestPostgresCaddyThatDiesForGood(t *testing.T) {
 // TestPostgresExample runs examples/two-caddys as its README says.
 func TestPostgresExample(t *testing.T) {
 	t.Parallel()
-	for _, needed := range []string{"python3", "bash", "curl", "openssl"} {
-		if _, err := exec.LookPath(needed); err != nil {
-			t.Skip(needed + " is not installed")
-		}
-	}
+	needs(t, "python3", "bash", "curl", "openssl")
 	server := pgtest.Start(t)
 	dir, err := filepath.Abs("../../examples/two-caddys")
 	require.NoError(t, err)
@@ -344,9 +314,7 @@ func TestPostgresThatIsNotThere(t *testing.T) {
 	server.Exec(t, name, "CREATE ROLE late LOGIN PASSWORD 'another'", "GRANT CREATE ON SCHEMA public TO late")
 	c := pgCaddy(t, backend.addr, strings.Replace(server.DSN(name), "//postgres:", "//late:", 1), "")
 	require.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
-	waitFor(t, "a line in the log", c.process, func() bool {
-		return strings.Contains(c.output.String(), `"error":"wrong password, or none: `)
-	})
+	c.logged(`"error":"wrong password, or none: `)
 	body := event("refused")
 	got := post(t, "http://"+c.addr+"/webhook", body, sign(secret, body))
 	require.Equal(t, http.StatusServiceUnavailable, got.status)
@@ -379,7 +347,7 @@ func TestPostgresMove(t *testing.T) {
 	require.Len(t, s.ids(), events+1)
 	before := c.list(t)
 
-	c.configure("grace_period 5s", strings.Replace(queueSite(backend.addr, ""), "store sqlite {{dir}}/queue/events.db", "store postgres {env.INKIT_QUEUE_DSN}", 1))
+	c.configure("grace_period 5s", inPostgres(queueSite(backend.addr, "")))
 	c.reload()
 	file := c.path("queue/events.db")
 	move := func() string {

@@ -4,9 +4,7 @@ package e2e
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"io"
 	"net/http"
 	"os"
 	"os/exec"
@@ -22,157 +20,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
-
-// size is one size at full length and another one otherwise.
-func size(full, quick int) int {
-	if long {
-		return full
-	}
-	return quick
-}
-
-// taker is a backend that records its requests and the events that it took.
-type taker struct {
-	addr   string
-	status func(id string, attempt int) int
-	quiet  bool // whether it notes nothing
-
-	mu       sync.Mutex
-	server   *http.Server // nil while nothing listens
-	taken    map[string]int
-	takenAt  map[string]time.Time // the first time
-	attempts map[string]int
-	keys     map[string]map[string]bool // of each request of the sender
-	times    []time.Time                // of attempts
-	now      int                        // attempts at this moment
-	most     int                        // and at most
-}
-
-// newTaker starts a taker. status returns its answer to an attempt.
-func newTaker(t *testing.T, status func(id string, attempt int) int) *taker {
-	t.Helper()
-	b := &taker{
-		addr: freeAddr(t), status: status, taken: make(map[string]int), takenAt: make(map[string]time.Time),
-		attempts: make(map[string]int), keys: make(map[string]map[string]bool),
-	}
-	b.listen(t)
-	t.Cleanup(b.close)
-	return b
-}
-
-// listen begins to listen, and close ends it with all connections.
-func (b *taker) listen(t *testing.T) {
-	t.Helper()
-	server := &http.Server{Addr: b.addr, Handler: b}
-	b.mu.Lock()
-	b.server = server
-	b.mu.Unlock()
-	go func() { _ = server.ListenAndServe() }()
-	waitFor(t, "the backend listens", nil, listening(b.addr))
-}
-
-func (b *taker) close() {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	_ = b.server.Close()
-}
-
-// all is a backend that takes all events.
-func all(string, int) int {
-	time.Sleep(2 * time.Millisecond)
-	return http.StatusOK
-}
-
-func (b *taker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	var e struct {
-		ResourceID string `json:"resource_id"`
-		Sent       int    `json:"sent"` // how often the sender has sent it
-	}
-	if err != nil || json.Unmarshal(body, &e) != nil {
-		w.WriteHeader(http.StatusBadRequest)
-		return
-	}
-	if b.quiet {
-		w.WriteHeader(b.status(e.ResourceID, 1))
-		return
-	}
-	b.mu.Lock()
-	b.attempts[e.ResourceID]++
-	attempt := b.attempts[e.ResourceID]
-	sent := fmt.Sprint(e.ResourceID, " ", e.Sent)
-	if b.keys[sent] == nil {
-		b.keys[sent] = make(map[string]bool)
-	}
-	b.keys[sent][r.Header.Get("Idempotency-Key")] = true
-	b.times = append(b.times, time.Now())
-	b.now++
-	b.most = max(b.most, b.now)
-	b.mu.Unlock()
-	status := b.status(e.ResourceID, attempt)
-	b.mu.Lock()
-	b.now--
-	if status == http.StatusOK {
-		if b.taken[e.ResourceID]++; b.taken[e.ResourceID] == 1 {
-			b.takenAt[e.ResourceID] = time.Now()
-		}
-	}
-	b.mu.Unlock()
-	w.WriteHeader(status)
-}
-
-// snapshot returns how many events it was asked to take, and how many attempts there are
-// at this moment, and were at most.
-func (b *taker) snapshot() (s struct{ events, now, most int }) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	s.events, s.now, s.most = len(b.attempts), b.now, b.most
-	return s
-}
-
-// of returns how often it was asked to take an event, and how often it did.
-func (b *taker) of(id string) (e struct{ attempts, taken int }) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	e.attempts, e.taken = b.attempts[id], b.taken[id]
-	return e
-}
-
-// missing returns those of ids that the backend has not taken.
-func (b *taker) missing(ids []string) (missing []string) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, id := range ids {
-		if b.taken[id] == 0 {
-			missing = append(missing, id)
-		}
-	}
-	return missing
-}
-
-// hasAll waits until the backend has taken all of ids, and each event under one key. It
-// returns how many it has taken twice.
-func (b *taker) hasAll(t *testing.T, ids []string, within time.Duration) (doubles int) {
-	t.Helper()
-	require.NotEmpty(t, ids)
-	began := time.Now()
-	for len(b.missing(ids)) > 0 && time.Since(began) < within {
-		time.Sleep(50 * time.Millisecond)
-	}
-	missing := b.missing(ids)
-	require.Empty(t, missing[:min(10, len(missing))], "%d of %d events that were answered 2xx are lost", len(missing), len(ids))
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for sent, keys := range b.keys {
-		require.Len(t, keys, 1, sent)
-		require.NotContains(t, keys, "", sent)
-	}
-	for _, id := range ids {
-		doubles += b.taken[id] - 1
-	}
-	t.Logf("%d events were answered 2xx: 0 lost, %d taken twice, the last %v after the last was accepted", len(ids), doubles, time.Since(began).Round(time.Millisecond))
-	return doubles
-}
 
 // sender sends events to Caddys in turn, and goes on to the next when one does not
 // take an event.
@@ -285,6 +132,17 @@ func sometimes(id string, attempt int) int {
 	return http.StatusOK
 }
 
+// firstHangs is a backend whose first attempt of each event lasts for that long, and fails.
+func firstHangs(timeout time.Duration) func(id string, attempt int) int {
+	return func(_ string, attempt int) int {
+		if attempt == 1 {
+			time.Sleep(timeout)
+			return http.StatusInternalServerError
+		}
+		return http.StatusOK
+	}
+}
+
 // queueCaddy starts a Caddy with a queue in SQLite, in front of a backend.
 func queueCaddy(t *testing.T, backend, options string) *caddy {
 	t.Helper()
@@ -346,7 +204,7 @@ func TestQueueOutage(t *testing.T) {
 	killHard(c)
 	c.start()
 	c.reload()
-	backend.listen(t)
+	backend.listen()
 	backend.hasAll(t, s.ids(), 2*time.Minute)
 	most := backend.snapshot().most
 	t.Logf("%d attempts at most at a time", most)
@@ -390,13 +248,7 @@ func TestQueueOfACaddyThatIsKilledAndReloaded(t *testing.T) {
 func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 	t.Parallel()
 	const attemptTimeout = 4 * time.Second
-	backend := newTaker(t, func(id string, attempt int) int {
-		if attempt == 1 {
-			time.Sleep(attemptTimeout) // the attempts do not end
-			return http.StatusInternalServerError
-		}
-		return http.StatusOK
-	})
+	backend := newTaker(t, firstHangs(attemptTimeout))
 	c := queueCaddy(t, backend.addr, "answer_after 100ms\nattempt_timeout "+attemptTimeout.String())
 	s := newSender(t, c)
 	<-s.sendAll(t.Context(), "orphan", 12)
@@ -412,9 +264,7 @@ func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 // TestQueueSyncsBeforeItAnswers looks at the system calls of Caddy.
 func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("strace"); err != nil {
-		t.Skip("strace is not installed")
-	}
+	needs(t, "strace")
 	// traced returns the calls from the moment when Caddy has answered the first
 	traced := func(t *testing.T, use func(c *caddy)) string {
 		t.Helper()
@@ -517,32 +367,22 @@ func TestQueueAsksADeadBackendSeldom(t *testing.T) {
 		return slices.Clone(backend.times)
 	}
 	from := len(asked())
-	waitLong(t, "it is asked again and again", time.Minute, func() bool { return len(asked()) >= from+size(30, 6) })
+	waitLong(t, "it is asked again and again", time.Minute, nil, func() bool { return len(asked()) >= from+size(30, 6) })
 	times := asked()
 	t.Logf("it was asked %d times in %v", len(times), times[len(times)-1].Sub(times[0]).Round(time.Second))
-	for i, at := range times {
-		if i < 10 {
-			continue
-		}
-		n := 0
-		for _, other := range times[i:] {
-			if other.Sub(at) < time.Second {
-				n++
-			}
-		}
-		assert.LessOrEqual(t, n, 2, "in the second after %v", at.Sub(times[0]))
-	}
+	assert.LessOrEqual(t, mostInASecond(times[10:]), 2)
 }
 
-// waitLong is waitFor with a longer limit.
-func waitLong(t *testing.T, what string, limit time.Duration, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if done() {
-			return
+// mostInASecond returns how many of the times, which are in order, are in one second.
+func mostInASecond(times []time.Time) (most int) {
+	for i, at := range times {
+		n := 0
+		for n < len(times)-i && times[i+n].Sub(at) < time.Second {
+			n++
 		}
+		most = max(most, n)
 	}
-	require.FailNow(t, what+" does not happen")
+	return most
 }
 
 func TestQueueOfEventsThatFail(t *testing.T) {
@@ -599,7 +439,7 @@ func TestQueueDrainsBesideLiveEvents(t *testing.T) {
 	events := size(10_000, 2_000)
 	<-s.sendAll(t.Context(), "backlog", events)
 	require.Len(t, s.ids(), events)
-	backend.listen(t)
+	backend.listen()
 	waitFor(t, "the backend is known to be up", c.process, func() bool { return len(backend.missing(s.ids())) < events-200 })
 	beside := live("beside", func(int) bool { return len(backend.missing(s.ids())) > 200 })
 	backend.hasAll(t, s.ids(), time.Minute)

@@ -6,13 +6,11 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -20,52 +18,6 @@ import (
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
-
-// scripted is a backend that answers as the test sets, and records its requests.
-type scripted struct {
-	addr string
-
-	mu       sync.Mutex
-	requests []record
-}
-
-// newScripted starts one. The status is for the n-th request, from 1 on; with 0, the
-// connection is closed without an answer.
-func newScripted(t *testing.T, status func(n int, r *http.Request) int) *scripted {
-	t.Helper()
-	s := new(scripted)
-	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		body, _ := io.ReadAll(r.Body)
-		s.mu.Lock()
-		s.requests = append(s.requests, record{Body: body, IdempotencyKey: r.Header["Idempotency-Key"], Note: r.Method + " " + r.URL.Path})
-		n := len(s.requests)
-		s.mu.Unlock()
-		code := status(n, r)
-		if code == 0 {
-			panic(http.ErrAbortHandler)
-		}
-		w.WriteHeader(code)
-	}))
-	server.Config.ErrorLog = nil
-	t.Cleanup(server.Close)
-	s.addr = strings.TrimPrefix(server.URL, "http://")
-	return s
-}
-
-// always answers one status.
-func always(code int) func(int, *http.Request) int {
-	return func(int, *http.Request) int { return code }
-}
-
-// inTurn answers one status after the other, and then 200.
-func inTurn(codes ...int) func(int, *http.Request) int {
-	return func(n int, _ *http.Request) int {
-		if n <= len(codes) {
-			return codes[n-1]
-		}
-		return http.StatusOK
-	}
-}
 
 // postLater is post in another goroutine: the status comes when there is one, or 0.
 func postLater(t *testing.T, url string, body []byte) (status chan int) {
@@ -76,12 +28,6 @@ func postLater(t *testing.T, url string, body []byte) (status chan int) {
 		status <- got.status
 	}()
 	return status
-}
-
-func (s *scripted) got() []record {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return append([]record(nil), s.requests...)
 }
 
 // TestRecipeSignatureInLogs: with both filters, no log has a signature; and each of the
@@ -207,12 +153,12 @@ func TestRecipeSignatureInDatabase(t *testing.T) {
 			assert.Contains(t, c.output.String(), signature, "which request_header does not change")
 
 			c.start()
-			waitFor(t, "the event is delivered", c.process, func() bool { return len(b.got()) >= 2 })
+			waitFor(t, "the event is delivered", c.process, func() bool { return len(b.records()) >= 2 })
 			assert.Equal(t, want, <-signatures, "in the second attempt")
-			assert.Equal(t, body, b.got()[1].Body)
+			assert.Equal(t, body, b.records()[1].Body)
 			c.stop(t, syscall.SIGINT)
 			assert.Equal(t, !with, strings.Contains(database(), signature), "what is left after the delivery")
-			assert.Len(t, b.got(), 2)
+			assert.Len(t, b.records(), 2)
 		})
 	}
 }
@@ -263,7 +209,7 @@ func TestRecipeRetryByStatus(t *testing.T) {
 			c := startCaddy(t, options, site)
 			body := event("doc_1")
 			assert.Equal(t, tt.want, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
-			requests := b.got()
+			requests := b.records()
 			require.Len(t, requests, tt.requests)
 			for _, r := range requests {
 				assert.Equal(t, body, r.Body)
@@ -278,19 +224,19 @@ func TestRecipeRetryByStatus(t *testing.T) {
 		c := startCaddy(t, options, site)
 		body := event("doc_1")
 		assert.Equal(t, 503, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
-		assert.Greater(t, len(b.got()), 2)
+		assert.Greater(t, len(b.records()), 2)
 	})
 	t.Run("while nothing listens", func(t *testing.T) {
 		t.Parallel()
-		b := newBackend(t, modeGood)
+		b := newBackend(t, good)
 		options, site := recipe(t, heading, "localhost:9000", b.addr, byStatus, "", "method POST", "method GET")
 		c := startCaddy(t, "\tdebug", site)
 		require.Empty(t, options)
-		b.kill()
+		b.close()
 		body := event("doc_1")
 		done := postLater(t, webhookURL(c, "/webhook"), body)
 		waitFor(t, "it is tried", c.process, func() bool { return strings.Contains(c.output.String(), "upstream roundtrip") })
-		b.start()
+		b.listen()
 		assert.Equal(t, 200, <-done, "whatever the matchers say")
 	})
 }
@@ -316,7 +262,7 @@ func TestRequestBuffers(t *testing.T) {
 			body := append(event("doc_1"), strings.Repeat(" ", tt.length-len(event("doc_1")))...)
 			assert.Equal(t, tt.answered, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
 			whole := 0
-			for _, r := range b.got() {
+			for _, r := range b.records() {
 				if len(r.Body) == len(body) {
 					whole++
 				}
@@ -346,8 +292,8 @@ func TestRecipeOneBackendIsDown(t *testing.T) {
 				body := event(fmt.Sprintf("doc_%d", i))
 				assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
 			}
-			assert.Len(t, good.got(), events)
-			tries := len(down.got())
+			assert.Len(t, good.records(), events)
+			tries := len(down.records())
 			t.Logf("%d tries of the one that is down", tries)
 			assert.LessOrEqual(t, tries, tt.most)
 			if tt.most > 1 {
@@ -369,9 +315,9 @@ func TestRecipeSpareBackend(t *testing.T) {
 			c := startCaddy(t, options, site)
 			assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, sign("wrong", body)).status)
 			assert.Equal(t, 404, post(t, webhookURL(c, "/other"), body, sign(secret, body)).status)
-			assert.Empty(t, spare.got())
+			assert.Empty(t, spare.records())
 			assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
-			requests := spare.got()
+			requests := spare.records()
 			require.Len(t, requests, 1)
 			assert.Equal(t, body, requests[0].Body)
 			assert.Len(t, requests[0].IdempotencyKey, 1)
@@ -383,8 +329,8 @@ func TestRecipeSpareBackend(t *testing.T) {
 		options, site := recipe(t, heading, "localhost:9000", b.addr, "localhost:9001", spare.addr)
 		c := startCaddy(t, options, site)
 		assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
-		assert.Len(t, b.got(), 1)
-		assert.Empty(t, spare.got())
+		assert.Len(t, b.records(), 1)
+		assert.Empty(t, spare.records())
 	})
 	t.Run("in handle_response, where it gets no body", func(t *testing.T) {
 		t.Parallel()
@@ -392,8 +338,8 @@ func TestRecipeSpareBackend(t *testing.T) {
 		options, site := recipe(t, heading, "localhost:9000", b.addr, "localhost:9001", spare.addr, "error 502", "reverse_proxy "+spare.addr, "handle_errors 502 503 504", "handle_errors 413")
 		c := startCaddy(t, options, site)
 		assert.Equal(t, 502, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
-		assert.Len(t, b.got(), 1)
-		for _, r := range spare.got() {
+		assert.Len(t, b.records(), 1)
+		for _, r := range spare.records() {
 			assert.Empty(t, r.Body)
 		}
 	})
@@ -403,24 +349,19 @@ func TestRecipeBackendThatHangs(t *testing.T) {
 	t.Parallel()
 	const heading = "A backend that hangs"
 	body := event("doc_1")
-	hangs := func(t *testing.T, begin bool) *scripted {
+	hangs := func(t *testing.T, begin bool) *backend {
 		end := make(chan struct{})
-		s := new(scripted)
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			s.mu.Lock()
-			s.requests = append(s.requests, record{})
-			s.mu.Unlock()
+		b := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
+			b.record(r)
 			if begin {
 				w.Header().Set("Content-Length", "2")
 				_, _ = io.WriteString(w, "o")
 				_ = http.NewResponseController(w).Flush()
 			}
 			<-end
-		}))
-		t.Cleanup(server.Close)
+		})
 		t.Cleanup(func() { close(end) })
-		s.addr = strings.TrimPrefix(server.URL, "http://")
-		return s
+		return b
 	}
 	t.Run("before its answer", func(t *testing.T) {
 		t.Parallel()
@@ -445,7 +386,7 @@ func TestRecipeBackendThatHangs(t *testing.T) {
 		options, site := recipe(t, heading, "localhost:9000", b.addr, "grace_period 30s", "grace_period 500ms")
 		c := startCaddy(t, options, site)
 		done := postLater(t, webhookURL(c, "/webhook"), body)
-		waitFor(t, "the event is with the backend", c.process, func() bool { return len(b.got()) == 1 })
+		waitFor(t, "the event is with the backend", c.process, func() bool { return len(b.records()) == 1 })
 		began := time.Now()
 		c.stop(t, syscall.SIGTERM)
 		assert.Less(t, time.Since(began), 8*time.Second)
@@ -471,14 +412,14 @@ func TestRecipeHealthChecks(t *testing.T) {
 	require.NoError(t, err)
 	resp.Body.Close()
 	assert.Equal(t, 405, resp.StatusCode)
-	waitFor(t, "both were asked", c.process, func() bool { return len(ill.got()) > 0 && len(well.got()) > 0 })
+	waitFor(t, "both were asked", c.process, func() bool { return len(ill.records()) > 0 && len(well.records()) > 0 })
 	waitFor(t, "one is known to be ill", c.process, func() bool { return strings.Contains(c.output.String(), "status code out of tolerances") })
 	for i := range 20 {
 		body := event(fmt.Sprintf("doc_%d", i))
 		assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
 	}
-	for _, r := range ill.got() {
-		assert.Equal(t, "GET /health", r.Note)
+	for _, r := range ill.records() {
+		assert.Equal(t, "GET /health", r.Target)
 	}
 }
 
@@ -566,37 +507,36 @@ func block(t *testing.T, heading, language string) string {
 // startFront starts nginx or HAProxy as the document has it, with replacements.
 func startFront(t *testing.T, program string, replacements ...string) (addr string) {
 	t.Helper()
-	path, err := exec.LookPath(program)
-	if err != nil {
-		t.Skip(program + " is not installed")
-	}
-	dir, addr := t.TempDir(), freeAddr(t)
-	language := program
-	config := block(t, "A proxy or load balancer in front", language)
+	needs(t, program)
+	addr = freeAddr(t)
 	listen := map[string]string{"nginx": "listen 8080", "haproxy": "bind :8080"}[program]
-	for i, pair := 0, append([]string{listen, strings.Replace(strings.Replace(listen, "8080", addr, 1), ":127", "127", 1)}, replacements...); i < len(pair); i += 2 {
-		require.Contains(t, config, pair[i])
-		config = strings.ReplaceAll(config, pair[i], pair[i+1])
-	}
-	var cmd *exec.Cmd
+	replacements = append([]string{listen, strings.Replace(strings.Replace(listen, "8080", addr, 1), ":127", "127", 1)}, replacements...)
+	config := replaceEach(t, block(t, "A proxy or load balancer in front", program), replacements...)
 	if program == "nginx" {
-		user := ""
-		if os.Geteuid() == 0 {
-			user = "user root root;"
-		}
-		paths := ""
-		for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
-			paths += kind + "_temp_path " + dir + "/" + kind + ";\n"
-		}
-		cmd = exec.Command(path, "-p", dir, "-e", "stderr", "-c", writeFile(t, dir+"/nginx.conf",
-			user+"daemon off;\npid "+dir+"/nginx.pid;\nerror_log stderr;\nevents {}\nhttp {\naccess_log off;\n"+paths+config+"}\n"))
-	} else {
-		cmd = exec.Command(path, "-db", "-f", writeFile(t, dir+"/haproxy.cfg",
-			"defaults\n\tmode http\n\ttimeout connect 1s\n\ttimeout client 20s\n\ttimeout server 20s\n"+config))
+		startNginx(t, addr, config)
+		return addr
 	}
-	p := start(t, cmd)
-	waitFor(t, program+" listens", p, listening(addr))
+	p := start(t, exec.Command(program, "-db", "-f", writeFile(t, t.TempDir()+"/haproxy.cfg",
+		"defaults\n\tmode http\n\ttimeout connect 1s\n\ttimeout client 20s\n\ttimeout server 20s\n"+config)))
+	waitFor(t, "HAProxy listens", p, listening(addr))
 	return addr
+}
+
+// startNginx starts nginx with a part of its configuration, which is inside http.
+func startNginx(t *testing.T, addr, config string) *process {
+	t.Helper()
+	needs(t, "nginx")
+	dir, user, paths := t.TempDir(), "", ""
+	if os.Geteuid() == 0 { // or else a worker of another user has no way into the folder
+		user = "user root root;"
+	}
+	for _, kind := range []string{"client_body", "proxy", "fastcgi", "uwsgi", "scgi"} {
+		paths += kind + "_temp_path " + dir + "/" + kind + ";\n"
+	}
+	p := start(t, exec.Command("nginx", "-p", dir, "-e", "stderr", "-c", writeFile(t, dir+"/nginx.conf",
+		user+"daemon off;\npid "+dir+"/nginx.pid;\nerror_log stderr;\nevents {}\nhttp {\naccess_log off;\n"+paths+config+"}\n")))
+	waitFor(t, "nginx listens", p, listening(addr))
+	return p
 }
 
 // frontSite has two webhooks behind one Caddy: the backend of one of them has trouble.
@@ -635,8 +575,8 @@ func TestRecipeInFront(t *testing.T) {
 				assert.Equal(t, 503, post(t, "http://"+front+"/bad", body, sign(secret, body)).status)
 				assert.Equal(t, 200, post(t, "http://"+front+"/good", body, sign(secret, body)).status)
 			}
-			assert.Len(t, good.got(), events)
-			assert.Len(t, bad.got(), events)
+			assert.Len(t, good.records(), events)
+			assert.Len(t, bad.records(), events)
 		})
 	}
 	for _, program := range []string{"nginx", "haproxy"} {
@@ -652,8 +592,8 @@ func TestRecipeInFront(t *testing.T) {
 			front := startFront(t, program, "10.0.0.11:80", one.addr, "10.0.0.12:80", two.addr)
 			assert.Equal(t, 502, post(t, "http://"+front+"/good", body, sign(secret, body)).status)
 			sent := 0
-			for _, r := range append(one.got(), two.got()...) {
-				if r.Note == "POST /good" {
+			for _, r := range append(one.records(), two.records()...) {
+				if r.Target == "POST /good" {
 					sent++
 				}
 			}
@@ -698,7 +638,7 @@ func TestRecipeInFront(t *testing.T) {
 			one, two := startCaddy(t, "", site), startCaddy(t, "", site)
 			front := startFront(t, tt.program, append([]string{"10.0.0.11:80", one.addr, "10.0.0.12:80", two.addr}, tt.replacements...)...)
 			assert.Equal(t, 200, post(t, "http://"+front+"/bad", body, sign(secret, body)).status)
-			requests := bad.got()
+			requests := bad.records()
 			require.Len(t, requests, 2)
 			assert.NotEqual(t, requests[0].IdempotencyKey, requests[1].IdempotencyKey)
 		})
@@ -714,7 +654,7 @@ func TestRecipeInFront(t *testing.T) {
 			post(t, "http://"+front+"/bad", body, sign(secret, body))
 		}
 		assert.Equal(t, 503, post(t, "http://"+front+"/good", body, sign(secret, body)).status)
-		assert.Empty(t, good.got())
+		assert.Empty(t, good.records())
 	})
 }
 
@@ -723,8 +663,8 @@ func TestReloadEndsTries(t *testing.T) {
 	t.Parallel()
 	require.Contains(t, section(t, "Reload"), "immediately answers 502")
 	body := event("doc_1")
-	b := newBackend(t, modeGood)
-	b.kill()
+	b := newBackend(t, good)
+	b.close()
 	site := `http://:{{port}} {
 	handle /proxy {
 		inkit_webhook {env.INKIT_WEBHOOK_SECRET}
@@ -752,7 +692,7 @@ func TestReloadEndsTries(t *testing.T) {
 	assert.Equal(t, 200, post(t, webhookURL(c, "/queue"), body, sign(secret, body)).status)
 	c.reload()
 	assert.Equal(t, 502, <-answered)
-	b.start()
+	b.listen()
 	waitFor(t, "the event of the queue is delivered", c.process, func() bool { return len(b.records()) > 0 })
 	require.Len(t, b.records(), 1)
 }

@@ -37,15 +37,8 @@ func section(t *testing.T, heading string) string {
 // own, and so on. Each replacement must be of use.
 func recipe(t *testing.T, heading string, replacements ...string) (options, site string) {
 	t.Helper()
-	_, block, found := strings.Cut(section(t, heading), "```caddyfile\n")
-	require.True(t, found, "no Caddyfile under %q", heading)
-	block, _, _ = strings.Cut(block, "```\n")
 	replacements = append([]string{"example.com {", "http://:{{port}} {"}, replacements...)
-	for i := 0; i < len(replacements); i += 2 {
-		require.Contains(t, block, replacements[i])
-		block = strings.ReplaceAll(block, replacements[i], replacements[i+1])
-	}
-	return split(block)
+	return split(replaceEach(t, block(t, heading, "caddyfile"), replacements...))
 }
 
 // split returns the global options of a Caddyfile, without the braces, and its sites.
@@ -65,8 +58,9 @@ func split(caddyfile string) (options, sites string) {
 
 func webhookURL(c *caddy, path string) string { return "http://" + c.addr + path }
 
-func TestRecipeNothingLost(t *testing.T) {
-	b := newBackend(t, modeGood)
+func TestRecipeNothingLost(t *testing.T) { //nolint:tparallel // its subtests share a Caddy
+	t.Parallel()
+	b := newBackend(t, good)
 	options, site := recipe(t, "Nothing verified gets lost", "localhost:9000", b.addr, "read_timeout 10s 1024", "read_timeout 1s 1024")
 	c := startCaddy(t, options, site)
 	body := event("doc_1")
@@ -76,7 +70,7 @@ func TestRecipeNothingLost(t *testing.T) {
 	assert.Equal(t, body, b.records()[0].Body)
 
 	t.Run("while the backend restarts", func(t *testing.T) {
-		b.kill()
+		b.close()
 		answered := make(chan int)
 		go func() {
 			got, err := send(context.Background(), http.DefaultClient, webhookURL(c, "/webhook"), body, int64(len(body)), sign(secret, body))
@@ -86,7 +80,7 @@ func TestRecipeNothingLost(t *testing.T) {
 			answered <- got.status
 		}()
 		time.Sleep(time.Second)
-		b.start()
+		b.listen()
 		assert.Equal(t, 200, <-answered)
 		assert.Len(t, b.records(), 2)
 	})
@@ -105,7 +99,7 @@ func TestRecipeNothingLost(t *testing.T) {
 func TestRecipeSeveralWebhooks(t *testing.T) {
 	t.Parallel()
 	root, php := startPHP(t, `<?php echo $_SERVER['HTTP_IDEMPOTENCY_KEY'] . ' ' . file_get_contents('php://input');`)
-	documents := newBackend(t, modeGood)
+	documents := newBackend(t, good)
 	options, site := recipe(t, "Several webhooks with their own secrets, and PHP",
 		"localhost:9000", documents.addr, "/srv/www", root, "unix//run/php/php-fpm.sock", php, "handle /mail.php", "handle /index.php")
 	c := startCaddy(t, options, site, "INKIT_DOCUMENTS_SECRET=d", "INKIT_MAIL_SECRET=m")
@@ -133,7 +127,7 @@ func TestRecipeSeveralWebhooks(t *testing.T) {
 
 func TestRecipeRouteByEvent(t *testing.T) {
 	t.Parallel()
-	others, deleted := newBackend(t, modeGood), newBackend(t, modeGood)
+	others, deleted := newBackend(t, good), newBackend(t, good)
 	options, site := recipe(t, "Route by event", "localhost:9000", others.addr, "localhost:9001", deleted.addr)
 	c := startCaddy(t, options, site)
 	for _, body := range []string{
@@ -162,7 +156,7 @@ func TestRecipeRouteByEvent(t *testing.T) {
 // TestHandleErrors: the errors reach the error routes, and nothing is written twice.
 func TestHandleErrors(t *testing.T) {
 	const heading = "Error page, and an allow-list of addresses"
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	options, site := recipe(t, heading, "localhost:9000", b.addr, "192.0.2.0/24", "127.0.0.0/8")
 	c := startCaddy(t, options, site)
 	body := event("doc_1")
@@ -172,14 +166,12 @@ func TestHandleErrors(t *testing.T) {
 	id, found := strings.CutPrefix(got.body, "This is for Inkit alone: signature_mismatch ")
 	assert.True(t, found, got.body)
 	require.NotEmpty(t, id)
-	waitFor(t, "the line in the log has the id that the page shows", c.process, func() bool {
-		return strings.Contains(c.output.String(), `"err_id":"`+id+`"`)
-	})
+	c.logged(`"err_id":"` + id + `"`) // which the page shows
 	assert.Equal(t, "Inkit-Signature", got.header.Get("WWW-Authenticate"))
 	got = post(t, webhookURL(c, "/webhook"), make([]byte, 70_000), sign(secret, body))
 	assert.Equal(t, 413, got.status)
 	assert.Equal(t, "413 Request Entity Too Large", got.body)
-	b.kill()
+	b.close()
 	got = post(t, webhookURL(c, "/webhook"), body, sign(secret, body))
 	assert.Equal(t, 502, got.status)
 	assert.Equal(t, "502 Bad Gateway", got.body)
@@ -197,7 +189,7 @@ func TestHandleErrors(t *testing.T) {
 
 func TestRecipeLogs(t *testing.T) {
 	t.Parallel()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	options, site := recipe(t, "Logs and traces", "localhost:9000", b.addr, "output file rejections.log", "output file {{dir}}/rejections.log")
 	options = strings.Replace(options, "\tlog {\n", "\tlog {\n\t\tlevel DEBUG\n", 1)
 	c := startCaddy(t, options, site, "OTEL_TRACES_EXPORTER=none")
@@ -207,11 +199,9 @@ func TestRecipeLogs(t *testing.T) {
 	for range 50 {
 		assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, bad).status)
 	}
-	b.kill()
+	b.close()
 	assert.Equal(t, 502, post(t, webhookURL(c, "/webhook"), body, good).status)
-	waitFor(t, "the access log", nil, func() bool {
-		return strings.Contains(c.output.String(), `"resource_id":"doc_logged"`)
-	})
+	c.logged(`"resource_id":"doc_logged"`)
 	output := c.output.String()
 	assert.Contains(t, output, `"event_type":"DOCUMENT_CREATE_FINISHED"`)
 	assert.Contains(t, output, "upstream roundtrip", "the debug lines are there")
@@ -230,7 +220,7 @@ func TestRecipeLogs(t *testing.T) {
 // one of Caddy's own would be put among those that this machine trusts.
 func TestRecipeJSON(t *testing.T) {
 	t.Parallel()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	_, block, found := strings.Cut(section(t, "JSON"), "```json\n")
 	require.True(t, found)
 	block, _, _ = strings.Cut(block, "```\n")
@@ -271,11 +261,7 @@ func TestRecipeJSON(t *testing.T) {
 
 // TestQuickStart runs the example and the commands in its comment and in the README.
 func TestQuickStart(t *testing.T) {
-	for _, name := range []string{"openssl", "curl", "sh"} {
-		if _, err := exec.LookPath(name); err != nil {
-			t.Skip(name + " is not installed")
-		}
-	}
+	needs(t, "openssl", "curl", "sh")
 	example := readFile(t, "../../example.Caddyfile")
 	options, site, page := exampleSites(t)
 	require.Contains(t, options, "log")
@@ -347,10 +333,6 @@ func exampleSites(t *testing.T) (options, sites, page string) {
 	t.Helper()
 	page = freeAddr(t)
 	example := readFile(t, "../../example.Caddyfile")
-	for here, there := range map[string]string{"\nhttp://localhost:8080 {": "\nhttp://localhost:{{port}} {", "\nhttp://localhost:8081 {": "\nhttp://localhost:" + port(page) + " {"} {
-		require.Contains(t, example, here)
-		example = strings.Replace(example, here, there, 1)
-	}
-	options, sites = split(example)
+	options, sites = split(replaceEach(t, example, "\nhttp://localhost:8080 {", "\nhttp://localhost:{{port}} {", "\nhttp://localhost:8081 {", "\nhttp://localhost:"+port(page)+" {"))
 	return options, sites, page
 }

@@ -49,7 +49,7 @@ type rotating struct {
 
 func newRotating(t *testing.T, files ...secretFile) *rotating {
 	t.Helper()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	var secrets strings.Builder
 	for i, f := range files {
 		fmt.Fprintf(&secrets, "\t\tsecret {file.%s} name file%d\n", f.path, i+1)
@@ -127,10 +127,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 		r := newRotating(t, files...)
 		var current atomic.Value
 		current.Store("secret_0")
-		swaps := 2
-		if long {
-			swaps = 10
-		}
+		swaps := size(10, 2)
 		var events, refused atomic.Int64
 		swapped := make(chan struct{})
 		go func() {
@@ -194,7 +191,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 // TestRecipeSecretFiles uses files in the layouts of Docker, Kubernetes and systemd.
 func TestRecipeSecretFiles(t *testing.T) {
 	t.Parallel()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	site := func(t *testing.T, line string) string {
 		t.Helper()
 		require.Contains(t, recipes(t), "`"+line+"`", "the line is in the recipes")
@@ -252,7 +249,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 // the recipe.
 func TestRecipeRotation(t *testing.T) {
 	t.Parallel()
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 	dir := t.TempDir() + "/inkit"
 	blocks := strings.Split(section(t, "Rotate a secret"), "```sh\n")
 	require.Len(t, blocks, 4, "once, the new secret, and the old one")
@@ -332,10 +329,7 @@ func TestRotationsUnderLoad(t *testing.T) {
 		assert.Zero(t, refused.Load())
 	})
 
-	swaps := 3
-	if long {
-		swaps = 10
-	}
+	swaps := size(10, 3)
 	for name, newSwap := range map[string]func(t *testing.T) (path string, swap func(value string)){
 		"by a link, as Kubernetes does": func(t *testing.T) (string, func(string)) {
 			dir, version := t.TempDir(), 0
@@ -419,15 +413,12 @@ func TestRotationsUnderLoad(t *testing.T) {
 // was opened a number of times.
 func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	t.Helper()
-	strace, err := exec.LookPath("strace")
-	if err != nil {
-		t.Skip("strace is not installed")
-	}
-	if out, err := exec.Command(strace, "-o", os.DevNull, "true").CombinedOutput(); err != nil {
+	needs(t, "strace")
+	if out, err := exec.Command("strace", "-o", os.DevNull, "true").CombinedOutput(); err != nil {
 		t.Skipf("this machine lets nobody trace: %s", out)
 	}
 	return []string{
-		strace, "-D", "-f", "-o", os.DevNull, "-P", path, "-e", "trace=openat",
+		"strace", "-D", "-f", "-o", os.DevNull, "-P", path, "-e", "trace=openat",
 		"-e", fmt.Sprintf("inject=openat:delay_enter=600s:when=%d+", opened+1),
 	}
 }
@@ -449,7 +440,7 @@ func TestHungFileSystem(t *testing.T) {
 	site := func(b *backend) string {
 		return "http://:{{port}} {\n\tinkit_webhook {\n\t\tsecret {file.{{dir}}/secret}\n\t}\n\treverse_proxy " + b.addr + "\n}\n"
 	}
-	b := newBackend(t, modeGood)
+	b := newBackend(t, good)
 
 	t.Run("while Caddy runs", func(t *testing.T) {
 		t.Parallel()
