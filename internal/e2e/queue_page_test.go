@@ -116,7 +116,7 @@ func (v visitor) uses(t *testing.T, at, user string) {
 	require.Equal(t, http.StatusSeeOther, status)
 	status, page, _ = v.do(t, http.MethodGet, follow(header.Get("Location")), nil)
 	assert.Equal(t, 200, status)
-	assert.Contains(t, page, "1 event was made due")
+	assert.Contains(t, page, "1 event is due now")
 	status, _, _ = v.do(t, http.MethodGet, follow("page.css"), nil)
 	assert.Equal(t, 200, status)
 }

@@ -263,7 +263,7 @@ func TestPageInABrowser(t *testing.T) {
 			got := ask(t, ctx, chromedp.Text(chromedp.CSS("body")))
 			return strings.Contains(got, "10,005") && strings.Contains(got, "status 503")
 		}, 30*time.Second, time.Second)
-		text("backend down", "status 404", "Load this page again")
+		text("backend down", "status 404", "Reload this page")
 		screenshot(t, ctx, "page.png")
 	})
 	t.Run("open an event and retry it", func(t *testing.T) {
@@ -277,7 +277,7 @@ func TestPageInABrowser(t *testing.T) {
 		text("Event unknown_1003", "status 404", "REDACTED", `"event_type": "DOCUMENT_DESTROY_FINISHED"`)
 		screenshot(t, ctx, "page-event.png")
 		click(`//button[contains(., "Retry now")]`)
-		text("1 event was made due")
+		text("1 event is due now")
 	})
 	t.Run("drop five by a filter", func(t *testing.T) {
 		click(`//a[text()="Events"]`)
@@ -294,7 +294,7 @@ func TestPageInABrowser(t *testing.T) {
 		click(`//button[contains(., "Pause")]`)
 		text("The queue is paused.", "paused since")
 		click(`//button[contains(., "Resume")]`)
-		text("The queue goes on.")
+		text("The queue is no longer paused.")
 	})
 	t.Run("page through them all", func(t *testing.T) {
 		run(chromedp.Navigate(at + "events"))
