@@ -37,7 +37,7 @@ func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	require.NoError(t, err)
 	i, err := k.verify(t.Context(), &sig, []byte("x"))
 	require.NoError(t, err)
-	assert.Equal(t, "blue", secrets[i].Name, "the first one counts")
+	assert.Equal(t, "blue", secrets[i].Name, "the first of the equal secrets counts")
 }
 
 // reloadsSince returns a function that counts the reloads since now, by result.
@@ -97,7 +97,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, "1 changed, 0 unchanged, 0 failed", counted())
 		lines := g.logs.FilterMessage("secrets changed").All()
 		require.Len(t, lines, 1)
-		assert.Equal(t, []any{"file"}, lines[0].ContextMap()["secrets"], "the line names which")
+		assert.Equal(t, []any{"file"}, lines[0].ContextMap()["secrets"], "the line names the changed secret")
 	})
 	bubble("a new secret is in use though a reload has just missed it", func(t *testing.T) {
 		g := newFileGuard(t)
@@ -119,7 +119,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 	})
 	bubble("a value stays good over two changes within its 10 s", func(t *testing.T) {
 		g := newFileGuard(t)
-		for i, value := range []string{"n", "newer"} { // the first is half written
+		for i, value := range []string{"n", "newer"} { // the first value is half written
 			writeFile(t, g.path, value)
 			time.Sleep(time.Second)
 			assert.Equal(t, 200, g.status(value), i)
@@ -152,7 +152,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		began := time.Now()
 		wg.Wait()
 		intervals := time.Since(began) / reloadInterval
-		assert.LessOrEqual(t, intervals, time.Duration(10), "each waits for one reload")
+		assert.LessOrEqual(t, intervals, time.Duration(10), "each event waits for one reload")
 		var changed, unchanged, failed float64
 		_, err := fmt.Sscanf(counted(), "%g changed, %g unchanged, %g failed", &changed, &unchanged, &failed)
 		require.NoError(t, err, counted())
@@ -190,7 +190,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 			breakIt(t, g.path)
 			for began := time.Now(); time.Since(began) < 2*reloadLogInterval-2*time.Second; time.Sleep(time.Second) {
 				assert.Equal(t, 200, g.status("old"))
-				assert.Equal(t, 401, g.status(""), "the empty key opens nothing")
+				assert.Equal(t, 401, g.status(""), "a signature with the empty key is rejected")
 			}
 			assert.Regexp(t, "^0 changed, 0 unchanged, [0-9]+ failed$", counted())
 			lines := g.logs.FilterLevelExact(zapcore.ErrorLevel).All()
@@ -201,7 +201,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 
 			require.NoError(t, os.RemoveAll(g.path))
 			writeFile(t, g.path, "new\n")
-			assert.Equal(t, 200, g.status("new"), "once it is good, it is taken")
+			assert.Equal(t, 200, g.status("new"), "a valid value is used at the next reload")
 		})
 	}
 	bubble("a withdrawn secret does not come back when another file changes while this one is unreadable", func(t *testing.T) {
@@ -212,7 +212,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		time.Sleep(previousAge)
 		require.NoError(t, os.Remove(g.path))
 		writeFile(t, other, "newer\n")
-		assert.Equal(t, 200, g.status("newer"), "which the unreadable one does not keep from changing")
+		assert.Equal(t, 200, g.status("newer"), "the unreadable secret does not block the reload of this one")
 		time.Sleep(previousAge)
 		assert.Equal(t, 401, g.status("old"))
 		assert.Equal(t, 401, g.status("other"))
@@ -248,8 +248,8 @@ func TestSecretsAreReloaded(t *testing.T) {
 	})
 }
 
-// 20 rotations, each followed by 50 events at once with the new secret, among forged
-// ones: a request that cannot start the reload must wait for it.
+// 20 rotations. After each rotation, 50 events with the new secret and 50 forged events
+// arrive at the same time. A request that cannot start a reload must wait for it.
 func TestNoGenuineEventIsRefusedAfterARotation(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		g := newFileGuard(t)
@@ -270,7 +270,7 @@ func TestNoGenuineEventIsRefusedAfterARotation(t *testing.T) {
 				}
 			}
 		}
-		assert.Zero(t, refused, "of 1,000")
+		assert.Zero(t, refused, "of 1,000 events")
 	})
 }
 
@@ -288,8 +288,8 @@ func TestFileSystemThatHangs(t *testing.T) {
 	})
 }
 
-// Events signed with either secret pass while one secret's file is replaced over and
-// over, and events arrive on many connections.
+// Many connections send events signed with both secrets, while the file of one secret is
+// replaced again and again. All events must pass.
 func TestSecretsAreReloadedUnderLoad(t *testing.T) {
 	dir := t.TempDir()
 	path := writeFile(t, filepath.Join(dir, "secret"), "first\n")
