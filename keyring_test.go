@@ -89,7 +89,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 	bubble := func(name string, f func(t *testing.T)) {
 		t.Run(name, func(t *testing.T) { inBubble(t, f) })
 	}
-	bubble("a new secret is in use for the very event that did not match", func(t *testing.T) {
+	bubble("an event signed with a new secret waits for the reload and passes", func(t *testing.T) {
 		g := newFileGuard(t)
 		counted := reloadsSince(g.Handler)
 		writeFile(t, g.path, "new\n")
@@ -99,7 +99,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		require.Len(t, lines, 1)
 		assert.Equal(t, []any{"file"}, lines[0].ContextMap()["secrets"], "the line names the changed secret")
 	})
-	bubble("a new secret is in use though a reload has just missed it", func(t *testing.T) {
+	bubble("a new secret is used, although it appeared just after a reload", func(t *testing.T) {
 		g := newFileGuard(t)
 		assert.Equal(t, 401, g.status("new"))
 		writeFile(t, g.path, "new\n")
@@ -107,7 +107,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, 200, g.status("new"))
 		assert.LessOrEqual(t, time.Since(began), reloadInterval)
 	})
-	bubble("the value before a change stays good for 10 s", func(t *testing.T) {
+	bubble("the old value stays valid for 10 s after a change", func(t *testing.T) {
 		g := newFileGuard(t)
 		writeFile(t, g.path, "new\n")
 		assert.Equal(t, 200, g.status("new"))
@@ -117,7 +117,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, 401, g.status("old"))
 		assert.Equal(t, 200, g.status("new"))
 	})
-	bubble("a value stays good over two changes within its 10 s", func(t *testing.T) {
+	bubble("the old value stays valid during two changes within 10 s", func(t *testing.T) {
 		g := newFileGuard(t)
 		for i, value := range []string{"n", "newer"} { // the first value is half written
 			writeFile(t, g.path, value)
@@ -129,7 +129,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, 401, g.status("old"))
 		assert.Equal(t, 200, g.status("newer"))
 	})
-	bubble("a withdrawn secret is out within 11 s of traffic, though it matches", func(t *testing.T) {
+	bubble("a withdrawn secret is refused within 11 s of traffic, although it matched", func(t *testing.T) {
 		g := newFileGuard(t)
 		writeFile(t, g.path, "new\n")
 		began := time.Now()
@@ -138,7 +138,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		}
 		assert.Less(t, time.Since(began), 11*time.Second)
 	})
-	bubble("a flood of signatures that do not match causes 4 reloads a second", func(t *testing.T) {
+	bubble("a flood of wrong signatures causes only 4 reloads a second", func(t *testing.T) {
 		g := newFileGuard(t)
 		counted := reloadsSince(g.Handler)
 		var wg sync.WaitGroup
@@ -158,7 +158,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		require.NoError(t, err, counted())
 		assert.LessOrEqual(t, unchanged, float64(intervals)+2)
 	})
-	bubble("signatures that match cause no more than that, and wait for none", func(t *testing.T) {
+	bubble("matching signatures cause at most 4 reloads a second, and do not wait for them", func(t *testing.T) {
 		g := newFileGuard(t)
 		counted := reloadsSince(g.Handler)
 		began := time.Now()
@@ -178,7 +178,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		"one newline":       func(t *testing.T, path string) { writeFile(t, path, "\n") },
 		"with a blank line": func(t *testing.T, path string) { writeFile(t, path, "new\n\n") },
 		"too large":         func(t *testing.T, path string) { writeFile(t, path, strings.Repeat("n", 1<<20+1)) },
-		"gone":              func(t *testing.T, path string) { require.NoError(t, os.Remove(path)) },
+		"missing":           func(t *testing.T, path string) { require.NoError(t, os.Remove(path)) },
 		"a directory instead": func(t *testing.T, path string) {
 			require.NoError(t, os.Remove(path))
 			require.NoError(t, os.Mkdir(path, 0o700))
@@ -204,7 +204,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 			assert.Equal(t, 200, g.status("new"), "a valid value is used at the next reload")
 		})
 	}
-	bubble("a withdrawn secret does not come back when another file changes while this one is unreadable", func(t *testing.T) {
+	bubble("a withdrawn secret does not come back if its file is unreadable and another file changes", func(t *testing.T) {
 		other := writeFile(t, filepath.Join(t.TempDir(), "other"), "other\n")
 		g := newFileGuard(t, Secret{Value: "{file." + other + "}", Name: "other"})
 		writeFile(t, g.path, "new\n")
@@ -218,7 +218,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, 401, g.status("other"))
 		assert.Equal(t, 200, g.status("new"))
 	})
-	bubble("two that become the same do no harm", func(t *testing.T) {
+	bubble("two secrets that get the same value cause one warning and no error", func(t *testing.T) {
 		g := newFileGuard(t, Secret{Value: "next", Name: "next"})
 		writeFile(t, g.path, "next\n")
 		assert.Equal(t, 401, g.status("wrong"))
@@ -226,7 +226,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Len(t, g.logs.FilterMessage("two secrets have the same value: remove one").All(), 1)
 		require.NoError(t, load(t, &Handler{Secrets: g.Secrets}), "and the next load accepts them")
 	})
-	bubble("a request whose sender is gone waits no longer", func(t *testing.T) {
+	bubble("a request does not wait after its sender has disconnected", func(t *testing.T) {
 		g := newFileGuard(t)
 		assert.Equal(t, 401, g.status("wrong")) // the next reload is in 250 ms
 		ctx, cancel := context.WithCancel(t.Context())

@@ -8,8 +8,8 @@
 //
 // # Limits of a signature
 //
-// Inkit signs only the body: not the method, the URL, the header, the trailers, nor
-// the sender's address. Anybody who saw a signed body can replay it to any URL with
+// Inkit signs only the body: not the method, the URL, the header, the trailers or the
+// sender's address. Anybody who saw a signed body can replay it to any URL with
 // the same secret, as long as that secret is in use. This package cannot detect a
 // replay, because two genuine events may be equal byte for byte. Use TLS, logs without
 // signatures, and a backend that does no harm when the same event comes twice.

@@ -54,14 +54,14 @@ import (
 //  18. bodies that are not UTF-8: TestRoad
 //  19. a valid empty body: TestRoad, TestVerify
 //  20. chunked bodies and FastCGI: TestVerifiedRequestHasItsLength, and internal/e2e TestBodiesArriveWhole
-//  21. a name that becomes the secret when a variable is unset: TestUnsetVariableMakesNoSecret
+//  21. if a variable is unset, the next word becomes the secret: TestUnsetVariableMakesNoSecret
 //  22. a secret of NULs: TestTextThatIsNoSecret, TestNewVerifierRefusesTheEmptySecret
 //  23. a rejected body that reaches an error route: TestRejectedRequestHasNoBody, and internal/e2e TestErrorRouteGetsNothingForged
 //  24. fields that remove the guard's fields, or open a tunnel: TestSenderDoesNotSteer, and internal/e2e TestSenderDoesNotSteerTheProxy
 //  25. a secret on the line of the directive becomes a path matcher: TestCaddyfileErrorsShowNoInput
 //  26. genuine events refused while another request reads the secrets: TestNoGenuineEventIsRefusedAfterARotation, and internal/e2e TestRotationsUnderLoad
 //  27. a running state that the next load refuses: TestEqualSecretsLoadWithOneWarning
-//  28. a verified event that no handler takes but that looks delivered: TestDeliveries, and internal/e2e TestUnhandledEvent
+//  28. a verified event looks delivered, but no handler took it: TestDeliveries, and internal/e2e TestUnhandledEvent
 //  29. a body replaced after verification and undone by a retry: TestReplacedBodyIsNotUndone, and internal/e2e TestReplacedBodyIsNotUndoneByARetry
 //  30. unlimited deliveries after their senders have disconnected: TestVerifiedRequestEndsWithItsSender, and internal/e2e TestSenderThatHangsUp
 //  31. a command that a hostile body or server can attack: TestExplainIsBounded, and internal/e2e TestCommandSend
@@ -257,10 +257,10 @@ func TestRoad(t *testing.T) {
 		{"too large", "for request_body", with(signed(atLimit), limited), 413, "body_too_large", &http.MaxBytesError{Limit: 10}},
 		{"too large", "and wrongly signed", post(aboveLimit, compactSignature), 413, "body_too_large", errBodyTooLarge},
 
-		{"unreadable", "the client is gone", with(signed(atLimit), withBody(iotest.ErrReader(io.ErrUnexpectedEOF), 10)), 400, "body_unreadable", errBodyUnreadable},
+		{"unreadable", "the client has disconnected", with(signed(atLimit), withBody(iotest.ErrReader(io.ErrUnexpectedEOF), 10)), 400, "body_unreadable", errBodyUnreadable},
 		{"unreadable", "broken after all of the signed bytes", with(signed("abc"), withBody(io.MultiReader(strings.NewReader("abc"), iotest.ErrReader(broken)), -1)), 400, "body_unreadable", broken},
 		{"unreadable", "63 bytes of 150, and an earlier handler hid the error", with(signed(strings.Repeat("a", 63)), withBody(strings.NewReader(strings.Repeat("a", 63)), 150)), 400, "body_unreadable", io.ErrUnexpectedEOF},
-		{"unreadable", "no byte of those that are promised", with(signed(""), withBody(strings.NewReader(""), 1)), 400, "body_unreadable", errBodyUnreadable},
+		{"unreadable", "no body, although its length was declared", with(signed(""), withBody(strings.NewReader(""), 1)), 400, "body_unreadable", errBodyUnreadable},
 		{"unreadable", "a timeout", with(signed(atLimit), withBody(iotest.ErrReader(timeoutError{broken}), 10)), 408, "body_unreadable", errBodyTimeout},
 		{"unreadable", "a deadline", with(signed(atLimit), withBody(iotest.ErrReader(fmt.Errorf("read: %w", os.ErrDeadlineExceeded)), 10)), 408, "body_unreadable", os.ErrDeadlineExceeded},
 

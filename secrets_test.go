@@ -142,7 +142,7 @@ func TestSecretsThatAreRefused(t *testing.T) {
 	})
 }
 
-// The kinds of text that cannot be a secret of Inkit's, from any source. The first one is
+// Each row is a text that cannot be a secret of Inkit, from any source. The first text is
 // the empty key, because HMAC pads every key with NULs.
 func TestTextThatIsNoSecret(t *testing.T) {
 	const invisible = "secret 1: must not contain a line break, a control character or another invisible character"

@@ -25,7 +25,7 @@ var (
 	ErrSignatureMalformed = errors.New("signature is not 64 lower-case hexadecimal digits")
 	// ErrSignatureMismatch means that none of the secrets made the signature for this body.
 	ErrSignatureMismatch = errors.New("signature does not match the body under any secret")
-	// ErrEmptySecret means that there is no secret, or an empty one, with which anybody can sign.
+	// ErrEmptySecret means that there is no secret, or that a secret is empty: anybody could sign.
 	ErrEmptySecret = errors.New("must not be empty")
 )
 
@@ -104,7 +104,7 @@ func NewVerifier(secrets ...Secret) (*Verifier, error) {
 // and the body is the bytes on the wire, before any decoding or parsing. The
 // error is ErrSignatureMissing, ErrSignatureMalformed or ErrSignatureMismatch.
 //
-// Verify cannot check when and for which URL Inkit signed the body, nor whether the
+// Verify cannot check when or for which URL Inkit signed the body, or whether the same
 // body arrived before: see the package documentation.
 func (v *Verifier) Verify(body []byte, signature string) (name string, err error) {
 	sig, err := parseSignature(signature)

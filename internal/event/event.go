@@ -13,8 +13,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// Verified is the outcome of a request whose body one of the secrets signed. Only such a
-// request may reach a backend.
+// Verified is the outcome of a request with a body that one of the secrets signed. Only
+// such a request may reach a backend.
 const Verified = "verified"
 
 // Event is a webhook after the checks of inkit_webhook. Unless the outcome is Verified,

@@ -86,7 +86,7 @@ func writePEM(t testing.TB, file, kind string, der []byte) {
 }
 
 // TLS turns on TLS in the server, with a certificate of the authority, and adds lines to
-// pg_hba.conf for further roles. The role postgres can connect as before.
+// pg_hba.conf for other roles. The role postgres can connect as before.
 func (s *Server) TLS(t testing.TB, a *Authority, hba ...string) {
 	t.Helper()
 	certificate, key := a.Issue(t, "")

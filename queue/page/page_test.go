@@ -372,14 +372,14 @@ func TestForms(t *testing.T) {
 		r.Body = io.NopCloser(strings.NewReader("id=%zz&sure=yes"))
 	}).StatusCode)
 	for name, form := range map[string]url.Values{
-		"nothing is selected":         {"sure": {"yes"}},
-		"a filter that is not meant":  {"sure": {"yes"}, "state": {"dead"}},
-		"delivered events cannot be":  {"sure": {"yes"}, "state": {"delivered"}, "matching": {"yes"}},
-		"an id that is in no queue":   {"sure": {"yes"}, "id": {"none"}},
-		"an id in the URL":            {"sure": {"yes"}},
-		"a filter that is no filter":  {"sure": {"yes"}, "matching": {"yes"}, "state": {"lost"}},
-		"a time that is no time":      {"sure": {"yes"}, "matching": {"yes"}, "until": {"now"}},
-		"the confirmation in the URL": {"id": {id}},
+		"nothing is selected":           {"sure": {"yes"}},
+		"a filter without matching=yes": {"sure": {"yes"}, "state": {"dead"}},
+		"only delivered events":         {"sure": {"yes"}, "state": {"delivered"}, "matching": {"yes"}},
+		"an unknown id":                 {"sure": {"yes"}, "id": {"none"}},
+		"an id in the URL":              {"sure": {"yes"}},
+		"an unknown state":              {"sure": {"yes"}, "matching": {"yes"}, "state": {"lost"}},
+		"a malformed time":              {"sure": {"yes"}, "matching": {"yes"}, "until": {"now"}},
+		"the confirmation in the URL":   {"id": {id}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			p.post("/drop?sure=yes&id="+id, form)
@@ -516,26 +516,26 @@ func TestDone(t *testing.T) {
 // characters of the page come from the templates.
 func TestHostileEvents(t *testing.T) {
 	for name, hostile := range map[string]string{
-		"a script":                   `<script>alert(1)</script>`,
-		"the end of an attribute":    `" onmouseover="alert(1)" x="`,
-		"the end of another":         `' autofocus onfocus='alert(1)`,
-		"the end of elements":        `</title></pre></td></code></bdi><img src=x onerror=alert(1)>`,
-		"a URL of a script":          `javascript:alert(1)`,
-		"a template":                 `{{.User}}{{template "main" .}}`,
-		"right to left":              "abc\u202egnp.exe\u2066\u2067\u200f\u061c",
-		"64 KiB without a space":     strings.Repeat("W", 64<<10),
-		"64 KiB of combining marks":  "a" + strings.Repeat("\u0301", 32<<10),
-		"control characters":         "a\x00\x01\x07\x08\x1b[31mred\x7f\u0085\r\nSet-Cookie: a=b",
-		"no UTF-8":                   "a\xff\xfe\xc3(\xed\xa0\x80",
-		"separators and a BOM":       "a\u2028b\u2029c\ufeffd\u00ad",
-		"placeholders":               "{http.auth.user.id}{env.HOME}",
-		"a comment":                  "<!--",
-		"CDATA":                      "<![CDATA[x]]>",
-		"a character by its number":  "&#60;script&#62;&lt;b&gt;",
-		"a query":                    "a&state=all#x?y=%00%ff",
-		"a base":                     `<base href="https://evil.example/"><meta http-equiv="refresh" content="0">`,
-		"an empty text":              "",
-		"only what is not printable": "\u200b\u200b",
+		"a script":                `<script>alert(1)</script>`,
+		"the end of an attribute": `" onmouseover="alert(1)" x="`,
+		"the end of an attribute in single quotes": `' autofocus onfocus='alert(1)`,
+		"the end of elements":                      `</title></pre></td></code></bdi><img src=x onerror=alert(1)>`,
+		"a javascript URL":                         `javascript:alert(1)`,
+		"a template":                               `{{.User}}{{template "main" .}}`,
+		"right to left":                            "abc\u202egnp.exe\u2066\u2067\u200f\u061c",
+		"64 KiB without a space":                   strings.Repeat("W", 64<<10),
+		"64 KiB of combining marks":                "a" + strings.Repeat("\u0301", 32<<10),
+		"control characters":                       "a\x00\x01\x07\x08\x1b[31mred\x7f\u0085\r\nSet-Cookie: a=b",
+		"not UTF-8":                                "a\xff\xfe\xc3(\xed\xa0\x80",
+		"separators and a BOM":                     "a\u2028b\u2029c\ufeffd\u00ad",
+		"placeholders":                             "{http.auth.user.id}{env.HOME}",
+		"a comment":                                "<!--",
+		"CDATA":                                    "<![CDATA[x]]>",
+		"a character by its number":                "&#60;script&#62;&lt;b&gt;",
+		"a query":                                  "a&state=all#x?y=%00%ff",
+		"a base":                                   `<base href="https://evil.example/"><meta http-equiv="refresh" content="0">`,
+		"an empty text":                            "",
+		"only invisible characters":                "\u200b\u200b",
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPage(t, [2]string{"default", "queue.db"}, [2]string{"other", "queue.db"})

@@ -215,7 +215,7 @@ func (v *visit) list() error {
 		Filter filter
 		Queues []string
 		Events []shownEvent
-		Next   string    // the link to further events
+		Next   string    // the link to more events
 		Until  time.Time // how far the search got, if it took too long
 		Kept   bool      // whether the list has events that can be changed
 	}{Filter: newFilter(v.r.URL.Query())}
