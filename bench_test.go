@@ -31,7 +31,7 @@ var benchmarkSizes = []struct {
 	bytes int
 }{{"85B", 85}, {"1KiB", 1 << 10}, {"64KiB", 64 << 10}, {"1MiB", 1 << 20}}
 
-// BenchmarkHMAC is the floor: a reused hash that has already processed the secret.
+// BenchmarkHMAC is the minimum cost: a reused hash that has already processed the secret.
 func BenchmarkHMAC(b *testing.B) {
 	for _, size := range benchmarkSizes {
 		b.Run(size.name, func(b *testing.B) {
@@ -49,7 +49,7 @@ func BenchmarkHMAC(b *testing.B) {
 	}
 }
 
-// BenchmarkHMACOfNewMemory is the floor for a program that stores each body in new
+// BenchmarkHMACOfNewMemory is the minimum cost of a program that stores each body in new
 // memory: it allocates memory, copies the bytes, and hashes them.
 func BenchmarkHMACOfNewMemory(b *testing.B) {
 	for _, size := range benchmarkSizes {
@@ -72,9 +72,8 @@ func BenchmarkHMACOfNewMemory(b *testing.B) {
 }
 
 // BenchmarkServeHTTP measures a request through the handler, with an upstream that reads
-// the body. Subtract pass-through, which is the same without the handler. naive is the
-// textbook middleware with the minimum that works: no limit, no placeholders, no logs
-// and no metrics.
+// the body. Subtract pass-through, which is the same without the handler. naive is a
+// minimal middleware: it has no limit, no placeholders, no logs and no metrics.
 func BenchmarkServeHTTP(b *testing.B) {
 	one := Secret{Value: testSecret}
 	older := Secret{Value: "an older secret"}
@@ -171,7 +170,7 @@ func exchange(handler serveFunc, bodyBytes int, sign func(body []byte) string) f
 		delete(header, idempotencyKeyField)
 		delete(vars, "inkit_webhook")
 		repl := caddy.NewReplacer()
-		repl.Map(noPlaceholder) // in the place of Caddy's placeholders of a request
+		repl.Map(noPlaceholder) // instead of Caddy's placeholders of a request
 		request := received.WithContext(context.WithValue(received.Context(), caddy.ReplacerCtxKey, repl))
 		if err := handler(w, request, next); err != nil {
 			return err.(caddyhttp.HandlerError).StatusCode

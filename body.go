@@ -26,13 +26,13 @@ var (
 	errBodyUnreadable = errors.New("body did not arrive whole")
 )
 
-// readBody reads r to its end. If r has more than max bytes or fewer than length, or
-// fails, the error is one of rejections, and the body is the part that arrived. A
+// readBody reads r to its end. If r fails, or has more than max bytes or fewer than
+// length, the error has a row in rejections, and the body is the part that arrived. A
 // length of -1 means that the length is unknown.
 //
 // Memory grows with the bytes that arrive, not with the announced length: it is at most
-// firstRead, or four times the body. No later request reuses it, because the Transport
-// behind reverse_proxy may still read it after the handler returned.
+// firstRead, or four times the body. No other request reuses this memory, because the
+// Transport of reverse_proxy may still read the body after the handler has returned.
 func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 	if r == nil {
 		return nil, nil
@@ -63,8 +63,8 @@ func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 	}
 }
 
-// readError wraps err, an error of reading the body, in a matching one of rejections.
-// It may come from another handler, such as request_body for a body above its limit.
+// readError wraps a read error in the matching error of rejections. The read error may
+// come from another handler, such as request_body for a body above its limit.
 func readError(err error) error {
 	reason := errBodyUnreadable
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
@@ -117,7 +117,7 @@ func setBody(r *http.Request, length int) {
 	}
 }
 
-// removeControls removes fields with which the sender could control the next handlers.
+// removeControls removes header fields that could control the next handlers.
 // With Connection, a proxy would drop our fields. With Upgrade, or the :protocol of
 // HTTP/2 and HTTP/3, it would open a tunnel. With Incremental, it could not buffer the
 // body. The sender's idempotency key could be the key of another event.

@@ -34,23 +34,23 @@ func (d *deadlines) SetReadDeadline(deadline time.Time) error {
 }
 
 // The guard reads the rest of a rejected body without storing it, so that the sender
-// sees the answer. Only then it closes the connection.
+// sees the response. Only then does it close the connection.
 func TestRejectedBodyIsDiscarded(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	for _, tt := range []struct {
 		name   string
 		r      *http.Request
 		bytes  int // of the body
-		read   int // at least
+		read   int // minimum bytes to read
 		atMost int
 		close  string
 	}{
-		{"another method", httptest.NewRequest(http.MethodPut, "/", nil), 900_000, 900_000, 900_000, ""},
+		{"a method other than POST", httptest.NewRequest(http.MethodPut, "/", nil), 900_000, 900_000, 900_000, ""},
 		{"no signature", post(""), 900_000, 900_000, 900_000, ""},
 		{"a malformed signature", post("", "f"), 100, 100, 100, ""},
 		{"a length above max_size", post("", compactSignature), 900_000, 900_000, 900_000, ""},
 		{"more than 1 MiB", post(""), 10 << 20, maxDiscard, maxDiscard + firstRead, "close"},
-		{"more than 1 MiB over HTTP/2, where a stream ends alone", with(post(""), func(r *http.Request) { r.ProtoMajor = 2 }), 10 << 20, maxDiscard, maxDiscard + firstRead, ""},
+		{"more than 1 MiB over HTTP/2, which ends only the stream", with(post(""), func(r *http.Request) { r.ProtoMajor = 2 }), 10 << 20, maxDiscard, maxDiscard + firstRead, ""},
 		{"a sender that waits for 100 Continue", with(post(""), func(r *http.Request) { r.Header.Set("Expect", "100-continue") }), 100, 0, 0, "close"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -76,13 +76,13 @@ func TestRejectedBodyIsDiscarded(t *testing.T) {
 			require.Error(t, h.ServeHTTP(w, r, nil))
 			assert.GreaterOrEqual(t, read, tt.read)
 			assert.LessOrEqual(t, read, tt.atMost)
-			assert.True(t, closed, "so that nobody can read it by a copy of the request")
+			assert.True(t, closed, "otherwise a copy of the request could read it")
 			assert.Equal(t, tt.close, w.Header().Get("Connection"))
 			assert.WithinDuration(t, began.Add(discardTime), w.set[0], discardTime)
-			assert.Zero(t, w.set[len(w.set)-1], "the next request has its own")
+			assert.Zero(t, w.set[len(w.set)-1], "the next request has its own deadline")
 		})
 	}
-	t.Run("for 5 s", func(t *testing.T) {
+	t.Run("for at most 5 s", func(t *testing.T) {
 		synctest.Test(t, func(t *testing.T) {
 			h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 			dribble := readerFunc(func(p []byte) (int, error) { time.Sleep(time.Second); return 1, nil })
@@ -108,7 +108,7 @@ func TestRejectedBodyIsDiscarded(t *testing.T) {
 		assert.Equal(t, 1, reads)
 		assert.Equal(t, "close", w.Header().Get("Connection"))
 	})
-	t.Run("not a body that was read, and not a missing body", func(t *testing.T) {
+	t.Run("not a body that was read completely, and not a missing body", func(t *testing.T) {
 		for _, r := range []*http.Request{post("x", compactSignature), httptest.NewRequest(http.MethodGet, "/", nil)} {
 			res := serve(t, h, r)
 			require.Error(t, res.err)
@@ -147,7 +147,7 @@ func TestRejectedRequestHasNoBody(t *testing.T) {
 			require.Error(t, h.ServeHTTP(w, r, nil))
 			assert.Equal(t, http.NoBody, r.Body)
 			assert.Zero(t, r.ContentLength)
-			assert.Equal(t, []string{"0"}, r.Header["Content-Length"], "which php_fastcgi goes by")
+			assert.Equal(t, []string{"0"}, r.Header["Content-Length"], "php_fastcgi uses this field")
 			assert.Nil(t, r.GetBody)
 			assert.Empty(t, r.TransferEncoding)
 			assert.Empty(t, r.Trailer)
@@ -177,14 +177,14 @@ func TestSenderDoesNotSteer(t *testing.T) {
 					assert.NotContains(t, res.request.Header, field)
 				}
 			}
-			assert.Equal(t, "application/json", res.request.Header.Get("Content-Type"), "others stay")
+			assert.Equal(t, "application/json", res.request.Header.Get("Content-Type"), "other fields stay")
 			assert.Len(t, res.request.Header["Inkit-Signature"], 1)
 		})
 	}
 }
 
 // A proxy in an error route turns an extended CONNECT (RFC 8441 and 9220) into a request
-// for a tunnel. It recognizes one by the method and the :protocol.
+// for a tunnel. The proxy recognizes an extended CONNECT by its method and :protocol.
 func TestRejectedConnectOpensNoTunnel(t *testing.T) {
 	http3 := func(r *http.Request) { r.Proto, r.ProtoMajor, r.ProtoMinor = "websocket", 3, 0 }
 	for _, tt := range []struct {
@@ -237,7 +237,7 @@ func TestVerifiedRequestHasItsLength(t *testing.T) {
 		{"without the field", signed("abc"), "3"},
 		{"chunked", with(signed(large), chunked), "5000"},
 		{"chunked and empty", with(signed(""), chunked), "0"},
-		{"a field that another handler made wrong", with(signed("abc"), func(r *http.Request) { r.Header["Content-Length"] = []string{"4", "5"} }), "3"},
+		{"a wrong field from an earlier handler", with(signed("abc"), func(r *http.Request) { r.Header["Content-Length"] = []string{"4", "5"} }), "3"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			res := serve(t, h, tt.r)
@@ -285,7 +285,7 @@ func TestReplacedBodyIsNotUndone(t *testing.T) {
 	require.Error(t, err)
 }
 
-// An error route sees the same request, and may send a failed event elsewhere.
+// An error route gets the same request, and may send a failed event to another backend.
 func TestErrorRoutesGetTheBody(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	for _, body := range []string{"", "abc", strings.Repeat("a", 50_000)} {
@@ -304,7 +304,7 @@ func TestErrorRoutesGetTheBody(t *testing.T) {
 		assert.Equal(t, body, string(all))
 		rest, err := io.ReadAll(reader)
 		require.NoError(t, err)
-		assert.Len(t, rest, max(0, len(body)-2), "the reader so far is where it was")
+		assert.Len(t, rest, max(0, len(body)-2), "the first reader has not moved")
 		again, err := r.GetBody()
 		require.NoError(t, err)
 		all, err = io.ReadAll(again)
@@ -328,14 +328,14 @@ func TestReadBody(t *testing.T) {
 	}{
 		{"nothing, declared", bytes.NewReader(nil), 0, 10, 0, nil},
 		{"nothing, undeclared", bytes.NewReader(nil), -1, 10, 0, nil},
-		{"a short one, declared", bytes.NewReader(data[:85]), 85, 100, 85, nil},
-		{"a short one, undeclared", bytes.NewReader(data[:85]), -1, 100, 85, nil},
-		{"just max_size", bytes.NewReader(data[:100]), 100, 100, 100, nil},
-		{"just max_size, undeclared", bytes.NewReader(data[:100]), -1, 100, 100, nil},
-		{"as much as the first room", bytes.NewReader(data[:firstRead]), -1, large, firstRead, nil},
-		{"as much as the first room, declared", bytes.NewReader(data[:firstRead]), firstRead, large, firstRead, nil},
-		{"a large one, declared", bytes.NewReader(data), large, large, large, nil},
-		{"a large one, undeclared", bytes.NewReader(data), -1, large, large, nil},
+		{"a short body, declared", bytes.NewReader(data[:85]), 85, 100, 85, nil},
+		{"a short body, undeclared", bytes.NewReader(data[:85]), -1, 100, 85, nil},
+		{"exactly max_size, declared", bytes.NewReader(data[:100]), 100, 100, 100, nil},
+		{"exactly max_size, undeclared", bytes.NewReader(data[:100]), -1, 100, 100, nil},
+		{"exactly the first buffer, undeclared", bytes.NewReader(data[:firstRead]), -1, large, firstRead, nil},
+		{"exactly the first buffer, declared", bytes.NewReader(data[:firstRead]), firstRead, large, firstRead, nil},
+		{"a large body, declared", bytes.NewReader(data), large, large, large, nil},
+		{"a large body, undeclared", bytes.NewReader(data), -1, large, large, nil},
 		{"without a limit", bytes.NewReader(data), -1, math.MaxInt64, large, nil},
 		{"one byte at a time", iotest.OneByteReader(bytes.NewReader(data[:5000])), -1, large, 5000, nil},
 		{"the end together with the data", iotest.DataErrReader(bytes.NewReader(data[:5000])), 5000, large, 5000, nil},
@@ -365,8 +365,8 @@ func TestReadBody(t *testing.T) {
 	}
 }
 
-// Memory grows with the bytes that arrive, not with the declared length: it is never
-// more than four times these bytes, or the first buffer.
+// Memory grows with the bytes that arrive, not with the declared length. It is never
+// larger than the first buffer, or four times these bytes.
 func TestReadBodyPaysForWhatArrived(t *testing.T) {
 	const declared = 64 << 20
 	for _, arrived := range []int{0, 1, 64, firstRead, firstRead + 1, 100_000, 1 << 20} {
@@ -379,7 +379,7 @@ func TestReadBodyPaysForWhatArrived(t *testing.T) {
 	}
 	small, err := readBody(strings.NewReader(compactBody), int64(len(compactBody)), declared)
 	require.NoError(t, err)
-	assert.Equal(t, len(compactBody)+1, cap(small), "an event takes only its own length")
+	assert.Equal(t, len(compactBody)+1, cap(small), "an event takes memory only for its own length")
 }
 
 func FuzzReadBody(f *testing.F) {

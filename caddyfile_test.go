@@ -65,9 +65,9 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 		{"a text on the line", "inkit_webhook c0nf1d3nt1al", onLine},
 		{"a text in quotes on the line", `inkit_webhook "c0nf1d3nt1al {env.X}"`, onLine},
 		{"a text on the line that starts with a slash: a matcher", "inkit_webhook /c0nf1d3nt1al", none},
-		{"a placeholder in part on the line", "inkit_webhook c0nf1d3nt1al{env.X}", onLine},
+		{"a text with a placeholder on the line", "inkit_webhook c0nf1d3nt1al{env.X}", onLine},
 		{"a text in quotes on the line without a placeholder", `inkit_webhook "c0nf1d3nt1al"`, onLine},
-		{"empty quotes on the line, from a variable that is unset", `inkit_webhook ""`, onLine},
+		{"empty quotes on the line, from an unset variable", `inkit_webhook ""`, onLine},
 		{"two placeholders on the line", "inkit_webhook {env.X} {env.Y}", "inkit_webhook: takes at most one placeholder: further secrets go into the block"},
 		{"a placeholder and a text on the line", "inkit_webhook {env.X} c0nf1d3nt1al", "inkit_webhook: takes at most one placeholder: further secrets go into the block"},
 		{"a secret without a value", block("secret"), onSecret},
@@ -77,7 +77,7 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 		{"a secret without quotes and a name without the word", block("secret c0nf1d3nt1al current"), onSecret},
 		{"a secret and a name without the word", block(`secret "c0nf1d3nt1al" current`), onSecret},
 		{"a placeholder and a name without the word", block("secret {env.Y} current"), onSecret},
-		{"a placeholder in part without quotes", block("secret c0nf1d3nt1al{env.Y}"), onSecret},
+		{"a text with a placeholder, without quotes", block("secret c0nf1d3nt1al{env.Y}"), onSecret},
 		{"the word name without a name", block(`secret "c0nf1d3nt1al" name`), onSecret},
 		{"the word name without a secret", block("secret name"), onSecret},
 		{"a name without a secret", block("secret name current"), onSecret},
@@ -87,7 +87,7 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 		{"an unknown word", block("c0nf1d3nt1al"), unknown},
 		{"a known word in another case", block("Max_Size 1KiB"), unknown},
 		{"max_size without a size", block("max_size"), onSize},
-		{"max_size with two", block("max_size 1KiB c0nf1d3nt1al"), onSize},
+		{"max_size with two sizes", block("max_size 1KiB c0nf1d3nt1al"), onSize},
 		{"max_size with a unit as a separate word", block("max_size 1 KiB"), onSize},
 		{"max_size of 0", block("max_size 0"), onSize},
 		{"max_size of 0 KiB", block("max_size 0KiB"), onSize},
@@ -102,7 +102,7 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 		{"idempotency_key repeated", block("idempotency_key off\nidempotency_key off"), "idempotency_key: must not be repeated"},
 		{"name without a name", block("name"), "name: takes one name"},
 		{"an empty name", block(`name ""`), "name: takes one name"},
-		{"name with two", block("name a c0nf1d3nt1al"), "name: takes one name"},
+		{"name with two names", block("name a c0nf1d3nt1al"), "name: takes one name"},
 		{"name repeated", block("name a\nname a"), "name: must not be repeated"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -113,10 +113,10 @@ func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 	}
 }
 
-// Caddy expands {$VARIABLE} before it cuts the line into words. An unset variable
-// vanishes, and one with a space in it becomes two words. Neither may turn the next
-// word into a secret. A variable that is set is refused too, with a hint to use quotes:
-// otherwise the mistake would show only when the variable is unset.
+// Caddy expands {$VARIABLE} before it splits the line into words. An unset variable
+// disappears, and a variable with a space becomes two words. In both cases, the next word
+// must not become the secret. A set variable without quotes is refused, too: otherwise
+// the mistake would show only when the variable is unset.
 func TestUnsetVariableMakesNoSecret(t *testing.T) {
 	t.Setenv("TEST_INKIT_SET", "c0nf1d3nt1al")
 	t.Setenv("TEST_INKIT_TWO_WORDS", "c0nf1d3nt1al current")

@@ -76,10 +76,10 @@ func verifyCommand() *cobra.Command {
 		Short: "Verifies the signature of a body, or explains why it does not match",
 		Long: `
 Verifies the signature of a body from a file or from standard input. If one of
-the secrets made it, prints the file or variable of that secret, and exits with
-status 0. If not, prints the cause, and exits with status 1. It tries the usual
-causes, such as a body that lost its final newline or was parsed and written
-again, and names a cause only if the signature then matches: it is no guess.
+the secrets made the signature, prints the file or variable of that secret, and
+exits with status 0. If not, prints the cause, and exits with status 1. It tries
+the usual causes, such as a body that lost its final newline or was parsed and
+written again. It never guesses: the signature matches without the named cause.
 `,
 		Example: `  printf %s '{"event_type":"DOCUMENT_DELETED"}' | INKIT_WEBHOOK_SECRET=demo caddy inkit-webhook verify --signature d523ce83c5dc06cc5c0f5c752174ecd2d00ed5c8227324e36814ea230b75ad09`,
 		Args:    cobra.MaximumNArgs(1),
@@ -116,7 +116,7 @@ func sendCommand() *cobra.Command {
 		Short: "Signs an event and sends it to a URL",
 		Long: `
 Signs an event and posts it to a URL as Inkit does, then prints the status and
-the body of the response, and with --count a summary in the last line. Exits with
+the body of the response. With --count, the last line is a summary. Exits with
 status 0 if every status is 2xx, and with 1 if not. It sends nothing to any other
 URL: it follows no redirects, and uses no proxy.
 `,

@@ -29,7 +29,7 @@ func Example() {
 			return
 		}
 		// in the handler, with the bytes of the body as they arrived:
-		name, err := verifier.Verify(body, r.Header.Get("Inkit-Signature")) // of the secret that signed
+		name, err := verifier.Verify(body, r.Header.Get("Inkit-Signature")) // the name of the secret
 		if err != nil {
 			http.Error(w, err.Error(), http.StatusUnauthorized)
 			return

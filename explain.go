@@ -10,10 +10,10 @@ import (
 	"strings"
 )
 
-// explain returns the cause of a mismatch: it tries the usual mistakes with the signature,
-// the secret and the body, one at a time, and names the first one that explains the
-// signature. It is for a person at a terminal: in a server's answer, the cause would
-// help an attacker.
+// explain returns the cause of a mismatch. It tries the usual mistakes with the signature,
+// the secret and the body, one at a time, and returns the first mistake that explains the
+// signature. Only a person at a terminal may see the cause: in the response of a server,
+// it would help an attacker.
 func explain(secrets []Secret, body []byte, signature string) (cause string) {
 	if signature == "" {
 		return "Inkit-Signature is missing or empty: the request is not from Inkit, or a program on the way removed the header field"

@@ -12,8 +12,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// Each row makes one mistake: the signature is for signed under key, and explain gets
-// body and secret.
+// Each row has one mistake: the sender has signed another body, used another secret, or
+// changed the signature. explain must find this mistake.
 func TestExplain(t *testing.T) {
 	const (
 		key     = "a2V5IGZvciB0ZXN0cw==" // valid base64
@@ -79,8 +79,8 @@ func TestExplain(t *testing.T) {
 	}
 }
 
-// Explaining a deeply nested or large body costs little: 14 kB of it took 9 GiB when
-// indented.
+// explain needs little memory and time for deeply nested or large JSON: indented, 14 kB of
+// nested JSON took 9 GiB.
 func TestExplainIsBounded(t *testing.T) {
 	secrets := []Secret{{Value: testSecret}}
 	for name, body := range map[string]string{

@@ -22,7 +22,7 @@ const (
 	previousAge       = 10 * time.Second       // how long an old value stays valid: the new one may be half written
 )
 
-// keyring has the secrets of a running handler, and reloads them when a request asks. It
+// keyring has the secrets of a running handler, and reloads them for requests. It
 // does not watch files: a watcher would miss the symbolic links that Kubernetes swaps.
 type keyring struct {
 	secrets    []Secret             // as configured
@@ -35,7 +35,7 @@ type keyring struct {
 	mu        sync.Mutex                   // for next
 	next      chan struct{}                // closed at the end of the next reload; nil if no request asks for one
 
-	values    []Secret  // with the last good value of each; only reload uses it
+	values    []Secret  // with the last good values; only reload uses it
 	lastError time.Time // of the last log line about a failed reload; only reload uses it
 }
 
@@ -151,8 +151,8 @@ func (k *keyring) reloadLoop() {
 	}
 }
 
-// reload uses every new value that is valid. If a value is not valid, the last good one
-// stays: losing events is worse than using an old secret longer.
+// reload uses every new value that is valid. If a new value is not valid, the last good
+// value stays in use: losing events is worse than using an old secret longer.
 func (k *keyring) reload() {
 	var failure error
 	var changed []string

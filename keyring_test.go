@@ -37,7 +37,7 @@ func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	require.NoError(t, err)
 	i, err := k.verify(t.Context(), &sig, []byte("x"))
 	require.NoError(t, err)
-	assert.Equal(t, "blue", secrets[i].Name, "the first one counts")
+	assert.Equal(t, "blue", secrets[i].Name, "the first of the equal secrets counts")
 }
 
 // reloadsSince returns a function that counts the reloads since now, by result.
@@ -89,7 +89,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 	bubble := func(name string, f func(t *testing.T)) {
 		t.Run(name, func(t *testing.T) { inBubble(t, f) })
 	}
-	bubble("a new secret is in use for the very event that did not match", func(t *testing.T) {
+	bubble("an event signed with a new secret waits for the reload and passes", func(t *testing.T) {
 		g := newFileGuard(t)
 		counted := reloadsSince(g.Handler)
 		writeFile(t, g.path, "new\n")
@@ -97,9 +97,9 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, "1 changed, 0 unchanged, 0 failed", counted())
 		lines := g.logs.FilterMessage("secrets changed").All()
 		require.Len(t, lines, 1)
-		assert.Equal(t, []any{"file"}, lines[0].ContextMap()["secrets"], "the line names which")
+		assert.Equal(t, []any{"file"}, lines[0].ContextMap()["secrets"], "the line names the changed secret")
 	})
-	bubble("a new secret is in use though a reload has just missed it", func(t *testing.T) {
+	bubble("a new secret is used, although it appeared just after a reload", func(t *testing.T) {
 		g := newFileGuard(t)
 		assert.Equal(t, 401, g.status("new"))
 		writeFile(t, g.path, "new\n")
@@ -107,7 +107,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, 200, g.status("new"))
 		assert.LessOrEqual(t, time.Since(began), reloadInterval)
 	})
-	bubble("the value before a change stays good for 10 s", func(t *testing.T) {
+	bubble("the old value stays valid for 10 s after a change", func(t *testing.T) {
 		g := newFileGuard(t)
 		writeFile(t, g.path, "new\n")
 		assert.Equal(t, 200, g.status("new"))
@@ -117,9 +117,9 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, 401, g.status("old"))
 		assert.Equal(t, 200, g.status("new"))
 	})
-	bubble("a value stays good over two changes within its 10 s", func(t *testing.T) {
+	bubble("the old value stays valid during two changes within 10 s", func(t *testing.T) {
 		g := newFileGuard(t)
-		for i, value := range []string{"n", "newer"} { // the first is half written
+		for i, value := range []string{"n", "newer"} { // the first value is half written
 			writeFile(t, g.path, value)
 			time.Sleep(time.Second)
 			assert.Equal(t, 200, g.status(value), i)
@@ -129,7 +129,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Equal(t, 401, g.status("old"))
 		assert.Equal(t, 200, g.status("newer"))
 	})
-	bubble("a withdrawn secret is out within 11 s of traffic, though it matches", func(t *testing.T) {
+	bubble("a withdrawn secret is refused within 11 s of traffic, although it matched", func(t *testing.T) {
 		g := newFileGuard(t)
 		writeFile(t, g.path, "new\n")
 		began := time.Now()
@@ -138,7 +138,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		}
 		assert.Less(t, time.Since(began), 11*time.Second)
 	})
-	bubble("a flood of signatures that do not match causes 4 reloads a second", func(t *testing.T) {
+	bubble("a flood of wrong signatures causes only 4 reloads a second", func(t *testing.T) {
 		g := newFileGuard(t)
 		counted := reloadsSince(g.Handler)
 		var wg sync.WaitGroup
@@ -152,13 +152,13 @@ func TestSecretsAreReloaded(t *testing.T) {
 		began := time.Now()
 		wg.Wait()
 		intervals := time.Since(began) / reloadInterval
-		assert.LessOrEqual(t, intervals, time.Duration(10), "each waits for one reload")
+		assert.LessOrEqual(t, intervals, time.Duration(10), "each event waits for one reload")
 		var changed, unchanged, failed float64
 		_, err := fmt.Sscanf(counted(), "%g changed, %g unchanged, %g failed", &changed, &unchanged, &failed)
 		require.NoError(t, err, counted())
 		assert.LessOrEqual(t, unchanged, float64(intervals)+2)
 	})
-	bubble("signatures that match cause no more than that, and wait for none", func(t *testing.T) {
+	bubble("matching signatures cause at most 4 reloads a second, and do not wait for them", func(t *testing.T) {
 		g := newFileGuard(t)
 		counted := reloadsSince(g.Handler)
 		began := time.Now()
@@ -178,7 +178,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		"one newline":       func(t *testing.T, path string) { writeFile(t, path, "\n") },
 		"with a blank line": func(t *testing.T, path string) { writeFile(t, path, "new\n\n") },
 		"too large":         func(t *testing.T, path string) { writeFile(t, path, strings.Repeat("n", 1<<20+1)) },
-		"gone":              func(t *testing.T, path string) { require.NoError(t, os.Remove(path)) },
+		"missing":           func(t *testing.T, path string) { require.NoError(t, os.Remove(path)) },
 		"a directory instead": func(t *testing.T, path string) {
 			require.NoError(t, os.Remove(path))
 			require.NoError(t, os.Mkdir(path, 0o700))
@@ -190,7 +190,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 			breakIt(t, g.path)
 			for began := time.Now(); time.Since(began) < 2*reloadLogInterval-2*time.Second; time.Sleep(time.Second) {
 				assert.Equal(t, 200, g.status("old"))
-				assert.Equal(t, 401, g.status(""), "the empty key opens nothing")
+				assert.Equal(t, 401, g.status(""), "a signature with the empty key is rejected")
 			}
 			assert.Regexp(t, "^0 changed, 0 unchanged, [0-9]+ failed$", counted())
 			lines := g.logs.FilterLevelExact(zapcore.ErrorLevel).All()
@@ -201,10 +201,10 @@ func TestSecretsAreReloaded(t *testing.T) {
 
 			require.NoError(t, os.RemoveAll(g.path))
 			writeFile(t, g.path, "new\n")
-			assert.Equal(t, 200, g.status("new"), "once it is good, it is taken")
+			assert.Equal(t, 200, g.status("new"), "a valid value is used at the next reload")
 		})
 	}
-	bubble("a withdrawn secret does not come back when another file changes while this one is unreadable", func(t *testing.T) {
+	bubble("a withdrawn secret does not come back if its file is unreadable and another file changes", func(t *testing.T) {
 		other := writeFile(t, filepath.Join(t.TempDir(), "other"), "other\n")
 		g := newFileGuard(t, Secret{Value: "{file." + other + "}", Name: "other"})
 		writeFile(t, g.path, "new\n")
@@ -212,13 +212,13 @@ func TestSecretsAreReloaded(t *testing.T) {
 		time.Sleep(previousAge)
 		require.NoError(t, os.Remove(g.path))
 		writeFile(t, other, "newer\n")
-		assert.Equal(t, 200, g.status("newer"), "which the unreadable one does not keep from changing")
+		assert.Equal(t, 200, g.status("newer"), "the unreadable secret does not block the reload of this one")
 		time.Sleep(previousAge)
 		assert.Equal(t, 401, g.status("old"))
 		assert.Equal(t, 401, g.status("other"))
 		assert.Equal(t, 200, g.status("new"))
 	})
-	bubble("two that become the same do no harm", func(t *testing.T) {
+	bubble("two secrets that get the same value cause one warning and no error", func(t *testing.T) {
 		g := newFileGuard(t, Secret{Value: "next", Name: "next"})
 		writeFile(t, g.path, "next\n")
 		assert.Equal(t, 401, g.status("wrong"))
@@ -226,7 +226,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 		assert.Len(t, g.logs.FilterMessage("two secrets have the same value: remove one").All(), 1)
 		require.NoError(t, load(t, &Handler{Secrets: g.Secrets}), "and the next load accepts them")
 	})
-	bubble("a request whose sender is gone waits no longer", func(t *testing.T) {
+	bubble("a request does not wait after its sender has disconnected", func(t *testing.T) {
 		g := newFileGuard(t)
 		assert.Equal(t, 401, g.status("wrong")) // the next reload is in 250 ms
 		ctx, cancel := context.WithCancel(t.Context())
@@ -248,8 +248,8 @@ func TestSecretsAreReloaded(t *testing.T) {
 	})
 }
 
-// 20 rotations, each followed by 50 events at once with the new secret, among forged
-// ones: a request that cannot start the reload must wait for it.
+// 20 rotations. After each rotation, 50 events with the new secret and 50 forged events
+// arrive at the same time. A request that cannot start a reload must wait for it.
 func TestNoGenuineEventIsRefusedAfterARotation(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		g := newFileGuard(t)
@@ -270,7 +270,7 @@ func TestNoGenuineEventIsRefusedAfterARotation(t *testing.T) {
 				}
 			}
 		}
-		assert.Zero(t, refused, "of 1,000")
+		assert.Zero(t, refused, "of 1,000 events")
 	})
 }
 
@@ -288,8 +288,8 @@ func TestFileSystemThatHangs(t *testing.T) {
 	})
 }
 
-// Events signed with either secret pass while one secret's file is replaced over and
-// over, and events arrive on many connections.
+// Many connections send events signed with both secrets, while the file of one secret is
+// replaced again and again. All events must pass.
 func TestSecretsAreReloadedUnderLoad(t *testing.T) {
 	dir := t.TempDir()
 	path := writeFile(t, filepath.Join(dir, "secret"), "first\n")

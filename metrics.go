@@ -8,8 +8,8 @@ import (
 )
 
 // Every load of a configuration has its own registry. The collectors are created once
-// and registered in each, so that the counts survive a reload. There are none for time
-// and size, because Caddy's metrics option measures them.
+// and registered in each registry, so that the counts survive a reload. This module does
+// not measure time and size, because Caddy's metrics option does.
 var (
 	requestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_inkit_webhook_requests_total",
@@ -31,13 +31,13 @@ const ( // indexes of deliveryResults
 	deliveryAccepted  = iota // status 2xx
 	deliveryRefused          // another status below 500
 	deliveryFailed           // status 5xx, an error or a panic
-	deliveryUnhandled        // no handler took it
+	deliveryUnhandled        // no handler took the event
 )
 
 const ( // indexes of reloadResults
 	reloadChanged   = iota // at least one secret has a new value, which is in use
 	reloadUnchanged        // no secret has a new value
-	reloadFailed           // at least one could not be read and keeps its value
+	reloadFailed           // at least one secret could not be read, and keeps its value
 )
 
 var (
@@ -54,7 +54,7 @@ func registerMetrics(registry prometheus.Registerer) error {
 	return nil
 }
 
-// counters are the counters of one handler, so that no request looks one up by its
+// counters has the counters of one handler, so that no request looks up a counter by its
 // labels. All are created at 0: a counter that first appears at 1 shows no increase, so
 // an alert would miss that event. Counters of a removed name stay until Caddy restarts.
 type counters struct {

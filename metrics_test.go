@@ -72,7 +72,7 @@ func TestAllCountersExistFromLoad(t *testing.T) {
 	}
 }
 
-// The counters of a removed name stay until Caddy restarts, with their values.
+// The counters of a removed name keep their values until Caddy restarts.
 func TestCountersSurviveAReload(t *testing.T) {
 	unload := configure(t, webhook("stays", "old", "new"), webhook("goes", "only"), webhook("stays", "old"))
 	verified := requestsTotal.WithLabelValues("stays", "verified", "new")

@@ -1,6 +1,6 @@
 // Package inkitwebhook passes only webhooks that Inkit (inkit.com) signed to a backend.
 // It is a Caddy HTTP handler, http.handlers.inkit_webhook. Any Go program can use its
-// Verifier, but then compiles Caddy too.
+// Verifier, but must compile Caddy too.
 //
 // Inkit sends events as POST requests with the header field Inkit-Signature, the
 // HMAC-SHA256 of the raw body with the webhook's secret as the key
@@ -8,8 +8,8 @@
 //
 // # Limits of a signature
 //
-// Inkit signs only the body: not the method, the URL, the header, the trailers, nor
-// the sender's address. Anybody who saw a signed body can replay it to any URL with
+// Inkit signs only the body: not the method, the URL, the header, the trailers or the
+// sender's address. Anybody who saw a signed body can replay it to any URL with
 // the same secret, as long as that secret is in use. This package cannot detect a
 // replay, because two genuine events may be equal byte for byte. Use TLS, logs without
 // signatures, and a backend that does no harm when the same event comes twice.
@@ -60,11 +60,11 @@ const (
 // handler takes the event, an error with HTTP status 404 is returned, where Caddy
 // itself would answer 200.
 //
-// The next handler does not see any other request. The checks run in this order, and
-// the first failure sets the outcome and the HTTP status of the error: the method is
-// POST (405), there is one `Inkit-Signature` of 64 lower-case hexadecimal digits (401),
-// the body is no larger than `max_size` (413), it arrives whole (400) and in time
-// (408), and one of the secrets made the signature (401).
+// The next handler never sees a rejected request. The checks run in this order, and the
+// first failure sets the outcome and the HTTP status of the error: the method is POST
+// (405), the request has one `Inkit-Signature` of 64 lower-case hexadecimal digits
+// (401), the body is not larger than `max_size` (413), it arrives completely (400) and in
+// time (408), and one of the secrets made the signature (401).
 //
 // Error routes get a rejected request without its body. The placeholder
 // `{http.inkit_webhook.outcome}` is `verified`, or one word for the cause of the
@@ -73,8 +73,8 @@ const (
 // Placeholder | Description
 // ------------|-------------
 // `{http.inkit_webhook.event_type}` | The `event_type` of the event, empty if the body is not the JSON that Inkit documents
-// `{http.inkit_webhook.resource_id}` | The `resource_id` of the event, likewise
-// `{http.inkit_webhook.secret_name}` | The name of the secret that signed
+// `{http.inkit_webhook.resource_id}` | The `resource_id` of the event, empty in the same case
+// `{http.inkit_webhook.secret_name}` | The name of the secret that made the signature
 //
 // The signature covers only the body: a recorded request can be replayed.
 type Handler struct {
@@ -94,7 +94,7 @@ type Handler struct {
 
 	// Whether a verified request gets an `Idempotency-Key` header field, which replaces
 	// the sender's. It is unique to this delivery and the same for each attempt, so the
-	// backend can recognize a double. A proxy also sends a request with the key again if
+	// backend can detect a duplicate. A proxy also sends a request with the key again if
 	// the backend closes an idle connection at that moment. If the connection breaks
 	// later, only a proxy with retries, or the queue, saves the event. Default: `true`.
 	IdempotencyKey *bool `json:"idempotency_key,omitempty"`
@@ -219,7 +219,7 @@ func (h *Handler) checkHeader(r *http.Request) (sig [sha256.Size]byte, err error
 		err = ErrSignatureMissing
 	case 1:
 		sig, err = parseSignature(lines[0])
-	default: // even equal ones: the backend may use another one than we do
+	default: // also if the lines are equal, because the backend may read another line
 		err = ErrSignatureMalformed
 	}
 	if err == nil && r.ContentLength > h.MaxSize {
@@ -245,7 +245,7 @@ func (h *Handler) reject(w http.ResponseWriter, r *http.Request, body []byte, er
 		header["Www-Authenticate"] = []string{signatureField} // RFC 9110, 15.5.2
 	}
 	if err != ErrSignatureMismatch && !endBody(w, r, !why.broken) && r.ProtoMajor == 1 { // before a mismatch, the body was read completely
-		header["Connection"] = []string{"close"} // or net/http waits for a short rest of the body
+		header["Connection"] = []string{"close"} // otherwise net/http waits for the rest of a short body
 	}
 	setBody(r, 0)
 	removeControls(r)
@@ -287,9 +287,9 @@ func malformation(lines []string) string {
 type delivery struct {
 	caddyhttp.ResponseWriterWrapper
 	event     event.Event
-	reader    bodyReader // the first one
-	status    int        // 0 if none was written
-	unhandled bool       // whether no handler took the event, although one such as templates wrote a status
+	reader    bodyReader // the first reader of the body
+	status    int        // 0 if no status was written
+	unhandled bool       // whether no handler took the event, but a handler such as templates wrote a status
 }
 
 // WriteHeader records the first final status, and makes it 404 if no handler took the event.
@@ -353,8 +353,8 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 			zap.String("idempotency_key", d.event.IdempotencyKey),
 		)
 	}
-	// The error routes may have another backend, so attach a new reader. A Transport may
-	// still use the old one. If a later handler replaced the body, its reader stays.
+	// The error routes may have another backend, so attach a new reader: a Transport may
+	// still use the old reader. If a later handler replaced the body, that body stays.
 	if err != nil && r.Body == &d.reader {
 		d.attachBody(r, new(bodyReader))
 	}
@@ -362,8 +362,8 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 }
 
 // newIdempotencyKey returns a key that no other delivery has: a string in quotes, as in
-// the draft. It does not depend on the request, because two equal events are still two
-// deliveries.
+// the draft. The key does not depend on the request, because two equal events are still
+// two deliveries.
 func (h *Handler) newIdempotencyKey() string {
 	key := strconv.AppendUint(append(make([]byte, 0, 64), h.keyPrefix...), h.keyCount.Add(1), 10)
 	return string(append(key, '"'))

@@ -36,39 +36,39 @@ import (
 //
 //  1. an unset {env.X} is the empty key: TestSecretsThatAreRefused
 //  2. the text {env.X} is the key: TestSecretsThatAreRefused ("in part"), TestSecretsThatAreResolved
-//  3. the path of an unreadable file is the key: TestSecretsThatAreRefused
+//  3. if a file is unreadable, its path is the key: TestSecretsThatAreRefused
 //  4. a literal secret with braces is mangled: TestSecretsThatAreResolved
 //  5. a missing header passes: TestRoad
 //  6. a default secret: TestSecretsThatAreRefused ("no secret at all")
 //  7. == on signatures: TestComparesInConstantTime
 //  8. a panic on a short header: TestVerify, TestRoad, FuzzParseSignature
 //  9. one good signature among several passes: TestRoad
-//  10. the sender picks the hash: TestRoad ("a prefix"), TestVerify
+//  10. the sender chooses the hash function: TestRoad ("a prefix"), TestVerify
 //  11. a kind of body that is not hashed: TestRoad (the kinds of body)
 //  12. no limit, or the body is read before the header is checked: TestRoad, TestRejectedBodyIsDiscarded, TestReadBodyPaysForWhatArrived
 //  13. a truncated body is verified: TestRoad, TestReadBody
 //  14. secrets, signatures or bodies in logs and responses: TestLogs, TestSecretsThatAreRefused, TestCaddyfileErrorsShowNoInput
 //  15. 413 hidden behind another status: TestRoad
 //  16. handle_errors bypassed: TestRoad (nothing is written), and internal/e2e TestHandleErrors
-//  17. replay state: there is none
+//  17. faulty replay detection: we have none
 //  18. bodies that are not UTF-8: TestRoad
 //  19. a valid empty body: TestRoad, TestVerify
 //  20. chunked bodies and FastCGI: TestVerifiedRequestHasItsLength, and internal/e2e TestBodiesArriveWhole
-//  21. a name that becomes the secret when a variable is unset: TestUnsetVariableMakesNoSecret
+//  21. if a variable is unset, the next word becomes the secret: TestUnsetVariableMakesNoSecret
 //  22. a secret of NULs: TestTextThatIsNoSecret, TestNewVerifierRefusesTheEmptySecret
 //  23. a rejected body that reaches an error route: TestRejectedRequestHasNoBody, and internal/e2e TestErrorRouteGetsNothingForged
 //  24. fields that remove the guard's fields, or open a tunnel: TestSenderDoesNotSteer, and internal/e2e TestSenderDoesNotSteerTheProxy
-//  25. a secret on the line of the directive that is taken for a path: TestCaddyfileErrorsShowNoInput
+//  25. a secret on the line of the directive becomes a path matcher: TestCaddyfileErrorsShowNoInput
 //  26. genuine events refused while another request reads the secrets: TestNoGenuineEventIsRefusedAfterARotation, and internal/e2e TestRotationsUnderLoad
 //  27. a running state that the next load refuses: TestEqualSecretsLoadWithOneWarning
-//  28. a verified event that no handler takes but that looks delivered: TestDeliveries, and internal/e2e TestUnhandledEvent
+//  28. a verified event looks delivered, but no handler took it: TestDeliveries, and internal/e2e TestUnhandledEvent
 //  29. a body replaced after verification and undone by a retry: TestReplacedBodyIsNotUndone, and internal/e2e TestReplacedBodyIsNotUndoneByARetry
-//  30. deliveries without a bound once the sender is gone: TestVerifiedRequestEndsWithItsSender, and internal/e2e TestSenderThatHangsUp
-//  31. a tool that a hostile body or server can hurt: TestExplainIsBounded, and internal/e2e TestCommandSend
+//  30. unlimited deliveries after their senders have disconnected: TestVerifiedRequestEndsWithItsSender, and internal/e2e TestSenderThatHangsUp
+//  31. a command that a hostile body or server can attack: TestExplainIsBounded, and internal/e2e TestCommandSend
 //  32. an alert that cannot fire: internal/e2e TestAlertRules
 //  33. a refusal that looks like a dead upstream: internal/e2e TestNginxInFront
-//  34. a half-written secret taken over, the good one dropped at once: TestSecretsAreReloaded, and internal/e2e TestRotationsUnderLoad
-//  35. a hung file system that holds requests: TestFileSystemThatHangs, and internal/e2e TestHungFileSystem
+//  34. a half-written secret replaces the good secret at once: TestSecretsAreReloaded, and internal/e2e TestRotationsUnderLoad
+//  35. a hanging file system blocks requests: TestFileSystemThatHangs, and internal/e2e TestHungFileSystem
 
 // The tests named in docs/security.md and in the list above exist.
 func TestDocumentedTestsExist(t *testing.T) {
@@ -93,7 +93,7 @@ func TestDocumentedTestsExist(t *testing.T) {
 	}
 }
 
-// TestMain moves Caddy's files out of the user's folders.
+// TestMain moves Caddy's files from the user's folders to a temporary folder.
 func TestMain(m *testing.M) {
 	dir, err := os.MkdirTemp("", "inkit-webhook")
 	if err != nil {
@@ -107,7 +107,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// provision loads h as a configuration would, and returns its log from then on.
+// provision loads h as a configuration would, and returns h and its later log lines.
 func provision(tb testing.TB, h *Handler) (*Handler, *observer.ObservedLogs) {
 	tb.Helper()
 	require.NoError(tb, load(tb, h))
@@ -132,11 +132,11 @@ type result struct {
 	status     int // of the error, or 200
 	outcome    string
 	nextCalled bool
-	body       string // as next read it
+	body       string // that next read
 	err        error
 	header     http.Header // of the response
 	repl       *caddy.Replacer
-	request    *http.Request // as next saw it
+	request    *http.Request // that next got
 }
 
 func serve(tb testing.TB, h *Handler, r *http.Request) (res result) {
@@ -221,7 +221,7 @@ func TestRoad(t *testing.T) {
 		{"accepted", "a body of unknown length", with(signed(atLimit), withBody(strings.NewReader(atLimit), -1)), 200, "verified", nil},
 		{"accepted", "a form", with(signed("a=b"), func(r *http.Request) { r.Header.Set("Content-Type", "application/x-www-form-urlencoded") }), 200, "verified", nil},
 		{"accepted", "a multipart form", with(signed("--x--"), func(r *http.Request) { r.Header.Set("Content-Type", "multipart/form-data; boundary=x") }), 200, "verified", nil},
-		{"accepted", "a compressed body, whose bytes are not looked into", with(signed("\x1f\x8b\x08"), func(r *http.Request) { r.Header.Set("Content-Encoding", "gzip") }), 200, "verified", nil},
+		{"accepted", "a compressed body, which is not decompressed", with(signed("\x1f\x8b\x08"), func(r *http.Request) { r.Header.Set("Content-Encoding", "gzip") }), 200, "verified", nil},
 
 		{"method", "GET", method(http.MethodGet), 405, "method_not_allowed", errMethodNotAllowed},
 		{"method", "HEAD", method(http.MethodHead), 405, "method_not_allowed", errMethodNotAllowed},
@@ -231,7 +231,7 @@ func TestRoad(t *testing.T) {
 		{"method", "GET without a signature", httptest.NewRequest(http.MethodGet, "/", nil), 405, "method_not_allowed", errMethodNotAllowed},
 
 		{"missing", "no signature", post(compactBody), 401, "signature_missing", ErrSignatureMissing},
-		{"missing", "an empty one", post(compactBody, ""), 401, "signature_missing", ErrSignatureMissing},
+		{"missing", "an empty signature", post(compactBody, ""), 401, "signature_missing", ErrSignatureMissing},
 		{"missing", "in another field", with(post(compactBody), func(r *http.Request) { r.Header.Set("X-Inkit-Signature", compactSignature) }), 401, "signature_missing", ErrSignatureMissing},
 		{"missing", "in the query", with(post(compactBody), func(r *http.Request) { r.URL.RawQuery = "Inkit-Signature=" + compactSignature }), 401, "signature_missing", ErrSignatureMissing},
 		{"missing", "in a trailer", with(post(compactBody), func(r *http.Request) { r.Trailer = http.Header{"Inkit-Signature": {compactSignature}} }), 401, "signature_missing", ErrSignatureMissing},
@@ -245,22 +245,22 @@ func TestRoad(t *testing.T) {
 		{"malformed", "one digit too few", post(compactBody, compactSignature[:63]), 401, "signature_malformed", ErrSignatureMalformed},
 		{"malformed", "one digit too many", post(compactBody, compactSignature+"0"), 401, "signature_malformed", ErrSignatureMalformed},
 		{"malformed", "no hex", post(compactBody, strings.Repeat("z", 64)), 401, "signature_malformed", ErrSignatureMalformed},
-		{"malformed", "a list with a good one", post(compactBody, compactSignature+","+spacedSignature), 401, "signature_malformed", ErrSignatureMalformed},
+		{"malformed", "a list with a good signature", post(compactBody, compactSignature+","+spacedSignature), 401, "signature_malformed", ErrSignatureMalformed},
 		{"malformed", "two lines, both good", post(compactBody, compactSignature, compactSignature), 401, "signature_malformed", ErrSignatureMalformed},
 		{"malformed", "two lines, the first good", post(compactBody, compactSignature, spacedSignature), 401, "signature_malformed", ErrSignatureMalformed},
 		{"malformed", "two lines, the second good", post(compactBody, "", compactSignature), 401, "signature_malformed", ErrSignatureMalformed},
 		{"malformed", "two empty lines", post(compactBody, "", ""), 401, "signature_malformed", ErrSignatureMalformed},
 
-		{"too large", "by its length", signed(aboveLimit), 413, "body_too_large", errBodyTooLarge},
-		{"too large", "by its length alone", with(signed(atLimit), withBody(iotest.ErrReader(broken), maxSize+1)), 413, "body_too_large", errBodyTooLarge},
-		{"too large", "by count", with(signed(aboveLimit), withBody(strings.NewReader(aboveLimit), -1)), 413, "body_too_large", errBodyTooLarge},
+		{"too large", "declared and sent", signed(aboveLimit), 413, "body_too_large", errBodyTooLarge},
+		{"too large", "declared, but not sent", with(signed(atLimit), withBody(iotest.ErrReader(broken), maxSize+1)), 413, "body_too_large", errBodyTooLarge},
+		{"too large", "undeclared, but sent", with(signed(aboveLimit), withBody(strings.NewReader(aboveLimit), -1)), 413, "body_too_large", errBodyTooLarge},
 		{"too large", "for request_body", with(signed(atLimit), limited), 413, "body_too_large", &http.MaxBytesError{Limit: 10}},
-		{"too large", "by a signature that is wrong as well", post(aboveLimit, compactSignature), 413, "body_too_large", errBodyTooLarge},
+		{"too large", "and wrongly signed", post(aboveLimit, compactSignature), 413, "body_too_large", errBodyTooLarge},
 
-		{"unreadable", "the client is gone", with(signed(atLimit), withBody(iotest.ErrReader(io.ErrUnexpectedEOF), 10)), 400, "body_unreadable", errBodyUnreadable},
+		{"unreadable", "the client has disconnected", with(signed(atLimit), withBody(iotest.ErrReader(io.ErrUnexpectedEOF), 10)), 400, "body_unreadable", errBodyUnreadable},
 		{"unreadable", "broken after all of the signed bytes", with(signed("abc"), withBody(io.MultiReader(strings.NewReader("abc"), iotest.ErrReader(broken)), -1)), 400, "body_unreadable", broken},
-		{"unreadable", "63 bytes of 150, though an earlier handler has swallowed the error", with(signed(strings.Repeat("a", 63)), withBody(strings.NewReader(strings.Repeat("a", 63)), 150)), 400, "body_unreadable", io.ErrUnexpectedEOF},
-		{"unreadable", "no byte of those that are promised", with(signed(""), withBody(strings.NewReader(""), 1)), 400, "body_unreadable", errBodyUnreadable},
+		{"unreadable", "63 bytes of 150, and an earlier handler hid the error", with(signed(strings.Repeat("a", 63)), withBody(strings.NewReader(strings.Repeat("a", 63)), 150)), 400, "body_unreadable", io.ErrUnexpectedEOF},
+		{"unreadable", "no body, although its length was declared", with(signed(""), withBody(strings.NewReader(""), 1)), 400, "body_unreadable", errBodyUnreadable},
 		{"unreadable", "a timeout", with(signed(atLimit), withBody(iotest.ErrReader(timeoutError{broken}), 10)), 408, "body_unreadable", errBodyTimeout},
 		{"unreadable", "a deadline", with(signed(atLimit), withBody(iotest.ErrReader(fmt.Errorf("read: %w", os.ErrDeadlineExceeded)), 10)), 408, "body_unreadable", os.ErrDeadlineExceeded},
 
@@ -306,7 +306,7 @@ func TestRoad(t *testing.T) {
 				require.ErrorIs(t, res.err, tt.err)
 			}
 			assert.False(t, res.nextCalled, "next must not be called")
-			assert.NotEmpty(t, res.err.(caddyhttp.HandlerError).ID, "an error page can name it")
+			assert.NotEmpty(t, res.err.(caddyhttp.HandlerError).ID, "an error page can show the ID")
 			assert.InDelta(t, before+1, testutil.ToFloat64(counter), 0)
 			assert.Equal(t, tt.status == 401, res.header.Get("WWW-Authenticate") == "Inkit-Signature")
 			assert.Equal(t, tt.status == 405, res.header.Get("Allow") == "POST")
@@ -314,7 +314,7 @@ func TestRoad(t *testing.T) {
 	}
 }
 
-// Each error has its own row of rejections, also when it wraps a further error. An error
+// Each error has its own row in rejections, also if it wraps another error. An error
 // without a row gets the last row.
 func TestEveryErrorIsRejected(t *testing.T) {
 	for i, row := range rejections {
@@ -367,31 +367,31 @@ func TestIdempotencyKey(t *testing.T) {
 		for range 1000 {
 			key := serve(t, h, signed("x")).request.Header["Idempotency-Key"]
 			require.Len(t, key, 1)
-			assert.Regexp(t, `^"[A-Z2-7]{26}-[0-9]+"$`, key[0], "a string in quotes, as the draft wants it")
+			assert.Regexp(t, `^"[A-Z2-7]{26}-[0-9]+"$`, key[0], "a string in quotes, as the draft requires")
 			seen[key[0]] = true
 		}
 		assert.Len(t, seen, 1000)
 
 		other, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
-		assert.NotContains(t, seen, serve(t, other, signed("x")).request.Header.Get("Idempotency-Key"), "nor after a reload")
+		assert.NotContains(t, seen, serve(t, other, signed("x")).request.Header.Get("Idempotency-Key"), "a handler after a reload uses other keys")
 	})
-	t.Run("replaces what the client sent", func(t *testing.T) {
+	t.Run("replaces the key of the client", func(t *testing.T) {
 		h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 		key := serve(t, h, with(signed("x"), fromClient)).request.Header["Idempotency-Key"]
 		require.Len(t, key, 1)
 		assert.NotContains(t, []string{"client", "twice"}, key[0])
 	})
-	t.Run("off leaves the request without one", func(t *testing.T) {
+	t.Run("off leaves the request without a key", func(t *testing.T) {
 		h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: new(bool)})
 		assert.NotContains(t, serve(t, h, signed("x")).request.Header, "Idempotency-Key")
-		assert.NotContains(t, serve(t, h, with(signed("x"), fromClient)).request.Header, "Idempotency-Key", "and without that of the sender")
+		assert.NotContains(t, serve(t, h, with(signed("x"), fromClient)).request.Header, "Idempotency-Key", "also without the key of the client")
 	})
 	t.Run("true is the default", func(t *testing.T) {
 		yes := true
 		h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: &yes})
 		assert.Contains(t, serve(t, h, signed("x")).request.Header, "Idempotency-Key")
 	})
-	t.Run("of two handlers is the key of the first", func(t *testing.T) {
+	t.Run("of two handlers in a row is the key of the first", func(t *testing.T) {
 		site, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 		tenant, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 		off, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}, IdempotencyKey: new(bool)})
@@ -487,8 +487,8 @@ func TestPlaceholders(t *testing.T) {
 	})
 }
 
-// The results of verified events behind the guard: the metric, the log line and the
-// answer.
+// The results of verified events in the next handlers: the metric, the log line and the
+// response.
 func TestDeliveries(t *testing.T) {
 	status := func(status int) caddyhttp.HandlerFunc {
 		return func(w http.ResponseWriter, _ *http.Request) error { w.WriteHeader(status); return nil }
@@ -504,12 +504,12 @@ func TestDeliveries(t *testing.T) {
 	}{
 		{"a status of 200", status(200), deliveryAccepted, 0, nil, nil},
 		{"a status of 299", status(299), deliveryAccepted, 0, nil, nil},
-		{"an early status and a final one", func(w http.ResponseWriter, _ *http.Request) error {
+		{"an early status and a final status of 204", func(w http.ResponseWriter, _ *http.Request) error {
 			w.WriteHeader(103)
 			w.WriteHeader(204)
 			return nil
 		}, deliveryAccepted, 0, nil, nil},
-		{"an early status and one that refuses", func(w http.ResponseWriter, _ *http.Request) error {
+		{"an early status and a final status of 500", func(w http.ResponseWriter, _ *http.Request) error {
 			w.WriteHeader(103)
 			w.WriteHeader(500)
 			return nil
@@ -528,12 +528,12 @@ func TestDeliveries(t *testing.T) {
 			caddyhttp.SetVar(r.Context(), "unhandled", true) // as Caddy's last handler does
 			return nil
 		}, deliveryUnhandled, zapcore.WarnLevel, int64(404), nil},
-		{"the end of the handlers, after one answered", func(w http.ResponseWriter, r *http.Request) error {
+		{"the end of the handlers, after a handler wrote a status", func(w http.ResponseWriter, r *http.Request) error {
 			w.WriteHeader(202)
 			caddyhttp.SetVar(r.Context(), "unhandled", true)
 			return nil
 		}, deliveryAccepted, 0, nil, nil},
-		{"the end of the handlers, after one that writes 200 there, as templates does", func(w http.ResponseWriter, r *http.Request) error {
+		{"the end of the handlers, where templates then writes 200", func(w http.ResponseWriter, r *http.Request) error {
 			caddyhttp.SetVar(r.Context(), "unhandled", true)
 			w.WriteHeader(200)
 			return nil
@@ -664,7 +664,7 @@ func TestLogs(t *testing.T) {
 			assert.Equal(t, tt.msg, line.Message)
 			fields := line.ContextMap()
 			if res.err != nil {
-				assert.Equal(t, res.err.(caddyhttp.HandlerError).ID, fields["err_id"], "which {http.error.id} shows")
+				assert.Equal(t, res.err.(caddyhttp.HandlerError).ID, fields["err_id"], "the ID that {http.error.id} shows")
 				delete(fields, "err_id")
 			}
 			assert.Equal(t, tt.want, fields)
@@ -743,7 +743,7 @@ func FuzzServeHTTP(f *testing.F) {
 		conn, err := net.Dial("tcp", server.Listener.Addr().String())
 		require.NoError(t, err)
 		defer conn.Close()
-		// a reset is a valid answer to data after the end
+		// the server may reset the connection if data arrives after the request
 		_, _ = conn.Write(raw)
 		_ = conn.(*net.TCPConn).CloseWrite()
 		_, _ = io.Copy(io.Discard, conn)

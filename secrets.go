@@ -86,8 +86,8 @@ type rule struct {
 	err  error
 }
 
-// rules are the forms of text that cannot be a secret of Inkit's: a damaged file, more
-// text than the secret, or a reference to the secret, which anybody can guess. The first
+// rules match text that cannot be a secret of Inkit: a damaged file, more text than the
+// secret, or a reference to the secret, because anybody can guess a reference. The first
 // matching rule sets the error. A test has an example for each name.
 var rules = []rule{
 	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), errors.New("must be UTF-8")}, // regexp reads invalid bytes as U+FFFD
@@ -109,8 +109,8 @@ var rules = []rule{
 	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), errors.New("must be only the secret, not NAME=value")},
 }
 
-// literalRules come before rules for a literal. They do not apply to a file, where a
-// secret may start with a dollar sign or contain braces.
+// literalRules are checked before rules if the secret is a literal. They do not apply to a
+// file, because a secret in a file may start with a dollar sign or contain braces.
 var literalRules = []rule{
 	{"variable without braces", regexp.MustCompile(`^\$[\w:.]+$`), errUnknownReference},
 	{"text around a placeholder", regexp.MustCompile(`\{(\w+\.|\$)`), errors.New("must be either one placeholder and nothing else, or a text without placeholders")},

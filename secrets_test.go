@@ -32,7 +32,7 @@ func TestSecretsThatAreResolved(t *testing.T) {
 		{"a file that ends in a newline", "{file." + writeFile(t, filepath.Join(dir, "newline"), testSecret+"\n") + "}", testSecret},
 		{"a file that ends in a newline of Windows", "{file." + writeFile(t, filepath.Join(dir, "windows"), testSecret+"\r\n") + "}", testSecret},
 		{"a file of 1 MiB", "{file." + writeFile(t, filepath.Join(dir, "large"), strings.Repeat("s", 1<<20)) + "}", strings.Repeat("s", 1<<20)},
-		{"a file whose text would be a reference on a line of the Caddyfile", "{file." + writeFile(t, filepath.Join(dir, "dollar"), "$ecret") + "}", "$ecret"},
+		{"a file with a text that would be a reference in the Caddyfile", "{file." + writeFile(t, filepath.Join(dir, "dollar"), "$ecret") + "}", "$ecret"},
 		{"a literal", testSecret, testSecret},
 		{"a literal with white space inside", "a b", "a b"},
 		{"a literal with braces in it", "a{b}c", "a{b}c"},
@@ -49,7 +49,7 @@ func TestSecretsThatAreResolved(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			h, _ := provision(t, &Handler{Secrets: []Secret{{Value: tt.value}}})
 			assert.Equal(t, 200, serve(t, h, post("x", Sign([]byte(tt.secret), []byte("x")))).status)
-			assert.Equal(t, tt.value, h.Secrets[0].Value, "the configuration shows the placeholder, as before")
+			assert.Equal(t, tt.value, h.Secrets[0].Value, "the configuration still shows the placeholder")
 		})
 	}
 }
@@ -90,7 +90,7 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"a file of several newlines", one(file("newlines", "\r\n\n\r\n")), "secret 1: file is empty"},
 		{"a file with a blank line at its end", one(file("blank", confidential+"\n\n")), "secret 1: must not start or end with white space"},
 		{"a file with white space before the secret", one(file("space", " "+confidential)), "secret 1: must not start or end with white space"},
-		{"a file with a space that does not break after the secret", one(file("nbsp", confidential+"\u00a0")), "secret 1: must not start or end with white space"},
+		{"a file with a no-break space after the secret", one(file("nbsp", confidential+"\u00a0")), "secret 1: must not start or end with white space"},
 		{"a file above 1 MiB", one(file("large", strings.Repeat(confidential, 1<<17))), "secret 1: file is larger than 1 MiB"},
 		{"an unknown placeholder", one("{" + confidential + "}"), "secret 1: placeholder is unknown"},
 		{"an environment variable for the Caddyfile, in JSON", one("{$TEST_INKIT_SECRET}"), "secret 1: placeholder is unknown"},
@@ -103,7 +103,7 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"a placeholder in quotes", one(`"{env.TEST_INKIT_SECRET}"`), partly},
 		{"a variable for the Caddyfile in part", one(confidential + "{$TEST_INKIT_SECRET}"), partly},
 		{"a placeholder in white space", one(" {env.TEST_INKIT_SECRET}"), partly},
-		{"a placeholder that does not end", one("{env.TEST_INKIT_SECRET"), partly},
+		{"a placeholder without its last brace", one("{env.TEST_INKIT_SECRET"), partly},
 		{"a placeholder that is escaped", one(`\{env.TEST_INKIT_SECRET\}`), partly},
 		{"a file in part", one(confidential + "{file./etc/hostname}"), partly},
 		{"a request placeholder in part", one(confidential + "{http.request.host}"), partly},
@@ -114,12 +114,12 @@ func TestSecretsThatAreRefused(t *testing.T) {
 		{"white space after an environment variable", one("{env.TEST_INKIT_SPACE}"), "secret 1: must not start or end with white space"},
 		{"the same name twice", []Secret{{confidential + "1", "a"}, {confidential + "2", "a"}}, "secret 2: has the same name as an earlier secret"},
 		{"a name that is the position of another", []Secret{{confidential + "1", "2"}, {confidential + "2", ""}}, "secret 2: has the same name as an earlier secret"},
-		{"name and value in each other's place", []Secret{{"current", "{env.TEST_INKIT_SECRET}"}}, "secret 1: " + nameMessage},
+		{"name and value swapped", []Secret{{"current", "{env.TEST_INKIT_SECRET}"}}, "secret 1: " + nameMessage},
 		{"a name with a space", []Secret{{confidential, "a b"}}, "secret 1: " + nameMessage},
 		{"a name that is not UTF-8", []Secret{{confidential, "a\xff"}}, "secret 1: " + nameMessage},
 		{"a name that is not ASCII", []Secret{{confidential, "ä"}}, "secret 1: " + nameMessage},
 		{"a name of 65 letters", []Secret{{confidential, strings.Repeat("a", 65)}}, "secret 1: " + nameMessage},
-		{"the secret that has a name", []Secret{{confidential, "old"}, {"", "new"}}, "secret new: must not be empty"},
+		{"an empty secret that has a name", []Secret{{confidential, "old"}, {"", "new"}}, "secret new: must not be empty"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			err := load(t, &Handler{Secrets: tt.secrets})
@@ -142,7 +142,7 @@ func TestSecretsThatAreRefused(t *testing.T) {
 	})
 }
 
-// The kinds of text that cannot be a secret of Inkit's, from any source. The first one is
+// Each row is a text that cannot be a secret of Inkit, from any source. The first text is
 // the empty key, because HMAC pads every key with NULs.
 func TestTextThatIsNoSecret(t *testing.T) {
 	const invisible = "secret 1: must not contain a line break, a control character or another invisible character"
@@ -174,7 +174,7 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		{"a template", "{{ ." + confidential + " }}", alone + "JSON or a template"},
 		{"None, which Python prints for no value", "None", alone + "JSON or a template"},
 		{"undefined, which JavaScript prints for no value", "undefined", alone + "JSON or a template"},
-		{"a text in angle brackets to be replaced", "<" + confidential + ">", alone + "JSON or a template"},
+		{"an example text in angle brackets", "<" + confidential + ">", alone + "JSON or a template"},
 		{"a variable that was not expanded", "${INKIT_WEBHOOK_SECRET}", reference},
 		{"a variable without braces that was not expanded", "$INKIT_WEBHOOK_SECRET", reference},
 		{"a command that was not run", "$(cat /run/secrets/inkit)", reference},
@@ -183,7 +183,7 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		{"a file's placeholder without braces", "file./run/secrets/inkit", reference},
 		{"a placeholder of another program", "ENV:INKIT_WEBHOOK_SECRET", reference},
 		{"a variable in JavaScript", "process.env.INKIT_WEBHOOK_SECRET", reference},
-		{"a placeholder whose brace is not closed", "{INKIT_WEBHOOK_SECRET", reference},
+		{"a placeholder without its last brace", "{INKIT_WEBHOOK_SECRET", reference},
 		{"the name of a variable", "INKIT_WEBHOOK_SECRET", reference},
 		{"the URL of a file", "file:///run/secrets/inkit", reference},
 		{"the URL of a store for secrets", "op://vault/inkit", reference},
@@ -192,7 +192,7 @@ func TestTextThatIsNoSecret(t *testing.T) {
 		{"a path that curl would read", "@/run/secrets/inkit", reference},
 		{"the name of a variable that is set", "test.inkit-name", "secret 1: is the name of an environment variable, not its value: write {env.NAME}"},
 		{"the path of a file", writeFile(t, filepath.Join(t.TempDir(), "inkit"), confidential), path},
-		{"the path of a file that is missing in its folder", filepath.Join(t.TempDir(), "inkit"), path},
+		{"the path of a missing file in an existing folder", filepath.Join(t.TempDir(), "inkit"), path},
 		{"the dots that hide a secret", "••••••••", "secret 1: must be the secret itself, not the dots that hide it"},
 		{"the asterisks that hide a secret", "********", "secret 1: must be the secret itself, not the dots that hide it"},
 		{"a line of a dotenv file", "INKIT_WEBHOOK_SECRET=" + confidential, alone + "NAME=value"},
@@ -204,12 +204,12 @@ func TestTextThatIsNoSecret(t *testing.T) {
 			if _, ok := placeholder.Name(tt.text); !ok {
 				require.EqualError(t, load(t, &Handler{Secrets: []Secret{{Value: tt.text}}}), tt.message, "as a literal, too")
 			}
-			// and at every later reload, where the last good secret stays
+			// a reload refuses the text as well, and the last good secret stays in use
 			inBubble(t, func(t *testing.T) {
 				path := writeFile(t, filepath.Join(t.TempDir(), "secret"), testSecret)
 				h, logs := provision(t, &Handler{Secrets: []Secret{{Value: "{file." + path + "}"}}})
 				writeFile(t, path, tt.text)
-				assert.Equal(t, 401, serve(t, h, post("x", Sign(nil, []byte("x")))).status, "the empty key opens nothing")
+				assert.Equal(t, 401, serve(t, h, post("x", Sign(nil, []byte("x")))).status, "a signature with the empty key is rejected")
 				assert.Equal(t, 401, serve(t, h, post("x", Sign([]byte(tt.text), []byte("x")))).status)
 				time.Sleep(2 * previousAge)
 				assert.Equal(t, 200, serve(t, h, post("x", Sign([]byte(testSecret), []byte("x")))).status)
@@ -221,7 +221,7 @@ func TestTextThatIsNoSecret(t *testing.T) {
 	}
 }
 
-// Each rule has examples that it refuses, and similar ones that it accepts.
+// Each rule has examples that it refuses, and similar texts that it accepts.
 func TestRules(t *testing.T) {
 	examples := map[string]struct{ refused, passes []string }{
 		"not UTF-8":                          {[]string{"a\xff", "a\ufffdb"}, []string{"gehëim"}},
@@ -257,7 +257,7 @@ func TestRules(t *testing.T) {
 		}
 		delete(examples, rule.name)
 	}
-	assert.Empty(t, examples, "examples of no rule")
+	assert.Empty(t, examples, "examples without a rule")
 }
 
 func TestReferenceWithoutBracesIsNoSecret(t *testing.T) {
@@ -281,7 +281,7 @@ func FuzzResolve(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, value string) {
 		if strings.Contains(value, "{file.") {
-			return // it would read this machine's files
+			return // such a value would read files of this machine
 		}
 		secret, err := resolve(value)
 		if err != nil {
@@ -290,7 +290,7 @@ func FuzzResolve(f *testing.F) {
 		require.NotEmpty(t, secret)
 		require.Equal(t, strings.TrimSpace(secret), secret)
 		if !strings.HasPrefix(value, "{") || !strings.HasSuffix(value, "}") {
-			require.Equal(t, value, secret, "a literal is taken as it stands")
+			require.Equal(t, value, secret, "a literal is used unchanged")
 		}
 		require.NotContains(t, secret, "{env.")
 	})

@@ -25,7 +25,7 @@ var (
 	ErrSignatureMalformed = errors.New("signature is not 64 lower-case hexadecimal digits")
 	// ErrSignatureMismatch means that none of the secrets made the signature for this body.
 	ErrSignatureMismatch = errors.New("signature does not match the body under any secret")
-	// ErrEmptySecret means that there is no secret, or an empty one, with which anybody can sign.
+	// ErrEmptySecret means that there is no secret, or that a secret is empty: anybody could sign.
 	ErrEmptySecret = errors.New("must not be empty")
 )
 
@@ -51,7 +51,7 @@ type Secret struct {
 // with the bytes of one of the secrets, written as 64 lower-case hexadecimal
 // digits. The listener in Inkit's documentation compares the same strings
 // (docs.inkit.com/docs/connecting-webhooks). Unlike there, the time of a check does not
-// reveal which digits differ, nor which secret matched. It reveals only the number of
+// reveal which digits differ or which secret matched. It reveals only the number of
 // secrets and the length of the body.
 //
 // A Verifier never changes, and is safe for concurrent use.
@@ -71,9 +71,9 @@ type mac struct {
 	sum [sha256.Size]byte // memory for Sum, so that Sum allocates nothing
 }
 
-// NewVerifier returns a Verifier for one or more secrets, any of which may sign. If there
-// is no secret, or one is empty, the error is an ErrEmptySecret, with the name of that
-// secret or its position, starting at 1. A secret of only NUL bytes counts as empty,
+// NewVerifier returns a Verifier that accepts signatures made with any of the secrets. If
+// there is no secret, or a secret is empty, the error is an ErrEmptySecret with the name of
+// that secret or its position, starting at 1. A secret of only NUL bytes counts as empty,
 // because HMAC pads every key with NULs.
 func NewVerifier(secrets ...Secret) (*Verifier, error) {
 	if len(secrets) == 0 {
@@ -104,7 +104,7 @@ func NewVerifier(secrets ...Secret) (*Verifier, error) {
 // and the body is the bytes on the wire, before any decoding or parsing. The
 // error is ErrSignatureMissing, ErrSignatureMalformed or ErrSignatureMismatch.
 //
-// Verify cannot check when and for which URL Inkit signed the body, nor whether the
+// Verify cannot check when or for which URL Inkit signed the body, or whether the same
 // body arrived before: see the package documentation.
 func (v *Verifier) Verify(body []byte, signature string) (name string, err error) {
 	sig, err := parseSignature(signature)

@@ -76,7 +76,7 @@ func TestVectors(t *testing.T) {
 		})
 	}
 
-	// The RFC prints only 128 bits of this one, and a truncated signature is refused.
+	// The RFC shows only 128 bits of this signature. A truncated signature is refused.
 	t.Run("RFC 4231, 4.6, a truncated output", func(t *testing.T) {
 		v, err := NewVerifier(Secret{Value: strings.Repeat("\x0c", 20)})
 		require.NoError(t, err)
@@ -173,9 +173,9 @@ func TestVerify(t *testing.T) {
 		{"upper case", compactBody, strings.ToUpper(compactSignature), "", ErrSignatureMalformed},
 		{"one digit in upper case", compactBody, "F" + compactSignature[1:], "", ErrSignatureMalformed},
 		{"a prefix", compactBody, "sha256=" + compactSignature, "", ErrSignatureMalformed},
-		{"a prefix in the place of digits", compactBody, "sha256=" + compactSignature[7:], "", ErrSignatureMalformed},
+		{"a prefix instead of the first digits", compactBody, "sha256=" + compactSignature[7:], "", ErrSignatureMalformed},
 		{"two signatures", compactBody, compactSignature + "," + compactSignature, "", ErrSignatureMalformed},
-		{"white space before it", compactBody, " " + compactSignature, "", ErrSignatureMalformed},
+		{"white space before the signature", compactBody, " " + compactSignature, "", ErrSignatureMalformed},
 		{"a letter after f", compactBody, "g" + compactSignature[1:], "", ErrSignatureMalformed},
 		{"the character before 0", compactBody, "/" + compactSignature[1:], "", ErrSignatureMalformed},
 		{"the character after 9", compactBody, ":" + compactSignature[1:], "", ErrSignatureMalformed},
@@ -202,7 +202,7 @@ func TestVerify(t *testing.T) {
 	}
 }
 
-// The time of match must not depend on which digits differ, nor on which secret matched.
+// The time of match must not depend on the differing digits or on the matching secret.
 // Clocks are too coarse for such a test, so this test reads the code: only crypto/subtle
 // compares sums, and match skips no secret.
 func TestComparesInConstantTime(t *testing.T) {
@@ -248,12 +248,12 @@ func TestNewVerifierRefusesTheEmptySecret(t *testing.T) {
 		message string
 	}{
 		{"no secret at all", nil, "secrets: must not be empty"},
-		{"the only one", []Secret{{}}, "secret 1: must not be empty"},
-		{"one that has a name", []Secret{{Name: "a"}}, "secret a: must not be empty"},
-		{"one NUL", []Secret{{Value: "\x00"}}, "secret 1: must not be empty"},
+		{"the only secret is empty", []Secret{{}}, "secret 1: must not be empty"},
+		{"an empty secret that has a name", []Secret{{Name: "a"}}, "secret a: must not be empty"},
+		{"a secret of one NUL", []Secret{{Value: "\x00"}}, "secret 1: must not be empty"},
 		{"33 NULs, the empty key for HMAC", []Secret{{Value: strings.Repeat("\x00", 33)}}, "secret 1: must not be empty"},
 		{"65 NULs", []Secret{{Value: strings.Repeat("\x00", 65)}}, "secret 1: must not be empty"},
-		{"one of several", []Secret{{Value: "x"}, {}}, "secret 2: must not be empty"},
+		{"the second of two is empty", []Secret{{Value: "x"}, {}}, "secret 2: must not be empty"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := NewVerifier(tt.secrets...)

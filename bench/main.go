@@ -1,20 +1,20 @@
 // Command bench measures the cost of verifying Inkit's webhooks in Caddy with this
-// module and, in the same run, in other programs for that purpose: nginx with njs,
-// HAProxy with its hmac converter, the receiver webhook, and a
-// Flask listener as Inkit's documentation shows one. Each of them is measured with
-// and without verification, on the loopback interface, with the same backend and
-// the same signed events. It prints the tables of docs/performance.md:
+// module and, in the same run, in other programs: nginx with njs, HAProxy with its hmac
+// converter, the program webhook, and the Flask listener of Inkit's documentation. It
+// measures each program with and without verification, on the loopback interface, with
+// the same signed events, and where possible with the same backend. It prints the tables
+// of docs/performance.md:
 //
 //	go run -C bench .
 //	go run -C bench . -queue
 //
-// The second command compares a Caddy with the queue and without it. With -beside it does
-// the same with other binaries, such as one of an older commit, and with -dsn the queue is
-// in PostgreSQL.
+// The second command compares Caddy with and without the queue. With -beside, it also
+// measures other binaries of Caddy, such as the binary of an older commit. With -dsn, the
+// queue is in PostgreSQL.
 //
-// It builds cmd/caddy, installs nothing, and prints the missing programs. They are
-// in Debian's packages nginx-light, libnginx-mod-http-js,
-// haproxy, webhook, gunicorn and python3-flask.
+// The command builds cmd/caddy, installs nothing, and prints the missing programs. Debian
+// has them in the packages nginx-light, libnginx-mod-http-js, haproxy, webhook, gunicorn
+// and python3-flask.
 package main
 
 import (
@@ -32,11 +32,11 @@ import (
 )
 
 func main() {
-	rounds := flag.Int("rounds", 5, "how many times to measure each row; 0 only checks that each does what is measured")
-	each := flag.Duration("time", 2*time.Second, "how long to measure a row in each round, for each of two loads")
-	queue := flag.Bool("queue", false, "measure the queue instead")
-	beside := flag.String("beside", "", "other binaries of Caddy whose queue to measure too, with commas between them")
-	dsn := flag.String("dsn", "", "a PostgreSQL for the queue, which is in SQLite otherwise")
+	rounds := flag.Int("rounds", 5, "how many times to measure each row; 0 only checks that each row verifies as it should")
+	each := flag.Duration("time", 2*time.Second, "how long to measure a row in each round, once for each of the two loads")
+	queue := flag.Bool("queue", false, "measure the queue instead of the verification")
+	beside := flag.String("beside", "", "other binaries of Caddy to measure too, with -queue; separated by commas")
+	dsn := flag.String("dsn", "", "the connection string of a PostgreSQL for the queue; SQLite if left out")
 	flag.Parse()
 	caddys := strings.FieldsFunc(*beside, func(r rune) bool { return r == ',' })
 	if err := run(*rounds, *each, *queue, caddys, *dsn); err != nil {
@@ -59,7 +59,7 @@ func run(rounds int, each time.Duration, queue bool, beside []string, dsn string
 	defer os.RemoveAll(dir)
 	caddy := filepath.Join(dir, "caddy")
 	build := exec.Command("go", "build", "-o", caddy, "./cmd/caddy")
-	build.Dir = ".." // this module's go.mod stands in a folder of the other's
+	build.Dir = ".." // bench is a separate module; cmd/caddy is in the main module
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("building cmd/caddy: %w: %s", err, out)
 	}
@@ -83,7 +83,7 @@ func run(rounds int, each time.Duration, queue bool, beside []string, dsn string
 		}
 	}
 	if rounds == 0 {
-		fmt.Printf("%d rows, each of which answers as it must\n", len(rows))
+		fmt.Printf("%d rows: each verifies as it should\n", len(rows))
 		return nil
 	}
 	for round := range rounds {
@@ -104,7 +104,7 @@ func run(rounds int, each time.Duration, queue bool, beside []string, dsn string
 	return nil
 }
 
-// missing returns the programs that the rows need and that are not installed.
+// missing returns the programs that the rows need but that are not installed.
 func missing() (names []string) {
 	for _, name := range []string{"go", "nginx", "haproxy", "webhook", "gunicorn"} {
 		if _, err := exec.LookPath(name); err != nil {
@@ -120,7 +120,7 @@ func missing() (names []string) {
 	return names
 }
 
-// spread has the values of a figure in the rounds.
+// spread has the values of one figure, one value for each round.
 type spread []float64
 
 func (s spread) median() float64 {
@@ -131,7 +131,7 @@ func (s spread) median() float64 {
 	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
 }
 
-// minus returns the differences, round by round.
+// minus subtracts the other figure in each round.
 func (s spread) minus(other spread) (differences spread) {
 	for i := range s {
 		differences = append(differences, s[i]-other[i])
@@ -143,9 +143,9 @@ func (s spread) String() string {
 	return fmt.Sprintf("%.0f (%.0f to %.0f)", s.median(), slices.Min(s), slices.Max(s))
 }
 
-// print writes the tables of docs/performance.md. rows come in pairs: without
-// verification, and with it. The first pair is this module's, and the last column
-// says where another one is better.
+// print writes the tables of docs/performance.md. rows come in pairs: one program without
+// verification, and the same program with it. The first pair is this module. The last
+// column names the figures in which the other program is better than this module.
 func print(rows []*row, rounds int, each time.Duration) {
 	fmt.Printf("%s, %d processors, %s. Medians of %d rounds of %v, lowest and highest in brackets.\n",
 		time.Now().Format(time.DateOnly), runtime.NumCPU(), versions(), rounds, each)
@@ -192,13 +192,13 @@ func print(rows []*row, rounds int, each time.Duration) {
 	}
 }
 
-// figure has the values of another program and of this module. Less is better.
+// figure is one value of another program and of this module. A lower value is better.
 type figure struct {
 	name         string
 	theirs, ours float64
 }
 
-// better names the figures in which the others are.
+// better names the figures in which the other program is better.
 func better(figures ...figure) string {
 	var names []string
 	for _, f := range figures {
@@ -211,7 +211,6 @@ func better(figures ...figure) string {
 
 func mib(bytes int64) string { return fmt.Sprintf("%.0f", float64(bytes)/(1<<20)) }
 
-// versions returns the versions of the programs.
 func versions() string {
 	first := func(name string, args ...string) string {
 		out, err := exec.Command(name, args...).CombinedOutput()

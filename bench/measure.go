@@ -19,7 +19,7 @@ import (
 
 const (
 	connections = 8   // under full load
-	rate        = 200 // events a second, for the time that an answer takes
+	rate        = 200 // events a second, when the response time is measured
 
 	slowConnections = 2000
 	posts           = 8
@@ -39,7 +39,7 @@ var (
 	unsigned = ""
 )
 
-// send posts the event and returns the status of the answer.
+// send posts the event, and returns the status of the response.
 func send(client *http.Client, addr, signature string) (int, error) {
 	return sendTo(client, "http://"+addr+path, signature)
 }
@@ -66,7 +66,7 @@ func newClient() *http.Client {
 	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 }
 
-// check makes sure that a row verifies or not, as it should.
+// check returns an error unless the row accepts exactly the events that it must accept.
 func (r *row) check(dir string) error {
 	p, err := r.start(dir)
 	if err != nil {
@@ -87,9 +87,8 @@ func (r *row) check(dir string) error {
 	return nil
 }
 
-// measureLoad adds one round of figures: the processor time of a request, with as
-// many on their way as there are connections, and how long an answer takes at a
-// fixed rate.
+// measureLoad adds one round of figures: the processor time of a request under full load,
+// and the response time at a fixed rate.
 func (r *row) measureLoad(dir string, each time.Duration) error {
 	p, err := r.start(dir)
 	if err != nil {
@@ -125,7 +124,7 @@ func (r *row) measureLoad(dir string, each time.Duration) error {
 	return nil
 }
 
-// load sends one event after the other on each connection.
+// load uses all connections, and sends one event after the other on each.
 func load(client *http.Client, addr string, during time.Duration) (requests int64, err error) {
 	var failed atomic.Value
 	var count atomic.Int64
@@ -146,8 +145,8 @@ func load(client *http.Client, addr string, during time.Duration) (requests int6
 	return count.Load(), err
 }
 
-// atRate sends events whether or not those before have been answered, and returns
-// how long each answer took, in order.
+// atRate sends events at a fixed rate, without waiting for the responses. It returns the
+// response times, the shortest first.
 func atRate(client *http.Client, addr string, during time.Duration) (took []time.Duration, err error) {
 	var mu sync.Mutex
 	var wg sync.WaitGroup
@@ -179,11 +178,11 @@ func sendGenuine(client *http.Client, addr string) error {
 	return err
 }
 
-// timing is how long something took, or 0 if it did not happen.
+// timing is a response time, or 0 if there was no response.
 type timing time.Duration
 
-// measureMemory takes the memory at rest and under each flood, of a program that
-// was started for it.
+// measureMemory measures the memory at rest and under each flood. It starts the program
+// again for each measurement.
 func (r *row) measureMemory(dir string) error {
 	for _, flood := range []func(p *process) error{
 		func(p *process) (err error) { r.rest, err = p.memory("VmRSS"); return err },
@@ -217,15 +216,15 @@ func head(addr string, length int, signature string) string {
 	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n", path, addr, length, fields)
 }
 
-// holdSlow opens connections that declare 1 MiB and send 64 bytes, and sends a
-// good event beside them.
+// holdSlow opens connections that announce 1 MiB but send only 64 bytes. While they are
+// open, it sends a genuine event.
 func holdSlow(p *process) (memory int64, beside timing, err error) {
 	for range slowConnections {
 		conn, err := net.Dial("tcp", p.addr)
 		if err != nil {
 			return 0, 0, err
 		}
-		defer conn.Close() // all of them, in the end
+		defer conn.Close() // all connections stay open until holdSlow returns
 		if _, err := io.WriteString(conn, head(p.addr, 1<<20, wrong)+strings.Repeat("a", 64)); err != nil {
 			return 0, 0, err
 		}
@@ -244,8 +243,8 @@ func holdSlow(p *process) (memory int64, beside timing, err error) {
 	return memory, beside, nil
 }
 
-// upload keeps sending large posts in parallel, with or without answers, and returns the
-// most memory that the program used.
+// upload sends large posts in parallel, and does not stop when a response arrives. It
+// returns the most memory that the program used.
 func upload(p *process, signature string, refused bool) (int64, error) {
 	var wg sync.WaitGroup
 	var unexpected atomic.Int64

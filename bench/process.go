@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// process is a program that answers on addr, with all of its children.
+// process is a program that listens on addr, with all of its child processes.
 type process struct {
 	cmd    *exec.Cmd
 	addr   string
@@ -25,7 +25,7 @@ type process struct {
 func startProcess(cmd *exec.Cmd, addr string) (*process, error) {
 	var output strings.Builder
 	cmd.Stderr = &output
-	// a group of its own, by which its children are found, and an end with this one
+	// its own process group, to find its children; and it ends when bench ends
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		return nil, err
@@ -39,7 +39,7 @@ func startProcess(cmd *exec.Cmd, addr string) (*process, error) {
 		conn, err := net.DialTimeout("tcp", addr, time.Second)
 		if err == nil {
 			conn.Close()
-			time.Sleep(300 * time.Millisecond) // for the last of its children to be there
+			time.Sleep(300 * time.Millisecond) // until all of its children have started
 			return p, nil
 		}
 		select {
@@ -52,7 +52,7 @@ func startProcess(cmd *exec.Cmd, addr string) (*process, error) {
 	return nil, fmt.Errorf("does not answer: %s", output.String())
 }
 
-// stop ends the program, its children last.
+// stop ends the program, then its children.
 func (p *process) stop() {
 	_ = p.cmd.Process.Signal(syscall.SIGTERM)
 	select {
@@ -63,8 +63,8 @@ func (p *process) stop() {
 	<-p.exited
 }
 
-// each calls f with the fields of /proc/<pid>/stat, from the third on, for every
-// process of the group.
+// each calls f for every process of the group, with the fields of /proc/<pid>/stat from
+// the third field on.
 func (p *process) each(f func(pid string, stat []string)) error {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {
@@ -73,9 +73,9 @@ func (p *process) each(f func(pid string, stat []string)) error {
 	for _, path := range stats {
 		content, err := os.ReadFile(path)
 		if err != nil {
-			continue // it has ended
+			continue // the process has ended
 		}
-		// the second field is a name in parentheses, in which anything may stand
+		// the second field is a name in parentheses, and the name may contain spaces and parentheses
 		stat := strings.Fields(string(content[strings.LastIndexByte(string(content), ')')+1:]))
 		if stat[2] == strconv.Itoa(p.cmd.Process.Pid) {
 			f(strings.Split(path, "/")[2], stat)
@@ -84,7 +84,7 @@ func (p *process) each(f func(pid string, stat []string)) error {
 	return nil
 }
 
-// cpu returns the processor time that the group has used, with that of the
+// cpu returns the processor time that the group has used. It includes the time of
 // children that have ended.
 func (p *process) cpu() (time.Duration, error) {
 	ticks := 0
@@ -98,7 +98,7 @@ func (p *process) cpu() (time.Duration, error) {
 	return time.Duration(ticks) * tick, err
 }
 
-// memory returns a field of /proc/<pid>/status, summed up over the group, in bytes.
+// memory returns the sum of a field of /proc/<pid>/status over the group, in bytes.
 func (p *process) memory(field string) (sum int64, err error) {
 	err = p.each(func(pid string, _ []string) {
 		status, _ := os.ReadFile("/proc/" + pid + "/status")
@@ -121,7 +121,7 @@ func freeAddr() (string, error) {
 	return l.Addr().String(), nil
 }
 
-// startBackend answers 200 to every request once it has read it.
+// startBackend starts a server that reads each request to its end, and answers 200.
 func startBackend() (addr string, err error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -137,7 +137,7 @@ func startBackend() (addr string, err error) {
 	return l.Addr().String(), nil
 }
 
-// raiseFileLimit lets this process, and those that it starts, hold the connections.
+// raiseFileLimit raises the limit of open files, for bench and the programs that it starts.
 func raiseFileLimit() error {
 	var limit syscall.Rlimit
 	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
@@ -147,7 +147,7 @@ func raiseFileLimit() error {
 		return nil
 	}
 	if limit.Max < 10_000 {
-		return fmt.Errorf("no more than %d files can be open, see ulimit -n", limit.Max)
+		return fmt.Errorf("at most %d files can be open: raise ulimit -n to 10000", limit.Max)
 	}
 	limit.Cur = limit.Max
 	return syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)

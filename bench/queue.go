@@ -12,30 +12,30 @@ import (
 	"time"
 )
 
-// binary is a Caddy whose queue is measured, and its figures.
+// binary is a Caddy to measure, with its figures.
 type binary struct {
 	name, path string
 	dir        string
 	process    *process
-	figures    map[string]*figures // by the place and the number of senders
+	figures    map[string]*figures // by place and number of senders
 }
 
-// figures are those of the events of one place, one of each round.
+// figures are the measurements of one place, with one value for each round.
 type figures struct {
-	perSecond spread // accepted events a second
-	cpu       spread // processor time of an event, in µs
-	median    spread // of the time until the answer, in µs
+	perSecond spread // events a second
+	cpu       spread // processor time for each event, in µs
+	median    spread // median response time, in µs
 }
 
-// places are the paths of the site: without a queue, and with one whose backend takes each
-// event, or is down.
+// places are the paths of the site: without a queue, with a queue and a backend that
+// accepts each event, and with a queue and a backend that is down.
 var places = []string{"without", "queue", "down"}
 
 var senders = []int{1, 8, 64}
 
-// measureQueue compares the throughput of a Caddy with a queue and without one, in turn,
-// and that of other Caddys beside it. dsn names a PostgreSQL for the queues, or SQLite if
-// it is empty.
+// measureQueue compares the throughput of cmd/caddy with and without a queue, and does the
+// same for the binaries in caddys. dsn is the connection string of a PostgreSQL for the
+// queues. If it is empty, the queues are in SQLite.
 func measureQueue(dir string, caddys []string, backend, dsn string, rounds int, each time.Duration) error {
 	var binaries []*binary
 	for i, path := range caddys {
@@ -101,7 +101,7 @@ func (b *binary) start(backend, dsn string) error {
 	if err := os.WriteFile(file, []byte(site.String()), 0o600); err != nil {
 		return err
 	}
-	cmd := exec.Command(b.path, "run", "--config", file) //nolint:gosec // as whoever runs this says
+	cmd := exec.Command(b.path, "run", "--config", file) //nolint:gosec // the user chooses the binaries
 	cmd.Env = append(os.Environ(), "HOME="+b.dir, "XDG_DATA_HOME="+b.dir, "XDG_CONFIG_HOME="+b.dir, "INKIT_WEBHOOK_SECRET="+secret, "INKIT_QUEUE_DSN="+dsn)
 	b.process, err = startProcess(cmd, addr)
 	return err
@@ -162,7 +162,7 @@ func (b *binary) measure(place string, senders int, each time.Duration) error {
 	return nil
 }
 
-// over returns the quotients, round by round.
+// over divides by the other figure in each round.
 func (s spread) over(other spread) (shares spread) {
 	for i := range s {
 		shares = append(shares, s[i]/other[i])

@@ -12,13 +12,13 @@ import (
 
 const secret = "test_inkit_webhook_secret"
 
-// path is the path of all programs, because webhook takes no other.
+// path is the same for all programs, because webhook only serves paths under /hooks/.
 const path = "/hooks/inkit"
 
 const njsModule = "/usr/lib/nginx/modules/ngx_http_js_module.so"
 
-// rows returns the measured programs in pairs: without and with verification.
-// caddy is the binary, and backend the address to hand events to.
+// rows returns the programs to measure in pairs: without and with verification. caddy is
+// the path of the binary, and backend is the address of the backend.
 func rows(caddy, backend string) (all []*row) {
 	pair := func(proxy string, files func(addr string, verifies bool) map[string]string, command func(dir, addr string) *exec.Cmd) {
 		for _, verifies := range []bool{false, true} {
@@ -49,7 +49,7 @@ func rows(caddy, backend string) (all []*row) {
 		return exec.Command(caddy, "run", "--config", filepath.Join(dir, "Caddyfile"))
 	})
 
-	// requestBuffer is there only for bodies that are held in memory.
+	// nginx has no r.requestBuffer for a body that it wrote to a file, so it rejects a large body.
 	pair("nginx, njs", func(_ string, verifies bool) map[string]string {
 		location := "location / { proxy_pass http://backend; }"
 		if verifies {
@@ -97,7 +97,7 @@ http {
 		return exec.Command("nginx", "-p", dir, "-e", "stderr", "-c", "nginx.conf")
 	})
 
-	// A body above tune.bufsize (16 KiB) is not there as a whole, and is refused.
+	// HAProxy buffers only the first 16 KiB (tune.bufsize) of a body, so it rejects a larger one.
 	pair("HAProxy, hmac", func(_ string, verifies bool) map[string]string {
 		return map[string]string{"haproxy.cfg": `global
 	maxconn 4000
@@ -121,7 +121,7 @@ backend events
 		return exec.Command("haproxy", "-db", "-f", filepath.Join(dir, "haproxy.cfg"))
 	})
 
-	// This one hands nothing on: it runs a program for each event.
+	// webhook has no backend: it runs a program for each event.
 	pair("webhook, which runs /bin/true", func(_ string, verifies bool) map[string]string {
 		return map[string]string{"hooks.json": `[{"id": "inkit", "execute-command": "/bin/true"` + when(verifies, `, "trigger-rule-mismatch-http-response-code": 401,
 	"trigger-rule": {"match": {"type": "payload-hmac-sha256", "secret": "<secret>", "parameter": {"source": "header", "name": "Inkit-Signature"}}}`) + "}]"}
@@ -130,7 +130,7 @@ backend events
 		return exec.Command("webhook", "-hooks", filepath.Join(dir, "hooks.json"), "-ip", host, "-port", port)
 	})
 
-	// Nor does this one: it is the backend.
+	// Flask has no backend either: it is itself the backend.
 	pair("Flask under gunicorn", func(_ string, verifies bool) map[string]string {
 		return map[string]string{"app.py": `import hashlib
 import hmac
@@ -156,16 +156,16 @@ def webhook():
 	return all
 }
 
-// row is a program in one of two configurations, and its figures.
+// row is a program with or without verification, and its figures.
 type row struct {
 	proxy    string
 	verifies bool
-	files    func(addr string) map[string]string // contents by name
+	files    func(addr string) map[string]string // contents by file name
 	command  func(dir, addr string) *exec.Cmd
 
 	cpu, p50, p99                spread // µs
 	rest, slow, unsigned, forged int64  // bytes of resident memory
-	beside                       timing // how long a good event takes beside slow connections
+	beside                       timing // response time of a genuine event while slow connections are open
 }
 
 func (r *row) name() string {

@@ -31,8 +31,8 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 )
 
-// files returns the files of the repository that match one of the patterns, by their
-// path in it.
+// files returns the files of the repository that match one of the patterns, by their path
+// in the repository.
 func files(t *testing.T, patterns ...string) map[string]string {
 	t.Helper()
 	found := make(map[string]string)
@@ -76,7 +76,7 @@ func problems(t *testing.T, content string) (problems []string) {
 	if err != nil {
 		return []string{err.Error()}
 	}
-	for _, warning := range warnings { // also: caddy fmt has something to change
+	for _, warning := range warnings { // for example, the file is not formatted
 		problems = append(problems, warning.Message)
 	}
 	servers, err := caddyfile.Parse("Caddyfile", []byte(content))
@@ -96,7 +96,7 @@ func problems(t *testing.T, content string) (problems []string) {
 				directives = append(directives, strings.Join(words, " "))
 			}
 		}
-		// the page answers each path itself
+		// the page answers all paths, so no error 404 is needed
 		if len(directives) == 0 || directives[len(directives)-1] != "error 404" && !endsInPage(directives) {
 			problems = append(problems, keys[0]+": does not end in error 404")
 		}
@@ -140,12 +140,12 @@ func TestProblems(t *testing.T) {
 	}{
 		{"fine", ":80 {\n\thandle /a {\n\t\trespond b\n\t}\n\terror 404\n}\n", nil},
 		{"fine, with global options, a snippet and error routes", "{\n\tadmin off\n}\n\n(a) {\n\trespond a\n}\n\n:80 {\n\thandle /a {\n\t\timport a\n\t}\n\terror 404\n\thandle_errors {\n\t\trespond b\n\t}\n}\n", nil},
-		{"fine, with the page at its end", ":80 {\n\tinkit_queue_page\n}\n", nil},
-		{"a page for some paths alone", ":80 {\n\tinkit_queue_page /queue/*\n}\n", []string{":80: does not end in error 404"}},
-		{"no end", ":80 {\n\trespond b\n}\n", []string{":80: does not end in error 404"}},
-		{"an end for some paths alone", ":80 {\n\terror /a 404\n}\n", []string{":80: does not end in error 404"}},
-		{"an end in one of two sites", ":80 {\n\terror 404\n}\n\n:81 {\n\trespond b\n}\n", []string{":81: does not end in error 404"}},
-		{"spaces", ":80 {\n    error 404\n}\n", []string{"Caddyfile input is not formatted; run 'caddy fmt --overwrite' to fix inconsistencies"}},
+		{"fine, with the page of the queue at its end", ":80 {\n\tinkit_queue_page\n}\n", nil},
+		{"a page only for some paths", ":80 {\n\tinkit_queue_page /queue/*\n}\n", []string{":80: does not end in error 404"}},
+		{"no error 404", ":80 {\n\trespond b\n}\n", []string{":80: does not end in error 404"}},
+		{"error 404 only for some paths", ":80 {\n\terror /a 404\n}\n", []string{":80: does not end in error 404"}},
+		{"error 404 in only one of two sites", ":80 {\n\terror 404\n}\n\n:81 {\n\trespond b\n}\n", []string{":81: does not end in error 404"}},
+		{"indented by spaces", ":80 {\n    error 404\n}\n", []string{"Caddyfile input is not formatted; run 'caddy fmt --overwrite' to fix inconsistencies"}},
 		{"an unknown directive", ":80 {\n\tinkit_guard\n}\n", []string{"Caddyfile:2: unrecognized directive: inkit_guard"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -174,7 +174,7 @@ func TestLinks(t *testing.T) {
 	for name, document := range documents {
 		for _, match := range link.FindAllStringSubmatch(fence.ReplaceAllString(document, ""), -1) {
 			target, anchor, _ := strings.Cut(match[1], "#")
-			if strings.Contains(target, ":") { // of another place
+			if strings.Contains(target, ":") { // the URL of another site
 				continue
 			}
 			count++
@@ -193,8 +193,8 @@ func TestLinks(t *testing.T) {
 	assert.Greater(t, count, 20)
 }
 
-// The README has exactly the grammar of the source, and the other pages have its outcomes,
-// metrics, placeholders and commands.
+// The README has the same grammar as the source, and the other pages name all outcomes,
+// metrics, placeholders and commands of the source.
 func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 	readme := files(t, "README.md")["README.md"]
 	reference := files(t, "reference.md")["docs/reference.md"] + files(t, "monitoring.md")["docs/monitoring.md"]
@@ -242,7 +242,7 @@ func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 	assert.LessOrEqual(t, strings.Count(readme, "\n"), 200)
 }
 
-// CONTRIBUTING.md draws the packages of the queue. Imports run along its arrows, one way.
+// CONTRIBUTING.md has a drawing of the packages of the queue. All imports follow its arrows.
 func TestImportsRunAlongTheArrows(t *testing.T) {
 	drawing := files(t, "CONTRIBUTING.md")["CONTRIBUTING.md"]
 	packages := make(map[string]string) // by the name in the drawing
@@ -299,7 +299,7 @@ var verb = regexp.MustCompile(`%[a-z]`)
 var update = flag.Bool("update", false, "write testdata/messages.txt")
 
 // TestMessages compares all log lines and errors of the module with testdata/messages.txt,
-// where you can read them in one go.
+// so that you can read all messages in one file.
 func TestMessages(t *testing.T) {
 	var messages []string
 	parsed := make(map[string]*ast.File)

@@ -1,5 +1,5 @@
-// Package manifests checks the examples for a container engine and a cluster, without
-// either. It is a separate module, so that nothing else needs its dependencies.
+// Package manifests checks the examples for Docker and Kubernetes, without running Docker
+// or Kubernetes. It is a separate module, so that nothing else needs its dependencies.
 package manifests
 
 import (
@@ -104,8 +104,8 @@ func TestCompose(t *testing.T) {
 	}
 }
 
-// existing returns the path, or for a folder one of its files. The file exists only if
-// the path does.
+// existing returns the path of a file, or for a folder the path of one of its files. The
+// returned file exists only if path exists.
 func existing(path string) string {
 	if files, err := filepath.Glob(path + "/*"); err == nil && len(files) > 0 {
 		return files[0]
@@ -128,7 +128,7 @@ func TestGrafanaProvisioning(t *testing.T) {
 	require.NoError(t, yaml.UnmarshalStrict([]byte(read(t, "../docker/grafana/datasource.yml")), &datasources))
 	require.Len(t, datasources.Datasources, 1)
 	assert.Equal(t, 1, datasources.APIVersion)
-	assert.True(t, datasources.Datasources[0].IsDefault, "the dashboard uses it")
+	assert.True(t, datasources.Datasources[0].IsDefault, "the dashboard uses the default data source")
 	var dashboards struct {
 		APIVersion int `json:"apiVersion"`
 		Providers  []struct {
@@ -171,8 +171,8 @@ type manifest struct {
 	statefulSet appsv1.StatefulSet
 }
 
-// loadManifest decodes each document into the type that it names, and accepts no field
-// that the type does not have.
+// loadManifest decodes each document into the Go type of its kind, and refuses unknown
+// fields.
 func loadManifest(text string) (m manifest, err error) {
 	reader := utilyaml.NewYAMLReader(bufio.NewReader(strings.NewReader(text)))
 	for {
@@ -193,7 +193,7 @@ func loadManifest(text string) (m manifest, err error) {
 		if !ok {
 			return m, errors.New("no type for " + meta.APIVersion + " " + meta.Kind)
 		}
-		// as the API server does it: names are case-sensitive, unlike those of encoding/json
+		// as the API server does: field names are case-sensitive, unlike in encoding/json
 		text, err := yaml.YAMLToJSONStrict(document)
 		if err != nil {
 			return m, err
@@ -225,7 +225,7 @@ func TestKubernetes(t *testing.T) {
 	for _, port := range caddy.Ports {
 		ports[port.Name] = port.ContainerPort
 	}
-	t.Run("ports and paths are those of the Caddyfile", func(t *testing.T) {
+	t.Run("the Caddyfile has the same ports and paths", func(t *testing.T) {
 		assert.Equal(t, map[string]int32{"http": 8080, "metrics": 9180}, ports)
 		assert.Contains(t, caddyfile, "\nhttp://:8080 {\n")
 		assert.Contains(t, caddyfile, "\nhttp://:9180 {\n")
@@ -236,7 +236,7 @@ func TestKubernetes(t *testing.T) {
 		}
 		assert.Equal(t, "9180", set.Spec.Template.Annotations["prometheus.io/port"])
 	})
-	t.Run("each mount has its volume, and each volume its mount", func(t *testing.T) {
+	t.Run("each mount has a volume, and each volume has a mount", func(t *testing.T) {
 		volumes := make(map[string]bool)
 		for _, volume := range pod.Volumes {
 			volumes[volume.Name] = true
@@ -259,15 +259,15 @@ func TestKubernetes(t *testing.T) {
 		for _, mount := range caddy.VolumeMounts {
 			mounts[mount.Name] = true
 			paths[mount.MountPath] = mount.Name
-			assert.Empty(t, mount.SubPath, "or else a new value does not arrive")
+			assert.Empty(t, mount.SubPath, "with a subPath, a new secret does not arrive")
 		}
 		assert.Equal(t, volumes, mounts)
-		// where the image of Caddy has its data, its configuration and the Caddyfile
+		// the paths of data, configuration and Caddyfile in the image of Caddy
 		assert.Equal(t, map[string]string{"/data": "data", "/config": "config", "/etc/caddy": "caddyfile", "/etc/inkit": "secret"}, paths)
 		assert.Contains(t, caddyfile, "{file./etc/inkit/secret}")
 		assert.Contains(t, read(t, "../kubernetes/README.md"), "secret generic inkit-webhook --from-file=secret=")
 	})
-	t.Run("there is enough time for a stop", func(t *testing.T) {
+	t.Run("the Pod has enough time to stop", func(t *testing.T) {
 		_, delay, found := strings.Cut(caddyfile, "shutdown_delay ")
 		require.True(t, found)
 		delay, _, _ = strings.Cut(delay, "\n")
@@ -275,7 +275,7 @@ func TestKubernetes(t *testing.T) {
 		require.NoError(t, err)
 		assert.Greater(t, time.Duration(*pod.TerminationGracePeriodSeconds)*time.Second, shutdownDelay+gracePeriod(t, caddyfile))
 	})
-	t.Run("one Pod, since each has its own events", func(t *testing.T) {
+	t.Run("one Pod, because each Pod has its own events", func(t *testing.T) {
 		assert.Equal(t, int32(1), *set.Spec.Replicas)
 	})
 }
@@ -283,10 +283,10 @@ func TestKubernetes(t *testing.T) {
 func TestKubernetesIsChecked(t *testing.T) {
 	text := read(t, "../kubernetes/inkit.yaml")
 	for _, tt := range []struct{ name, old, new, err string }{
-		{"a field that is not known", "readOnlyRootFilesystem:", "readonlyRootFilesystem:", `unknown field "spec.template.spec.containers[0].securityContext.readonlyRootFilesystem"`},
+		{"an unknown field", "readOnlyRootFilesystem:", "readonlyRootFilesystem:", `unknown field "spec.template.spec.containers[0].securityContext.readonlyRootFilesystem"`},
 		{"a number that is a text", "replicas: 1", `replicas: "1"`, "cannot unmarshal string"},
-		{"a kind that is not there", "kind: StatefulSet", "kind: StatefullSet", "no type for apps/v1 StatefullSet"},
-		{"a quantity that is none", "storage: 2Gi", "storage: 2GB", "quantities must match"},
+		{"an unknown kind", "kind: StatefulSet", "kind: StatefullSet", "no type for apps/v1 StatefullSet"},
+		{"a malformed quantity", "storage: 2Gi", "storage: 2GB", "quantities must match"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			require.Contains(t, text, tt.old)

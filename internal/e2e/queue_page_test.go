@@ -112,12 +112,12 @@ func (v visitor) uses(t *testing.T, at, user string) {
 	status, page, _ = v.do(t, http.MethodGet, follow(link[1]), nil)
 	require.Equal(t, 200, status)
 	assert.Contains(t, page, "<h2>Request</h2>")
-	waitFor(t, "the event is made due, between two attempts", nil, func() bool {
+	waitFor(t, "the event becomes due between two attempts", nil, func() bool {
 		status, _, header = v.do(t, http.MethodPost, follow("retry"), url.Values{"id": {strings.TrimPrefix(link[1], "event?id=")}, "from": {"event"}})
 		require.Equal(t, http.StatusSeeOther, status)
 		status, page, _ = v.do(t, http.MethodGet, follow(header.Get("Location")), nil)
 		require.Equal(t, 200, status)
-		return strings.Contains(page, "1 event was made due")
+		return strings.Contains(page, "1 event is due now")
 	})
 	status, _, _ = v.do(t, http.MethodGet, follow("page.css"), nil)
 	assert.Equal(t, 200, status)

@@ -1,5 +1,5 @@
-// Package event has the webhook in a request as the handlers of this module see it:
-// inkit_webhook creates it, and inkit_queue stores it.
+// Package event has the event that the handlers of this module share: inkit_webhook
+// creates it, and inkit_queue stores it.
 package event
 
 import (
@@ -13,8 +13,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// Verified is the outcome of a request whose body one of the secrets signed. Only such a
-// request may reach a backend.
+// Verified is the outcome of a request with a body that one of the secrets signed. Only
+// such a request may reach a backend.
 const Verified = "verified"
 
 // Event is a webhook after the checks of inkit_webhook. Unless the outcome is Verified,
@@ -22,22 +22,22 @@ const Verified = "verified"
 type Event struct {
 	Outcome        string // Verified, or a word for the cause of the rejection
 	Body           []byte // the signed bytes; no code may change them
-	SecretName     string // of the secret that signed
-	IdempotencyKey string // the value of the header field; empty for no field
+	SecretName     string // the name of the secret that made the signature
+	IdempotencyKey string // the value of the header field; empty without this field
 
 	parsed atomic.Pointer[[2]string] // event_type and resource_id; nil until the first use
-	vars   map[string]any            // of the request
+	vars   map[string]any            // Caddy's variables of the request
 }
 
 // Type returns the event_type, such as DOCUMENT_DELETED. It is empty if the body
 // is not the JSON that Inkit documents.
 func (e *Event) Type() string { return e.members()[0] }
 
-// ResourceID returns the resource_id, likewise.
+// ResourceID returns the resource_id. It is empty if the body is not that JSON.
 func (e *Event) ResourceID() string { return e.members()[1] }
 
 // members returns the two members of the JSON object that Inkit documents
-// (docs.inkit.com/docs/inkit-webhook-events). A member is empty if it is absent, no
+// (docs.inkit.com/docs/inkit-webhook-events). A member is empty if it is absent, not a
 // string, or contains a control character, which no header field can contain.
 func (e *Event) members() *[2]string {
 	if parsed := e.parsed.Load(); parsed != nil {
@@ -92,7 +92,7 @@ func verified(vars map[string]any) *Event {
 // answers 200 if no handler wrote a status.
 func (e *Event) Unhandled() bool { return e.vars["unhandled"] == true }
 
-// placeholder answers for the request's current event, which may be a later one than e.
+// placeholder shows the request's current event, which may have replaced e.
 func (e *Event) placeholder(name string) (any, bool) {
 	now, ok := e.vars[varName].(*Event)
 	if !ok {

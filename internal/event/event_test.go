@@ -32,11 +32,11 @@ func TestMembers(t *testing.T) {
 
 		{"names in another case", `{"Event_Type":"E","RESOURCE_ID":"r"}`, "", ""},
 		{"another case after the exact name", `{"event_type":"E","EVENT_TYPE":"no","resource_id":"r"}`, "E", "r"},
-		{"a name with a letter that only folds to s", `{"reſource_id":"r","event_type":"E"}`, "E", ""},
+		{"a name with the letter ſ, which only case folding turns into s", `{"reſource_id":"r","event_type":"E"}`, "E", ""},
 		{"a number", `{"event_type":1,"resource_id":"r"}`, "", "r"},
 		{"null", `{"event_type":null,"resource_id":"r"}`, "", "r"},
 		{"an object", `{"event_type":{"a":"b"},"resource_id":["r"]}`, "", ""},
-		{"one is absent", `{"event_type":"E"}`, "E", ""},
+		{"one member is absent", `{"event_type":"E"}`, "E", ""},
 		{"an array", `[{"event_type":"E"}]`, "", ""},
 		{"a string", `"event_type"`, "", ""},
 		{"null alone", `null`, "", ""},
@@ -89,7 +89,7 @@ func TestEventIsThatOfAllCopiesOfARequest(t *testing.T) {
 	assert.False(t, known)
 
 	shown, _ := repl.GetString("http.vars.inkit_webhook")
-	assert.Equal(t, "verified", shown, "and no body")
+	assert.Equal(t, "verified", shown, "the text of the event contains no body")
 }
 
 func TestLastEventCounts(t *testing.T) {
@@ -103,15 +103,15 @@ func TestLastEventCounts(t *testing.T) {
 
 	rejected := &Event{Outcome: "signature_mismatch"}
 	assert.Same(t, second, rejected.Attach(r.Context()))
-	assert.Nil(t, FromContext(r.Context()), "a rejected request holds no event")
+	assert.Nil(t, FromContext(r.Context()), "a rejected request has no event")
 	assert.Nil(t, second.Attach(r.Context()))
 }
 
 func TestNoEventWithoutAGuard(t *testing.T) {
 	r, repl := prepare(t)
 	assert.Nil(t, FromContext(r.Context()))
-	assert.Nil(t, FromContext(t.Context()), "nor outside of Caddy")
-	caddyhttp.SetVar(r.Context(), varName, "verified") // as vars in a Caddyfile can
+	assert.Nil(t, FromContext(t.Context()), "a context outside of Caddy has no event")
+	caddyhttp.SetVar(r.Context(), varName, "verified") // as the directive vars can do
 	assert.Nil(t, FromContext(r.Context()))
 	_, known := repl.Get("http.inkit_webhook.outcome")
 	assert.False(t, known)

@@ -35,10 +35,10 @@ const (
 	kept     = 10_000
 )
 
-// site is a Caddy with a queue and its page, and a backend that can be out of order.
+// site is a Caddy with a queue and its page, and a backend that can fail.
 type site struct {
 	webhook, page string
-	backend       atomic.Bool // whether it takes events
+	backend       atomic.Bool // whether the backend accepts events
 }
 
 func startSite(t *testing.T) *site {
@@ -123,7 +123,7 @@ func freeAddr(t *testing.T) string {
 
 var types = []string{"DOCUMENT_CREATE_FINISHED", "DOCUMENT_UPDATE_FINISHED", "DOCUMENT_PDF_ACCESS", "DOCUMENT_DESTROY_FINISHED"}
 
-// send sends n events, each as Inkit does.
+// send sends n events as Inkit does.
 func (s *site) send(t *testing.T, resource string, n int) {
 	t.Helper()
 	var wg sync.WaitGroup
@@ -175,7 +175,7 @@ func browser(t *testing.T) context.Context {
 	return ctx
 }
 
-// axe returns the source of axe-core, which finds what excludes people.
+// axe returns the source of axe-core, which finds accessibility problems.
 func axe(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -189,7 +189,7 @@ func axe(t *testing.T) string {
 	return string(source)
 }
 
-// size and colours of a screen.
+// screen sets the width and the colour scheme of the screen.
 func screen(width int64, scheme string) chromedp.Action[chromedp.Void] {
 	return chromedp.Steps(chromedp.EmulateViewport(width, 900), chromedp.Func(func(ctx context.Context, target *chromedp.Target) error {
 		_, err := cdp.Call(ctx, target, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
@@ -199,7 +199,7 @@ func screen(width int64, scheme string) chromedp.Action[chromedp.Void] {
 	}))
 }
 
-// scripts has the browser run the scripts of a page, or not.
+// scripts turns JavaScript on or off.
 func scripts(run bool) chromedp.Action[chromedp.Void] {
 	return chromedp.Func(func(ctx context.Context, target *chromedp.Target) error {
 		_, err := cdp.Call(ctx, target, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: !run})
@@ -252,7 +252,7 @@ func TestPageInABrowser(t *testing.T) {
 		require.NoError(t, err)
 		res.Body.Close()
 		require.Equal(t, http.StatusUnauthorized, res.StatusCode)
-		// the first run has the browser begin, which must outlive its context
+		// the first action starts the browser, which must run longer than this subtest
 		require.NoError(t, chromedp.Do(ctx, scripts(false), screen(1280, "light")))
 		run(chromedp.Navigate("http://demo:" + password + "@" + s.page + "/queue/"))
 		text("Queue documents", "signed in as demo")
@@ -263,7 +263,7 @@ func TestPageInABrowser(t *testing.T) {
 			got := ask(t, ctx, chromedp.Text(chromedp.CSS("body")))
 			return strings.Contains(got, "10,005") && strings.Contains(got, "status 503")
 		}, 30*time.Second, time.Second)
-		text("backend down", "status 404", "Load this page again")
+		text("backend down", "status 404", "Reload this page")
 		screenshot(t, ctx, "page.png")
 	})
 	t.Run("open an event and retry it", func(t *testing.T) {
@@ -277,7 +277,7 @@ func TestPageInABrowser(t *testing.T) {
 		text("Event unknown_1003", "status 404", "REDACTED", `"event_type": "DOCUMENT_DESTROY_FINISHED"`)
 		screenshot(t, ctx, "page-event.png")
 		click(`//button[contains(., "Retry now")]`)
-		text("1 event was made due")
+		text("1 event is due now")
 	})
 	t.Run("drop five by a filter", func(t *testing.T) {
 		click(`//a[text()="Events"]`)
@@ -294,7 +294,7 @@ func TestPageInABrowser(t *testing.T) {
 		click(`//button[contains(., "Pause")]`)
 		text("The queue is paused.", "paused since")
 		click(`//button[contains(., "Resume")]`)
-		text("The queue goes on.")
+		text("The queue is no longer paused.")
 	})
 	t.Run("page through them all", func(t *testing.T) {
 		run(chromedp.Navigate(at + "events"))
@@ -338,7 +338,7 @@ func TestPageInABrowser(t *testing.T) {
 	})
 }
 
-// violations returns what axe finds on the page, of any weight.
+// violations returns all problems that axe finds on the page, also minor ones.
 func violations(t *testing.T, ctx context.Context, source string) (found []string) {
 	t.Helper()
 	ask(t, ctx, scripts(true))
@@ -356,14 +356,14 @@ func violations(t *testing.T, ctx context.Context, source string) (found []strin
 		N int
 	}
 	require.NoError(t, json.Unmarshal([]byte(result), &report))
-	assert.Greater(t, report.N, 10, "rules that passed")
+	assert.Greater(t, report.N, 10, "the number of rules that passed")
 	for _, v := range report.V {
 		found = append(found, fmt.Sprintf("%s (%s): %s: %s %s", v.ID, v.Impact, v.Help, v.Nodes[0].HTML, v.Nodes[0].FailureSummary))
 	}
 	return found
 }
 
-// screenshot writes one into the documents if SCREENSHOTS is set. A small one loads fast.
+// screenshot saves a small image in docs if SCREENSHOTS is set.
 func screenshot(t *testing.T, ctx context.Context, name string) {
 	t.Helper()
 	png := ask(t, ctx, chromedp.CaptureScreenshot())

@@ -43,7 +43,7 @@ func program(t testing.TB, name string) string {
 	return found[len(found)-1]
 }
 
-// Server is a server with its own folder. It ends with the test.
+// Server is a PostgreSQL server with its own folder. It stops at the end of the test.
 type Server struct {
 	Dir  string
 	Port string
@@ -74,7 +74,7 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
-// unprivileged runs a program as another user if we are root, because it refuses root.
+// unprivileged makes cmd run as the user postgres if we are root, because it refuses root.
 func unprivileged(t testing.TB, cmd *exec.Cmd, dir string) {
 	t.Helper()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -94,14 +94,14 @@ func unprivileged(t testing.TB, cmd *exec.Cmd, dir string) {
 	require.NoError(t, os.Chown(dir, uid, gid))
 	entries, err := os.ReadDir(dir)
 	require.NoError(t, err)
-	for _, entry := range entries { // files of the test
+	for _, entry := range entries { // the files that the test has written
 		require.NoError(t, os.Chown(filepath.Join(dir, entry.Name()), uid, gid))
 	}
 }
 
 func newDir(t testing.TB) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "pgtest") // the user postgres may not enter t.TempDir
+	dir, err := os.MkdirTemp("", "pgtest") // the user postgres has no access to t.TempDir
 	require.NoError(t, err)
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
 	return dir
@@ -109,7 +109,7 @@ func newDir(t testing.TB) string {
 
 var lastPort atomic.Uint32
 
-// Each test process begins at another port, so that they do not try the same ones.
+// Each test process starts at another port, so that two processes do not try the same port.
 func init() { lastPort.Store(uint32(os.Getpid()*97) % 10_000) }
 
 // freePort returns a port on which nothing listens, and never the same port again: a
@@ -172,7 +172,7 @@ func (s *Server) Standby(t testing.TB) *Server {
 
 func (s *Server) data() string { return filepath.Join(s.Dir, "data") }
 
-// Run starts the server, and waits until it takes connections.
+// Run starts the server, and waits until it accepts connections.
 func (s *Server) Run() {
 	s.t.Helper()
 	if s.Port == "" {
@@ -215,32 +215,32 @@ func (s *Server) Run() {
 // Log returns the server's log since its last start.
 func (s *Server) Log() string { return s.output.String() }
 
-// Stop shuts the server down as an operator does, without waiting for its clients.
+// Stop shuts the server down as an operator does, and disconnects its clients.
 func (s *Server) Stop() {
 	_ = s.cmd.Process.Signal(syscall.SIGINT)
 	<-s.exited
 }
 
-// Kill kills all its processes at once.
+// Kill kills all processes of the server at once.
 func (s *Server) Kill() {
 	for _, pid := range s.processes() {
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
 	<-s.exited
-	for _, pid := range s.processes() { // processes started meanwhile
+	for _, pid := range s.processes() { // processes that started during the loop above
 		_ = syscall.Kill(pid, syscall.SIGKILL)
 	}
 }
 
-// Signal sends a signal to all its processes.
+// Signal sends a signal to all processes of the server.
 func (s *Server) Signal(signal syscall.Signal) {
 	for _, pid := range s.processes() {
 		_ = syscall.Kill(pid, signal)
 	}
 }
 
-// processes returns the server's process and its child processes, each of which is in
-// its own process group.
+// processes returns the server's process and its child processes. Each child has its own
+// process group, so one signal to a group cannot reach all.
 func (s *Server) processes() []int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -287,7 +287,7 @@ func (s *Server) Query(t testing.TB, database, statement string, args ...any) st
 	return value
 }
 
-// Mount creates a folder for the server on a file system of the size.
+// Mount creates a folder for the server, on a new file system of this size.
 func (s *Server) Mount(t testing.TB, dir, size string) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -313,7 +313,7 @@ var databases struct {
 // NewDatabase creates a database, and returns its name.
 func (s *Server) NewDatabase(t testing.TB) string {
 	t.Helper()
-	databases.Lock() // only one copy of the template at a time is possible
+	databases.Lock() // PostgreSQL makes only one copy of a template at a time
 	defer databases.Unlock()
 	databases.last++
 	name := fmt.Sprintf("test%d", databases.last)

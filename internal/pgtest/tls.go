@@ -29,7 +29,7 @@ type Authority struct {
 	key         *ecdsa.PrivateKey
 }
 
-// NewAuthority creates an Authority, in a folder that the test removes at its end.
+// NewAuthority creates an Authority in a temporary folder of the test.
 func NewAuthority(t testing.TB) *Authority {
 	t.Helper()
 	a := &Authority{File: filepath.Join(t.TempDir(), "root.crt")}
@@ -61,8 +61,8 @@ func (a *Authority) sign(t testing.TB, template *x509.Certificate) (der []byte, 
 	return der, key
 }
 
-// Issue creates a client certificate for a role, or without a role a server certificate
-// for 127.0.0.1. Only the user who runs the tests may read the files.
+// Issue creates a client certificate for a role. Without a role, it creates a server
+// certificate for 127.0.0.1. Only the user who runs the tests may read the files.
 func (a *Authority) Issue(t testing.TB, role string) (certificateFile, keyFile string) {
 	t.Helper()
 	template := &x509.Certificate{Subject: pkix.Name{CommonName: role}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
@@ -86,7 +86,7 @@ func writePEM(t testing.TB, file, kind string, der []byte) {
 }
 
 // TLS turns on TLS in the server, with a certificate of the authority, and adds lines to
-// pg_hba.conf for further roles. The role postgres can connect as before.
+// pg_hba.conf for other roles. The role postgres can connect as before.
 func (s *Server) TLS(t testing.TB, a *Authority, hba ...string) {
 	t.Helper()
 	certificate, key := a.Issue(t, "")

@@ -1,5 +1,5 @@
-// Package placeholder reads secrets from their files and variables. No error shows a part
-// of a secret.
+// Package placeholder reads secrets from files and variables. Its errors show no part of a
+// secret.
 package placeholder
 
 import (

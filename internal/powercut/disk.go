@@ -29,35 +29,35 @@ const (
 
 // disk is a file system whose power can be cut. It holds one folder of files.
 //
-// A folder of the machine has the newest content of each file, and programs read it. The
-// disk remembers a page's old content until an fsync of the file. At a cut, a page that
-// was not synced gets its old content, keeps its new content, or is torn: only its first
-// sectors are new.
+// A folder of the machine has the newest content of each file, which programs read. The
+// disk remembers the old content of a page until an fsync of the file. At a cut, a page
+// that was not synced gets its old content, keeps its new content, or is torn: only its
+// first sectors are new.
 //
-// It is harsher than most disks, because an unsynced page may arrive before an earlier
-// page. It is milder, because creating, renaming and deleting a file is durable at once,
-// without an fsync of the folder. An fsync makes all writes durable until it returns,
-// including writes during the fsync.
+// This disk loses more than most disks, because a page may become durable before an older
+// write. It loses less in two ways: creating, renaming and deleting a file is durable at
+// once, without an fsync of the folder, and an fsync also makes writes durable that come
+// before it returns.
 type disk struct {
-	dir    string // of the newest content
+	dir    string // has the newest content
 	faults faults
 
 	mu       sync.Mutex
 	unsynced map[uint64]*file // by inode
-	steps    int              // how many writes and syncs are left until the cut, if more than 0
+	steps    int              // the number of writes and syncs until the cut; 0 for no cut
 	kill     func()           // called at the cut
-	cut      chan struct{}    // closed by it
-	failed   int              // how many fsyncs have failed
+	cut      chan struct{}    // closed at the cut
+	failed   int              // the number of fsyncs that have failed
 }
 
-// faults are the faults of a disk while it has power.
+// faults are what goes wrong on a disk while it has power.
 type faults struct {
-	failOneIn     int           // one fsync in so many fails with EIO, and its pages never arrive unless they are written again
-	atLeast, more time.Duration // how long an fsync takes
+	failOneIn     int           // with n, about one fsync in n fails with EIO, and its pages are lost at the cut unless they are written again
+	atLeast, more time.Duration // an fsync takes atLeast, plus a random part of more
 	liesAbout     string        // an fsync of a file with this suffix succeeds and does nothing
 }
 
-// file has the synced content of those parts of a file that were written since.
+// file has the old, synced content of the pages that were written since the last fsync.
 type file struct {
 	size  int64
 	pages map[int64]*page
@@ -65,7 +65,7 @@ type file struct {
 
 type page struct {
 	was     []byte
-	dropped bool // by an fsync that failed. As in ext4, programs read the newest content all the same
+	dropped bool // an fsync has failed. As in ext4, programs still read the newest content
 }
 
 // toll counts the unsynced pages at a cut.
@@ -94,11 +94,11 @@ func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
 		t.Skip("no file system can be mounted here: " + err.Error())
 	}
 	require.NoError(t, err)
-	t.Cleanup(func() { _ = syscall.Unmount(on, syscall.MNT_DETACH) }) // which a test that failed has not done
+	t.Cleanup(func() { _ = syscall.Unmount(on, syscall.MNT_DETACH) }) // a failed test has not unmounted it
 	return d, server
 }
 
-// cutAfter cuts the power before so many more writes and syncs have begun, and calls kill
+// cutAfter cuts the power at the given number of writes and syncs from now, and calls kill
 // at that moment.
 func (d *disk) cutAfter(steps int, kill func()) {
 	d.mu.Lock()
@@ -106,7 +106,7 @@ func (d *disk) cutAfter(steps int, kill func()) {
 	d.steps, d.kill = steps, kill
 }
 
-// step is a write or a sync that begins, if there is power. d is locked.
+// step counts a write or a sync that begins, or returns an error without power. d is locked.
 func (d *disk) step() syscall.Errno {
 	if d.steps > 0 {
 		if d.steps--; d.steps == 0 {
@@ -176,15 +176,15 @@ func (d *disk) sync(f *os.File) error {
 	return nil
 }
 
-// failOneIn changes how many fsyncs fail.
+// failOneIn changes how often an fsync fails.
 func (d *disk) failOneIn(fsyncs int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.faults.failOneIn = fsyncs
 }
 
-// settle gives the files their content after the cut. The disk is no longer mounted. An
-// unsynced page arrives, or is torn, with these probabilities.
+// settle gives the files their content after the cut, when the disk is no longer mounted.
+// arrives and tears are the probabilities that an unsynced page arrives or is torn.
 func (d *disk) settle(arrives, tears float64) (sum toll, err error) {
 	entries, err := os.ReadDir(d.dir)
 	if err != nil {
@@ -220,7 +220,7 @@ func (u *file) settle(path string, size int64, arrives, tears float64, sum *toll
 		return err
 	}
 	for n, p := range u.pages {
-		sectors := 0 // that arrive
+		sectors := 0 // the number of sectors that arrive
 		switch x := rand.Float64(); {
 		case p.dropped || x >= arrives+tears:
 			sum.lost++
@@ -257,7 +257,7 @@ func (n *node) WrapChild(_ context.Context, ops fs.InodeEmbedder) fs.InodeEmbedd
 	return &node{ops.(*fs.LoopbackNode), n.disk}
 }
 
-// Create is only called for a file that is not there.
+// Create is only called for a file that does not exist.
 func (n *node) Create(ctx context.Context, name string, flags, mode uint32, out *fuse.EntryOut) (*fs.Inode, fs.FileHandle, uint32, syscall.Errno) {
 	n.disk.mu.Lock()
 	defer n.disk.mu.Unlock()
@@ -272,13 +272,13 @@ func (n *node) Create(ctx context.Context, name string, flags, mode uint32, out 
 	}
 	info, err := f.Stat()
 	if err == nil {
-		delete(n.disk.unsynced, inode(info)) // of a file that was deleted
+		delete(n.disk.unsynced, inode(info)) // a deleted file may have had the same inode
 	}
 	return child, f, 0, fs.ToErrno(err)
 }
 
-// Open always opens for reading too: a page that is written is read first. The kernel
-// truncates by Setattr.
+// Open always opens the file for reading, too, because the disk reads the old content of a
+// page before a write. The kernel truncates with Setattr.
 func (n *node) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	f, err := os.OpenFile(n.path(), os.O_RDWR, 0)
 	return f, 0, fs.ToErrno(err)
@@ -336,7 +336,7 @@ func (n *node) Setattr(ctx context.Context, _ fs.FileHandle, in *fuse.SetAttrIn,
 func (n *node) Fsync(_ context.Context, handle fs.FileHandle, _ uint32) syscall.Errno {
 	f, ok := handle.(*os.File)
 	if !ok {
-		return 0 // the folder, which is durable
+		return 0 // the folder is always durable
 	}
 	if n.disk.faults.more > 0 {
 		time.Sleep(n.disk.faults.atLeast + rand.N(n.disk.faults.more))

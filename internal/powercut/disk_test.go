@@ -40,28 +40,28 @@ func letters(content []byte) (s string) {
 	return s
 }
 
-// TestDisk cuts the power of a file of three pages, abc, that was synced.
+// TestDisk writes and syncs a file of three pages, abc, changes it, and cuts the power.
 func TestDisk(t *testing.T) {
 	for _, tt := range []struct {
 		name           string
 		faults         faults
 		then           func(t *testing.T, d *disk, f *os.File)
 		arrives, tears float64
-		want           []string // any of them
+		want           []string // the allowed results
 	}{
-		{"what was not synced is lost", faults{}, func(t *testing.T, _ *disk, f *os.File) {
+		{"unsynced pages are lost", faults{}, func(t *testing.T, _ *disk, f *os.File) {
 			write(t, f, 1, "BC")
 		}, 0, 0, []string{"abc"}},
-		{"what was not synced arrives", faults{}, func(t *testing.T, _ *disk, f *os.File) {
+		{"unsynced pages arrive", faults{}, func(t *testing.T, _ *disk, f *os.File) {
 			write(t, f, 1, "BC")
 		}, 1, 0, []string{"aBC"}},
-		{"what was not synced arrives in part", faults{}, func(t *testing.T, _ *disk, f *os.File) {
+		{"some unsynced pages arrive", faults{}, func(t *testing.T, _ *disk, f *os.File) {
 			write(t, f, 1, "BC")
 		}, 0.5, 0, []string{"abc", "aBc", "abC", "aBC"}},
-		{"a page that was not synced is torn", faults{}, func(t *testing.T, _ *disk, f *os.File) {
+		{"an unsynced page is torn", faults{}, func(t *testing.T, _ *disk, f *os.File) {
 			write(t, f, 1, "B")
 		}, 0, 1, []string{"a?c"}},
-		{"what was synced stays", faults{}, func(t *testing.T, _ *disk, f *os.File) {
+		{"synced pages stay", faults{}, func(t *testing.T, _ *disk, f *os.File) {
 			write(t, f, 1, "BC")
 			require.NoError(t, f.Sync())
 		}, 0, 0, []string{"aBC"}},

@@ -31,9 +31,9 @@ import (
 
 const secret = "test_inkit_webhook_secret"
 
-// TestPowerCuts sends events to a Caddy whose queue is on a disk whose power is cut,
-// again and again. The backend is up before one cut and down before the next. Each
-// event that was answered 2xx must arrive.
+// TestPowerCuts sends events to a Caddy with its queue on a disk, and cuts the power of the
+// disk again and again. The backend is up before one cut and down before the next. Each
+// event with a 2xx response must arrive.
 func TestPowerCuts(t *testing.T) {
 	if _, err := exec.LookPath("sqlite3"); err != nil {
 		t.Skip("sqlite3 is not there, which checks the database")
@@ -46,13 +46,13 @@ func TestPowerCuts(t *testing.T) {
 		faults  faults
 		cuts    int
 		senders int
-		events  int // that are answered 2xx before a cut, at most
-		steps   int // writes and syncs from there to the cut, at most
+		events  int // maximum number of 2xx responses before a cut
+		steps   int // maximum number of writes and syncs after these responses until the cut
 	}{
-		{"the power is cut", faults{}, 20, 16, 400, 200},
+		{"only the power is cut", faults{}, 20, 16, 400, 200},
 		{"and one fsync in ten fails", faults{failOneIn: 10}, 20, 16, 200, 200},
 		{"and an fsync takes 50 to 200 ms", faults{atLeast: 50 * time.Millisecond, more: 150 * time.Millisecond}, 20, 32, 100, 60},
-		// without the losses here, there would be no proof that the rows above could lose anything
+		// this row must lose events: this proves that the rows above could lose events
 		{"and each fsync of the log lies", faults{liesAbout: "-wal"}, 6, 16, 400, 200},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -73,30 +73,30 @@ func TestPowerCuts(t *testing.T) {
 				}
 			}
 			m.backend.up.Store(true)
-			m.faults = faults{} // it is over, and the rest need not take long
+			m.faults = faults{} // the cuts are over, so the rest can be fast
 			m.start(t)
-			waitFor(t, "all that is kept arrives", func() bool { return m.backend.missing(m.accepted) == 0 || m.keepsNothing() })
+			waitFor(t, "all stored events arrive", func() bool { return m.backend.missing(m.accepted) == 0 || m.keepsNothing() })
 			m.stop(t)
 			lost, doubles := m.backend.missing(m.accepted), m.backend.doubles()
-			t.Logf("%d cuts: %d accepted, %d lost, %d doubles, %d refused; %d fsyncs failed; of the pages that were not synced %d lost, %d torn, %d kept; %v",
+			t.Logf("%d cuts: %d accepted, %d lost, %d doubles, %d refused; %d fsyncs failed; of the unsynced pages %d lost, %d torn, %d kept; %v",
 				tt.cuts, len(m.accepted), lost, doubles, m.refused, failed, sum.lost, sum.torn, sum.kept, time.Since(began).Round(100*time.Millisecond))
-			assert.NotZero(t, sum.lost, "pages")
-			assert.NotZero(t, sum.torn, "pages")
+			assert.NotZero(t, sum.lost, "lost pages")
+			assert.NotZero(t, sum.torn, "torn pages")
 			assert.Equal(t, tt.faults.failOneIn > 0, failed > 0)
 			if tt.faults.liesAbout != "" {
-				assert.NotZero(t, lost, "the log was not synced, and nothing is lost: these cuts prove nothing")
+				assert.NotZero(t, lost, "the log was never synced, but no event was lost: these cuts prove nothing")
 				return
 			}
 			assert.Zero(t, lost)
 			assert.NotContains(t, m.log(t), "damaged")
-			assert.Zero(t, m.refused, "events that could be stored a moment later")
+			assert.Zero(t, m.refused, "refused events, although the database could store events")
 		})
 	}
 }
 
-// machine has a disk, and a Caddy that runs while there is power.
+// machine has a disk, and a Caddy that runs while the machine has power.
 type machine struct {
-	caddy   string // the program
+	caddy   string // the path of the program
 	dir     string // for files outside of the disk
 	faults  faults
 	backend *backend
@@ -159,7 +159,7 @@ func (m *machine) log(t *testing.T) string {
 	return string(log)
 }
 
-// client sends to Caddy, over connections of its own.
+// client returns a client of Caddy with its own connections.
 func (m *machine) client() *http.Client {
 	return &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{
 		MaxIdleConnsPerHost: 64,
@@ -203,8 +203,8 @@ func (m *machine) start(t *testing.T) {
 	})
 }
 
-// load sends events. After the given number of accepted events and of steps of the disk,
-// it cuts the power. It returns when the Caddys of all senders are gone.
+// load sends events. It cuts the power after the given number of accepted events, followed
+// by the given number of steps of the disk. It returns when all senders have stopped.
 func (m *machine) load(t *testing.T, senders, events, steps int) {
 	t.Helper()
 	client := m.client()
@@ -230,11 +230,11 @@ func (m *machine) load(t *testing.T, senders, events, steps int) {
 	case <-m.disk.cut:
 		wg.Wait()
 	case <-time.After(20 * time.Second):
-		require.FailNow(t, "nothing is written to the disk any more")
+		require.FailNow(t, "Caddy no longer writes to the disk")
 	}
 }
 
-// send sends an event once, and reports whether it was answered.
+// send sends one event, and reports whether a response arrived.
 func (m *machine) send(ctx context.Context, t *testing.T, client *http.Client) bool {
 	m.mu.Lock()
 	m.sent++
@@ -262,13 +262,13 @@ func (m *machine) send(ctx context.Context, t *testing.T, client *http.Client) b
 	case resp.StatusCode >= 500:
 		m.refused++
 	default:
-		assert.Fail(t, "an answer that nothing asked for", resp.Status)
+		assert.Fail(t, "an unexpected response", resp.Status)
 		return false
 	}
 	return true
 }
 
-// off waits until Caddy has ended, and unmounts the disk: it is as the cut has left it.
+// off waits until Caddy has ended, unmounts the disk, and settles its files.
 func (m *machine) off(t *testing.T) (toll, error) {
 	t.Helper()
 	select {
@@ -288,7 +288,7 @@ func (m *machine) stop(t *testing.T) {
 	require.NoError(t, err)
 }
 
-// check lets SQLite check a copy of the database.
+// check checks a copy of the database with SQLite.
 func (m *machine) check(t *testing.T) {
 	t.Helper()
 	copied := filepath.Join(t.TempDir(), "queue.db")
@@ -305,13 +305,13 @@ func (m *machine) check(t *testing.T) {
 	require.Equal(t, "ok\n", string(out))
 }
 
-// keepsNothing reports whether no event is in the database any more.
+// keepsNothing reports whether the database has no more events.
 func (m *machine) keepsNothing() bool {
 	out, err := m.command("inkit-queue", "list", "--json", "--config", m.path("Caddyfile")).Output()
 	return err == nil && len(out) == 0
 }
 
-// backend records the events that it takes. While it is down, it breaks each connection.
+// backend records the events that it accepts. While it is down, it breaks each connection.
 type backend struct {
 	addr string
 	up   atomic.Bool
@@ -329,8 +329,8 @@ func newBackend(t *testing.T) *backend {
 	return b
 }
 
-// ServeHTTP takes one event in ten only after the 25 ms that an event may take without
-// being on the disk.
+// ServeHTTP answers one event in ten late: after the 25 ms that the queue waits before it
+// stores an event.
 func (b *backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	var event struct {
 		ResourceID string `json:"resource_id"`
@@ -346,7 +346,7 @@ func (b *backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	b.taken[event.ResourceID]++
 }
 
-// missing returns how many of ids it has not taken.
+// missing returns how many of these events the backend has not accepted.
 func (b *backend) missing(ids []string) (missing int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -358,7 +358,7 @@ func (b *backend) missing(ids []string) (missing int) {
 	return missing
 }
 
-// doubles returns how often it has taken an event that it had taken before.
+// doubles returns how often the backend has accepted an event again.
 func (b *backend) doubles() (doubles int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

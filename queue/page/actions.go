@@ -12,14 +12,14 @@ import (
 	"go.uber.org/zap"
 )
 
-// selection is the events that a form is about: those of the ids, or all that match.
+// selection is the events to change: the events with these ids, or all that match the filter.
 type selection struct {
 	IDs    []string
 	Filter filter
 	From   string // "event" for a form on the page of an event
 }
 
-// selection reads a form. It returns false if it is about no event.
+// selection reads a form. It returns false if the form selects no event.
 func (v *visit) selection() (s selection, f store.Filter, ok bool, err error) {
 	form := v.r.PostForm
 	s = selection{IDs: form["id"], Filter: newFilter(form), From: form.Get("from")}
@@ -34,7 +34,7 @@ func (v *visit) selection() (s selection, f store.Filter, ok bool, err error) {
 	return s, f, form.Get("matching") == "yes" && s.Filter.State != store.History, err
 }
 
-// back leads the browser to the place of the form, with a sentence about the action.
+// back redirects the browser to a view, which shows the result of the action.
 func (v *visit) back(to, code string, c changed) error {
 	if !strings.Contains(to, "?") {
 		to += "?"
@@ -48,18 +48,18 @@ func (v *visit) back(to, code string, c changed) error {
 	return nil
 }
 
-// log notes the user and the action. An action that failed may have changed some events.
+// log logs also an action that failed, because it may have changed some events.
 func (v *visit) log(action, queue string, n int, err error) {
 	v.h.logger.Info("an operator has changed the queue", zap.String("user", v.user), zap.String("action", action),
 		zap.String("queue", queue), zap.Int("events", n), zap.Error(err))
 }
 
-// apply makes a change of events, logs it, and leads back.
+// apply changes events, logs the change, and redirects the browser to the view in to.
 func (v *visit) apply(action, code, to string, f store.Filter, change func(store.Store, context.Context, store.Filter) (int, error)) error {
 	c, err := v.h.change(v.r.Context(), f, change)
 	v.log(action, cmp.Or(strings.Join(c.queues, ","), f.Queue), c.n, err)
 	if err != nil && (f.IDs == nil || c.n < len(f.IDs)) {
-		return v.render(http.StatusServiceUnavailable, "message", "Not all was done", err, done(code, strconv.Itoa(c.n), false))
+		return v.render(http.StatusServiceUnavailable, "message", "Not all events were changed", err, done(code, strconv.Itoa(c.n), false))
 	}
 	return v.back(to, code, c)
 }
@@ -79,16 +79,16 @@ func (v *visit) retry() error {
 	return v.apply("retry", "retried", to, f, store.Store.Retry)
 }
 
-// question is the view that asks before events are dropped.
+// question is the view that asks the user to confirm a drop.
 type question struct {
 	selection
 	Fixed filter // the filter of the events to drop
 	Count int
-	More  bool // there are more than Count
-	Again bool // the number is not the one of the last question
+	More  bool // more than Count events match
+	Again bool // the number has changed since the user was asked
 }
 
-// Counted returns the number of events as the form of the question sends it.
+// Counted returns the number of events for the form, so that drop can compare it later.
 func (q question) Counted() string {
 	if q.More {
 		return "more"
@@ -96,8 +96,8 @@ func (q question) Counted() string {
 	return strconv.Itoa(q.Count)
 }
 
-// drop asks first. The form of the question has its answer, and the number of events: if
-// others match by then, such as events with another last error, it asks again.
+// drop asks the user to confirm. The form sends back the number of events. If another
+// number matches then, for example because last errors have changed, drop asks again.
 func (v *visit) drop() error {
 	s, f, ok, err := v.selection()
 	switch {
@@ -114,7 +114,7 @@ func (v *visit) drop() error {
 		return v.render(http.StatusServiceUnavailable, "message", "The events cannot be counted", err, "")
 	}
 	if form := v.r.PostForm; form.Get("sure") == "yes" {
-		view.Filter.Until = form.Get("before") // the bound before the first question
+		view.Filter.Until = form.Get("before") // what the user typed, without the fixed time
 		if s.IDs != nil || form.Get("count") == view.Counted() {
 			return v.apply("drop", "dropped", view.Filter.Link(), f, store.Store.Drop)
 		}
@@ -123,7 +123,7 @@ func (v *visit) drop() error {
 	return v.render(http.StatusOK, "drop", "Drop events?", nil, view)
 }
 
-// pause pauses a queue, or ends that.
+// pause pauses or resumes a queue.
 func (v *visit) pause(paused bool) error {
 	action, code := "resume", "resumed"
 	if paused {
@@ -144,7 +144,7 @@ func (v *visit) pause(paused bool) error {
 	}
 	v.log(action, q.Name, 0, err)
 	if err != nil {
-		return v.render(http.StatusServiceUnavailable, "message", "Nothing has changed", err, "")
+		return v.render(http.StatusServiceUnavailable, "message", "The queue could not be changed", err, "")
 	}
 	d.wake()
 	v.h.forget()

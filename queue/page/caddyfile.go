@@ -5,7 +5,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// The page stands behind all that may refuse a request, such as abort, error and respond.
+// The page comes after all directives that may reject a request, such as abort and error.
 func init() {
 	httpcaddyfile.RegisterHandlerDirective("inkit_queue_page", parseCaddyfile)
 	httpcaddyfile.RegisterDirectiveOrder("inkit_queue_page", httpcaddyfile.Before, "reverse_proxy")

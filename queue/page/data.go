@@ -14,48 +14,48 @@ import (
 )
 
 const (
-	// pageSize is how many events a list shows, and searchTimeout how long a search may take,
-	// with the wait for its turn.
+	// pageSize is the number of events in a list. searchTimeout is the time limit of a
+	// search, including the wait for its turn.
 	pageSize      = 50
 	searchTimeout = 5 * time.Second
 
-	// maxPause is the longest pause between two pages that are made.
+	// maxPause is the longest pause after a page before the next one.
 	maxPause = 50 * time.Millisecond
 
-	// A look at a database is lookPause old at least before the next one begins, or as
-	// long as lookShare times what it took. A visitor waits lookWait for it.
+	// The pause after a look at a database is lookPause, or lookShare times the duration of
+	// the look if that is longer. A visitor waits for a look at most lookWait.
 	lookPause   = 2 * time.Second
 	lookShare   = 10
 	lookWait    = 200 * time.Millisecond
 	lookTimeout = 20 * time.Second
 
-	// changeStep is how many events are changed in one transaction, for which an event on its
-	// way may have to wait.
+	// changeStep is the maximum number of events in one transaction. It is small, because a
+	// new event may have to wait for the transaction.
 	changeStep = 100
 
-	// countTime is how long events are counted before they are dropped, and changeTime how
-	// long a change of many goes on.
+	// countTime is the time limit for counting the events before a drop. changeTime is the
+	// time limit for changing events.
 	countTime  = 2 * time.Second
 	changeTime = 20 * time.Second
 )
 
-// errBusy is for a visitor who did not get a turn.
-var errBusy = errors.New("too many pages are being made: try again in a moment")
+// errBusy means that the visitor did not get a turn in time.
+var errBusy = errors.New("too many visitors: try again in a moment")
 
-// errLooking is for a database that is being looked at for the first time.
+// errLooking means that the first look at the database has not ended yet.
 var errLooking = errors.New("the events are being counted")
 
-// turn waits until it is the turn of this visitor, until done is called. One page at a time
-// is made, with a pause as long as that took: visitors, however many, leave the processors
-// to the events.
+// turn waits for the turn of this visitor, which ends with done. Only one page is made at a
+// time, and the pause after it is as long as the turn, up to maxPause. So even many
+// visitors do not slow down events.
 func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 	select {
 	case h.shared.turn <- struct{}{}:
 		began := time.Now()
 		return func() { time.AfterFunc(min(time.Since(began), maxPause), func() { <-h.shared.turn }) }, nil
 	case <-ctx.Done():
-		if ctx.Err() == context.Canceled { //nolint:errorlint // it is that one
-			return nil, context.Canceled // the visitor has gone
+		if ctx.Err() == context.Canceled { //nolint:errorlint // Err returns this value unwrapped
+			return nil, context.Canceled // the visitor has closed the connection
 		}
 		return nil, errBusy
 	}
@@ -67,8 +67,8 @@ type database struct {
 	queues []live.Queue
 }
 
-// databasesOf returns the databases that may have events of a queue: trouble with another
-// one does not concern a visitor who looks at that queue.
+// databasesOf returns the databases that may have events of a queue. An error of another
+// database is not shown to a visitor who looks at this queue.
 func (h *Handler) databasesOf(queue string) []*database {
 	all := h.databases()
 	has := func(d *database) bool {
@@ -91,7 +91,7 @@ func (d *database) store() (store.Store, error) {
 	return s, nil
 }
 
-// wake has the queues look at their events again.
+// wake makes the queues of the database look for due events.
 func (d *database) wake() {
 	for _, q := range d.queues {
 		q.Wake()
@@ -110,18 +110,18 @@ func (h *Handler) databases() (all []*database) {
 	return all
 }
 
-// look is what was last seen of a database. All visitors share it: a look at a million
-// events takes long, and many visitors must not slow down the queue.
+// look is the last known status of a database. All visitors share it, because reading the
+// status of a million events takes long, and many visitors must not slow down the queue.
 type look struct {
 	mu      sync.Mutex
 	status  store.Status
 	err     error
-	at      time.Time // zero before the first
+	at      time.Time // zero before the first look
 	next    time.Time
-	running chan struct{} // closed when the look under way has ended
+	running chan struct{} // closed at the end of the running look; nil if none is running
 }
 
-// status returns what was last seen, and when.
+// status returns the last known status, and its time.
 func (h *Handler) status(ctx context.Context, d *database) (store.Status, time.Time, error) {
 	h.shared.mu.Lock()
 	l := h.shared.looks[d.key]
@@ -133,7 +133,7 @@ func (h *Handler) status(ctx context.Context, d *database) (store.Status, time.T
 	l.mu.Lock()
 	if l.running == nil && !time.Now().Before(l.next) {
 		l.running = make(chan struct{})
-		go l.take(context.WithoutCancel(ctx), d) // others look too
+		go l.take(context.WithoutCancel(ctx), d) // other visitors may wait for it
 	}
 	running := l.running
 	l.mu.Unlock()
@@ -173,15 +173,15 @@ func (l *look) take(ctx context.Context, d *database) {
 	l.running = nil
 }
 
-// forget has the next visitor see what has just changed.
+// forget removes all looks, so that the next visitor sees a change immediately.
 func (h *Handler) forget() {
 	h.shared.mu.Lock()
 	defer h.shared.mu.Unlock()
 	clear(h.shared.looks)
 }
 
-// search returns a page of the events in all databases. The error is about databases that
-// could not be searched: what was found in the others is there all the same.
+// search returns a page of the events in all databases. If some databases cannot be
+// searched, it returns their errors, and also the events of the other databases.
 func (h *Handler) search(ctx context.Context, f store.Filter, withRequest bool) (all store.Page, err error) {
 	ctx, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
@@ -210,7 +210,7 @@ func (h *Handler) search(ctx context.Context, f store.Filter, withRequest bool) 
 	return store.Merge(f, parts...), err
 }
 
-// count counts events, and stops at some point: then there are more.
+// count counts events. It stops after countTime, and more means that it did not count all.
 func (h *Handler) count(ctx context.Context, f store.Filter) (n int, more bool, err error) {
 	f.Limit = store.MaxPage
 	for began := time.Now(); ; {
@@ -224,15 +224,15 @@ func (h *Handler) count(ctx context.Context, f store.Filter) (n int, more bool, 
 	}
 }
 
-// changed is what became of a change of events.
+// changed is the result of changing events.
 type changed struct {
 	n      int
-	more   bool     // the time was over before all were changed
-	queues []string // whose events were changed
+	more   bool     // changeTime ended before all events were changed
+	queues []string // the queues of these events
 }
 
-// change changes events in all databases, a page at a time, so that no event on its way
-// waits for it. What was changed before an error stays changed.
+// change changes events in all databases, in small steps, so that a new event never waits
+// long. After an error, the events that were already changed stay changed.
 func (h *Handler) change(ctx context.Context, f store.Filter, what func(store.Store, context.Context, store.Filter) (int, error)) (c changed, err error) {
 	ctx, cancel := context.WithTimeout(ctx, changeTime)
 	defer cancel()
@@ -267,7 +267,7 @@ func (h *Handler) change(ctx context.Context, f store.Filter, what func(store.St
 	return c, err
 }
 
-// find returns the queue of a name and its database.
+// find returns the queue with this name, and its database.
 func (h *Handler) find(name string) (*database, live.Queue, bool) {
 	for _, d := range h.databases() {
 		for _, q := range d.queues {
@@ -279,7 +279,7 @@ func (h *Handler) find(name string) (*database, live.Queue, bool) {
 	return nil, live.Queue{}, false
 }
 
-// shown is an error as the page shows it.
+// shown returns the text of an error for the page.
 func shown(err error) string {
 	if err == nil {
 		return ""

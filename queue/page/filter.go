@@ -12,12 +12,12 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// filter is the filter of a list, with the same names in its URL and in its forms.
+// filter is the filter of a list. The URL and the forms use the names of fields.
 type filter struct {
 	Queue, State, Type, Resource, Error, Since, Until, Order, After string
 }
 
-// fields are the names of a filter, in the order of the form.
+// fields returns the fields by their names in the URL and in forms.
 func (f *filter) fields() map[string]*string {
 	return map[string]*string{
 		"queue": &f.Queue, "state": &f.State, "type": &f.Type, "resource": &f.Resource, "error": &f.Error,
@@ -46,19 +46,19 @@ func (f filter) Values() url.Values {
 // Link returns the link to the list.
 func (f filter) Link() string { return "events?" + f.Values().Encode() }
 
-// From returns the link to the list from another position.
+// From returns the link to the events after a position in the list.
 func (f filter) From(after string) string {
 	f.After = after
 	return f.Link()
 }
 
-// Narrow reports whether the filter leaves anything out.
+// Narrow reports whether the filter has any condition.
 func (f filter) Narrow() bool {
 	f.Order, f.After = "", ""
 	return f != filter{}
 }
 
-// states are the states of the words in a filter.
+// states maps the word in a filter to the states of the events.
 var states = map[string][]string{
 	"":            {store.Pending, store.Dead},
 	store.Pending: {store.Pending},
@@ -67,7 +67,7 @@ var states = map[string][]string{
 	"all":         {store.Pending, store.Dead, store.History},
 }
 
-// toStore returns the filter of a search.
+// toStore returns the filter for the store.
 func (f filter) toStore(now time.Time) (store.Filter, error) {
 	s := store.Filter{
 		Queue: f.Queue, Type: f.Type, Resource: f.Resource, Error: f.Error, After: f.After, Newest: f.Order != "oldest",
@@ -84,8 +84,8 @@ func (f filter) toStore(now time.Time) (store.Filter, error) {
 	return s, err
 }
 
-// fix returns the filter with its times as they are now, for a form that is sent later: no
-// event that arrives meanwhile is meant.
+// fix replaces relative times by absolute times, and excludes events that arrive after now.
+// So the form selects the events that the user saw, also when it is sent later.
 func (f filter) fix(now time.Time) filter {
 	since, _ := parseTime(f.Since, now)
 	until, _ := parseTime(f.Until, now)
@@ -99,7 +99,7 @@ func (f filter) fix(now time.Time) filter {
 	return f
 }
 
-// parseTime reads a time, or how long ago it was.
+// parseTime parses a time, or a duration before now.
 func parseTime(text string, now time.Time) (time.Time, error) {
 	if text == "" {
 		return time.Time{}, nil
@@ -112,5 +112,5 @@ func parseTime(text string, now time.Time) (time.Time, error) {
 			return t, nil
 		}
 	}
-	return time.Time{}, errors.New("a time is how long ago it was, such as 2h or 3d, or a date in UTC, such as 2026-11-28 09:30")
+	return time.Time{}, errors.New("since and until: must be a duration before now, such as 2h or 3d, or a date in UTC, such as 2026-11-28 09:30")
 }

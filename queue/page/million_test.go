@@ -20,8 +20,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// Of very many events, each view is made in less than 300 ms, and an event that is stored
-// meanwhile is stored in time.
+// With very many events, each view takes less than 300 ms, and visitors do not slow down
+// the storing of new events.
 func TestPageOfManyEvents(t *testing.T) {
 	events := 5_000
 	if os.Getenv("E2E_LONG") != "" {
@@ -97,7 +97,7 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int) {
 			times = append(times, time.Since(began))
 		}
 		t.Logf("%-55s median %v, at most %v", view, quantile(times), slices.Max(times).Round(time.Millisecond))
-		if view != "/events?error=nothing" { // which ends by its time
+		if view != "/events?error=nothing" { // this search ends by its time limit
 			assert.Less(t, quantile(times), 300*time.Millisecond, view)
 		}
 		assert.Less(t, slices.Max(times), time.Second, view)
@@ -120,7 +120,7 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int) {
 	close(done)
 	wg.Wait()
 	t.Logf("an event is stored within %v at p99, and within %v with 20 visitors without a pause", alone, visited)
-	assert.Less(t, visited, alone+100*time.Millisecond, "generous: other tests run beside this one")
+	assert.Less(t, visited, alone+100*time.Millisecond, "a generous limit: other tests run at the same time")
 }
 
 func quantile(times []time.Duration) time.Duration {

@@ -1,6 +1,6 @@
 // Package page is the page of the queue for its operator: the events with their last
 // errors, and the buttons to retry, drop and pause. It is a Caddy HTTP handler,
-// http.handlers.inkit_queue_page, that reads the databases of the queues in its Caddy.
+// http.handlers.inkit_queue_page, that reads the databases of the queues in the same Caddy.
 package page
 
 import (
@@ -25,16 +25,16 @@ func init() {
 }
 
 const (
-	// maxForm is the largest body of a POST, and warnInterval the pause between two lines
-	// of the log about requests without a user.
+	// maxForm is the maximum size of a POST's body. warnInterval is the pause between two
+	// log lines about requests without a user.
 	maxForm      = 64 << 10
 	warnInterval = time.Minute
 
 	defaultUser = "{http.auth.user.id}"
 )
 
-// headers are those of every answer. Nothing comes from elsewhere, no script runs, and
-// nobody puts the page into a frame or keeps a copy.
+// headers are the header fields of every response. The browser loads nothing from other
+// sites, runs no script, stores no copy, and does not show the page in a frame.
 var headers = map[string]string{
 	"Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
 	"Cache-Control":           "no-store",
@@ -45,20 +45,19 @@ var headers = map[string]string{
 // Handler shows the queues of this Caddy to an operator, who can retry and drop events,
 // and pause queues.
 //
-// It lets nobody in by itself: a handler in front must have authenticated a user, such as
-// `http_basic` authentication. Without a user, each request is an error with HTTP status
-// 403, and the log says why, once a minute at most.
+// It does not authenticate users: a handler in front must do this, such as `http_basic`
+// authentication. For a request without a user, an error with HTTP status 403 is
+// returned, and a log line gives the reason, at most once a minute.
 //
-// It answers in every folder: the word after the last slash of the path names the part of
-// the page. All its links are relative, so that it can be served
-// under a path, with or without stripping it.
+// It works under every path: only the word after the last slash selects the view, and all
+// links are relative. You can serve it under a prefix, and strip the prefix or not.
 type Handler struct {
-	// The placeholder that holds the name of the user. One that a client can set, such as
-	// `{http.request.header.Remote-User}`, is safe only if a proxy in front or a
-	// `forward_auth` always replaces it. Default: `{http.auth.user.id}`.
+	// The placeholder with the name of the user. A placeholder that a client can set, such
+	// as `{http.request.header.Remote-User}`, is safe only if a proxy in front or
+	// `forward_auth` always replaces its value. Default: `{http.auth.user.id}`.
 	User string `json:"user,omitempty"`
 
-	// Whether the page only shows, and refuses to change anything. Default: `false`.
+	// Whether the page only shows events and queues, and refuses changes. Default: `false`.
 	ReadOnly bool `json:"read_only,omitempty"`
 
 	queues     live.Queues
@@ -73,7 +72,7 @@ type shared struct {
 
 	mu     sync.Mutex
 	looks  map[string]*look // by database
-	warned time.Time        // when the log last had a line about a request without a user
+	warned time.Time        // time of the last log line about a request without a user
 }
 
 func newShared() *shared { return &shared{turn: make(chan struct{}, 1), looks: make(map[string]*look)} }
@@ -106,8 +105,8 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// userForm is one placeholder of a request. Any other, such as {env.HOME}, has a value for
-// everybody.
+// userForm matches one placeholder of a request. Any other placeholder, such as {env.HOME},
+// has the same value for all clients, so it would let everybody in.
 var userForm = regexp.MustCompile(`^\{http\.[^\s{}\\]+\}$`)
 
 // Validate refuses a user that does not depend on the request.
@@ -118,10 +117,10 @@ func (h *Handler) Validate() error {
 	return nil
 }
 
-// errNobody says that no directive in front has set a user.
+// errNobody means that no directive in front has set a user.
 var errNobody = errors.New("no user: a directive in front of inkit_queue_page must authenticate one")
 
-// ServeHTTP serves the page. The next handler is not called.
+// ServeHTTP serves the page. It never calls the next handler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	for field, value := range headers {
 		w.Header().Set(field, value)
@@ -142,25 +141,25 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		return v.message(http.StatusNotFound, "There is no such page", "")
 	case show != nil && !reading:
 		w.Header().Set("Allow", "GET, HEAD")
-		return v.message(http.StatusMethodNotAllowed, "This page is only to be read", "")
+		return v.message(http.StatusMethodNotAllowed, "This page accepts only GET and HEAD", "")
 	case show != nil:
 		return show()
 	case r.Method != http.MethodPost:
 		w.Header().Set("Allow", http.MethodPost)
-		return v.message(http.StatusMethodNotAllowed, "A link does not change anything", "Use the buttons of the page.")
+		return v.message(http.StatusMethodNotAllowed, "A link cannot change anything", "Use the buttons of the page.")
 	case h.ReadOnly:
 		return v.message(http.StatusForbidden, "This page is read-only", "")
 	}
 	r.Body = http.MaxBytesReader(w, r.Body, maxForm)
 	if err := r.ParseForm(); errors.As(err, new(*http.MaxBytesError)) {
-		return v.message(http.StatusRequestEntityTooLarge, "That was too much at once", "")
+		return v.message(http.StatusRequestEntityTooLarge, "The form is too large", "Select fewer events.")
 	} else if err != nil {
-		return v.message(http.StatusBadRequest, "The form did not arrive whole", "")
+		return v.message(http.StatusBadRequest, "The form is incomplete or malformed", "")
 	}
 	return change()
 }
 
-// userOf returns the name of the user, empty if there is none.
+// userOf returns the name of the user, or an empty text without a user.
 func (h *Handler) userOf(r *http.Request) string {
 	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if !ok {

@@ -2,6 +2,7 @@ package page
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/xml"
 	"errors"
@@ -34,7 +35,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// caddyWith is the app of the queues: what it has, it says.
+// caddyWith is an app inkit_queue with these queues.
 type caddyWith []live.Queue
 
 func (c caddyWith) Queues() []live.Queue { return c }
@@ -49,7 +50,7 @@ type fixture struct {
 	woken  int
 }
 
-// newPage returns a page with a queue in each database: its name, and that of the database.
+// newPage returns a page with queues, each given by its name and the name of its database.
 func newPage(t *testing.T, queues ...[2]string) *fixture {
 	t.Helper()
 	core, logs := observer.New(zapcore.DebugLevel)
@@ -141,7 +142,7 @@ func (p *fixture) ask(method, target string, form url.Values, change ...func(*ht
 		p.t.Error("the next handler was called")
 		return nil
 	}))
-	if err != nil { // as Caddy answers it
+	if err != nil { // write the response as Caddy does
 		var handlerErr caddyhttp.HandlerError
 		require.ErrorAs(p.t, err, &handlerErr)
 		w.WriteHeader(handlerErr.StatusCode)
@@ -182,7 +183,7 @@ func TestPathsAndMethods(t *testing.T) {
 		method, path string
 		want         int
 		allow        string
-		readOnly     int // the status of a page that is read-only, if it is another one
+		readOnly     int // the status if the page is read-only; 0 means the same status
 	}{
 		{"GET", "/", 200, "", 0},
 		{"HEAD", "/", 200, "", 0},
@@ -204,7 +205,7 @@ func TestPathsAndMethods(t *testing.T) {
 		{"GET", "/queue/page.css", 200, "", 0},
 		{"GET", "/queue", 404, "", 0},
 		{"GET", "/frame.html", 404, "", 0},
-		{"GET", "/templates/", 200, "", 0}, // a folder, as any other
+		{"GET", "/templates/", 200, "", 0}, // the overview, as under every other path
 		{"GET", "/../page.go", 404, "", 0},
 		{"GET", "/Events", 404, "", 0},
 		{"GET", "/drop", 405, "POST", 0},
@@ -267,13 +268,13 @@ func TestUser(t *testing.T) {
 		want       int
 	}{
 		{"a user", defaultUser, func(*http.Request) {}, 200},
-		{"none", defaultUser, nobody, 403},
-		{"one in a header that is not named", defaultUser, remote("alice"), 403},
-		{"one in the header that is named", header, remote("alice"), 200},
-		{"the header is empty", header, remote(""), 403},
-		{"the header is not there", header, remote(), 403},
-		{"the header is blank", header, remote(" \t "), 403},
-		{"one user, and another placeholder is named", header, func(*http.Request) {}, 403},
+		{"no user", defaultUser, nobody, 403},
+		{"a user in a header field, but the placeholder is the default", defaultUser, remote("alice"), 403},
+		{"a user in the header field of the placeholder", header, remote("alice"), 200},
+		{"the header field is empty", header, remote(""), 403},
+		{"the header field is missing", header, remote(), 403},
+		{"the header field is blank", header, remote(" \t "), 403},
+		{"an authenticated user, but the placeholder is a header field", header, func(*http.Request) {}, 403},
 		{"an unknown placeholder", "{http.nothing}", func(*http.Request) {}, 403},
 		{"no replacer", defaultUser, func(r *http.Request) {
 			*r = *r.WithContext(context.WithValue(r.Context(), caddy.ReplacerCtxKey, nil))
@@ -339,12 +340,12 @@ func TestCrossSite(t *testing.T) {
 		want   int
 	}{
 		{"a button of the page", map[string]string{"Sec-Fetch-Site": "same-origin"}, 303},
-		{"no browser", nil, 303},
-		{"an old browser, from here", map[string]string{"Origin": "https://example.com"}, 303},
+		{"a client that is no browser", nil, 303},
+		{"an old browser, from this site", map[string]string{"Origin": "https://example.com"}, 303},
 		{"another site", map[string]string{"Sec-Fetch-Site": "cross-site"}, 403},
 		{"another site of this domain", map[string]string{"Sec-Fetch-Site": "same-site"}, 403},
 		{"an old browser, from another site", map[string]string{"Origin": "https://evil.example"}, 403},
-		{"a sandbox", map[string]string{"Origin": "null"}, 403},
+		{"a sandboxed frame", map[string]string{"Origin": "null"}, 403},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			p := newDefaultPage(t)
@@ -371,18 +372,26 @@ func TestForms(t *testing.T) {
 		r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
 		r.Body = io.NopCloser(strings.NewReader("id=%zz&sure=yes"))
 	}).StatusCode)
-	for name, form := range map[string]url.Values{
-		"nothing is selected":         {"sure": {"yes"}},
-		"a filter that is not meant":  {"sure": {"yes"}, "state": {"dead"}},
-		"delivered events cannot be":  {"sure": {"yes"}, "state": {"delivered"}, "matching": {"yes"}},
-		"an id that is in no queue":   {"sure": {"yes"}, "id": {"none"}},
-		"an id in the URL":            {"sure": {"yes"}},
-		"a filter that is no filter":  {"sure": {"yes"}, "matching": {"yes"}, "state": {"lost"}},
-		"a time that is no time":      {"sure": {"yes"}, "matching": {"yes"}, "until": {"now"}},
-		"the confirmation in the URL": {"id": {id}},
+	const none = "events?done=none&n=0"
+	for _, tt := range []struct {
+		name   string
+		status int
+		to     string // the redirect
+		form   url.Values
+	}{
+		{"nothing is selected", 303, none, url.Values{"sure": {"yes"}}},
+		{"a filter without matching=yes", 303, "events?state=dead&done=none&n=0", url.Values{"sure": {"yes"}, "state": {"dead"}}},
+		{"only delivered events", 303, "events?state=delivered&done=none&n=0", url.Values{"sure": {"yes"}, "state": {"delivered"}, "matching": {"yes"}}},
+		{"an unknown id", 303, "events?done=dropped&n=0", url.Values{"sure": {"yes"}, "id": {"none"}}},
+		{"an id in the URL", 303, none, url.Values{"sure": {"yes"}}},
+		{"an unknown state", 400, "", url.Values{"sure": {"yes"}, "matching": {"yes"}, "state": {"lost"}}},
+		{"a malformed time", 400, "", url.Values{"sure": {"yes"}, "matching": {"yes"}, "until": {"now"}}},
+		{"the confirmation in the URL", 200, "", url.Values{"id": {id}}}, // asks
 	} {
-		t.Run(name, func(t *testing.T) {
-			p.post("/drop?sure=yes&id="+id, form)
+		t.Run(tt.name, func(t *testing.T) {
+			res := p.post("/drop?sure=yes&id="+id, tt.form)
+			assert.Equal(t, tt.status, res.StatusCode)
+			assert.Equal(t, tt.to, res.Header.Get("Location"))
 			assert.Equal(t, []string{id}, p.ids(store.Filter{}))
 		})
 	}
@@ -420,7 +429,7 @@ func TestRetryAndDrop(t *testing.T) {
 	late := p.named("late")
 	res = p.post("/drop", formOf(t, page))
 	assert.Equal(t, "events?after="+ids[3]+"&error=500&order=oldest&done=dropped&n=5", res.Header.Get("Location"))
-	assert.ElementsMatch(t, []string{late, other}, p.ids(store.Filter{}), "what has arrived meanwhile was not asked for")
+	assert.ElementsMatch(t, []string{late, other}, p.ids(store.Filter{}), "the user did not confirm the events that arrived later")
 
 	var lines []string
 	for _, entry := range p.logs.All() {
@@ -431,23 +440,23 @@ func TestRetryAndDrop(t *testing.T) {
 	assert.Equal(t, []string{"ops retry default,other 2", "ops retry default 1", "ops retry default 7", "ops drop default 2", "ops drop default 5"}, lines)
 }
 
-// Events that match only after the question are not dropped: it asks again.
+// If other events match after the user was asked, none is dropped: the page asks again.
 func TestDropAsksAgain(t *testing.T) {
 	p := newDefaultPage(t)
 	first := p.named("first")
 	page := content(t, p.post("/drop", url.Values{"matching": {"yes"}, "error": {"500"}, "until": {"1h"}}))
-	assert.Contains(t, page, "None of these events", "the filter has a bound of its own")
+	assert.Contains(t, page, "None of these events", "the filter itself ends before the event")
 	page = content(t, p.post("/drop", url.Values{"matching": {"yes"}, "error": {"500"}}))
 	assert.Contains(t, page, "<strong>1 event</strong>")
 	old := p.event("queue.db", func(r *store.Record, _ *request.Request) {
 		r.Received = time.Now().Add(-time.Minute)
 		id := uuid.Must(uuid.NewV7())
-		copy(id[:6], uuid.MustParse(first).NodeID()) // earlier than the question
+		copy(id[:6], uuid.MustParse(first).NodeID()) // as if received before the user was asked
 		id[0], id[1] = 0, 0
 		r.ID = id.String()
 	})
 	again := content(t, p.post("/drop", formOf(t, page)))
-	assert.Contains(t, again, "Other events match than at the last question. Nothing was dropped.")
+	assert.Contains(t, again, "The number of matching events has changed, so nothing was dropped yet.")
 	assert.Contains(t, again, "<strong>2 events</strong>")
 	assert.ElementsMatch(t, []string{first, old}, p.ids(store.Filter{}))
 	res := p.post("/drop", formOf(t, again))
@@ -500,8 +509,8 @@ func TestDone(t *testing.T) {
 	}{
 		{"dropped", "1", false, "1 event was dropped."},
 		{"dropped", "1234567", false, "1,234,567 events were dropped."},
-		{"dropped", "20000", true, "20,000 events were dropped. There are more, for which the time was too short: do it again."},
-		{"retried", "0", false, "No event was made due. Those that are being attempted are left alone."},
+		{"dropped", "20000", true, "20,000 events were dropped. Other events were not changed, because it took too long: do it again."},
+		{"retried", "0", false, "No event was changed. A retry does not change an event during an attempt."},
 		{"dropped", "<b>", false, "0 events were dropped."},
 		{"dropped", "-5", false, "0 events were dropped."},
 		{"", "5", true, ""},
@@ -512,30 +521,30 @@ func TestDone(t *testing.T) {
 	}
 }
 
-// What an event holds arrives as text: no element, no attribute and no control character
-// that is not of the templates.
+// The page shows the data of an event as text: all elements, attributes and control
+// characters of the page come from the templates.
 func TestHostileEvents(t *testing.T) {
 	for name, hostile := range map[string]string{
-		"a script":                   `<script>alert(1)</script>`,
-		"the end of an attribute":    `" onmouseover="alert(1)" x="`,
-		"the end of another":         `' autofocus onfocus='alert(1)`,
-		"the end of elements":        `</title></pre></td></code></bdi><img src=x onerror=alert(1)>`,
-		"a URL of a script":          `javascript:alert(1)`,
-		"a template":                 `{{.User}}{{template "main" .}}`,
-		"right to left":              "abc\u202egnp.exe\u2066\u2067\u200f\u061c",
-		"64 KiB without a space":     strings.Repeat("W", 64<<10),
-		"64 KiB of combining marks":  "a" + strings.Repeat("\u0301", 32<<10),
-		"control characters":         "a\x00\x01\x07\x08\x1b[31mred\x7f\u0085\r\nSet-Cookie: a=b",
-		"no UTF-8":                   "a\xff\xfe\xc3(\xed\xa0\x80",
-		"separators and a BOM":       "a\u2028b\u2029c\ufeffd\u00ad",
-		"placeholders":               "{http.auth.user.id}{env.HOME}",
-		"a comment":                  "<!--",
-		"CDATA":                      "<![CDATA[x]]>",
-		"a character by its number":  "&#60;script&#62;&lt;b&gt;",
-		"a query":                    "a&state=all#x?y=%00%ff",
-		"a base":                     `<base href="https://evil.example/"><meta http-equiv="refresh" content="0">`,
-		"an empty text":              "",
-		"only what is not printable": "\u200b\u200b",
+		"a script":                `<script>alert(1)</script>`,
+		"the end of an attribute": `" onmouseover="alert(1)" x="`,
+		"the end of an attribute in single quotes": `' autofocus onfocus='alert(1)`,
+		"the end of elements":                      `</title></pre></td></code></bdi><img src=x onerror=alert(1)>`,
+		"a javascript URL":                         `javascript:alert(1)`,
+		"a template":                               `{{.User}}{{template "main" .}}`,
+		"right to left":                            "abc\u202egnp.exe\u2066\u2067\u200f\u061c",
+		"64 KiB without a space":                   strings.Repeat("W", 64<<10),
+		"64 KiB of combining marks":                "a" + strings.Repeat("\u0301", 32<<10),
+		"control characters":                       "a\x00\x01\x07\x08\x1b[31mred\x7f\u0085\r\nSet-Cookie: a=b",
+		"not UTF-8":                                "a\xff\xfe\xc3(\xed\xa0\x80",
+		"separators and a BOM":                     "a\u2028b\u2029c\ufeffd\u00ad",
+		"placeholders":                             "{http.auth.user.id}{env.HOME}",
+		"a comment":                                "<!--",
+		"CDATA":                                    "<![CDATA[x]]>",
+		"a character by its number":                "&#60;script&#62;&lt;b&gt;",
+		"a query":                                  "a&state=all#x?y=%00%ff",
+		"a base":                                   `<base href="https://evil.example/"><meta http-equiv="refresh" content="0">`,
+		"an empty text":                            "",
+		"only invisible characters":                "\u200b\u200b",
 	} {
 		t.Run(name, func(t *testing.T) {
 			p := newPage(t, [2]string{"default", "queue.db"}, [2]string{"other", "queue.db"})
@@ -578,7 +587,7 @@ func TestHostileEvents(t *testing.T) {
 	}
 }
 
-// markup are the elements of the templates with their attributes.
+// markup has the elements of the templates, with their attributes.
 var markup = map[string][]string{
 	"html": {"lang"}, "head": nil, "meta": {"charset", "name", "content"}, "title": nil, "link": {"rel", "href"}, "body": nil,
 	"a": {"class", "href", "rel"}, "header": nil, "nav": {"aria-label", "class"}, "b": nil, "span": {"class"}, "bdi": nil, "main": {"id", "tabindex"},
@@ -590,7 +599,7 @@ var markup = map[string][]string{
 	"time": {"datetime", "title"}, "ol": {"class"}, "li": nil, "br": nil, "strong": nil,
 }
 
-// links are where attributes may lead.
+// links matches the allowed links of attributes.
 var links = regexp.MustCompile(`^(\./(\?still)?|#main|(events|event)(\?[A-Za-z0-9._+%=&~-]*)?|page\.css|retry|drop|pause|resume)$`)
 
 func wellBehaved(t *testing.T, view, page string) {
@@ -598,7 +607,7 @@ func wellBehaved(t *testing.T, view, page string) {
 	require.True(t, utf8.ValidString(page), view)
 	for _, r := range page {
 		if r != '\n' && r != '\t' && !unicode.IsPrint(r) {
-			// in a field of a form it must be as it is
+			// the value of a form's field must be unchanged
 			require.Contains(t, valuesOf(page), string(r), "%s: has the character %U", view, r)
 			require.NotContains(t, attributes.ReplaceAllString(page, ""), string(r), "%s: has the character %U", view, r)
 		}
@@ -627,7 +636,7 @@ func wellBehaved(t *testing.T, view, page string) {
 	}
 }
 
-// attributes are the values of the fields of a form, which hold what was typed.
+// attributes matches the values of form fields, which contain what the user typed.
 var attributes = regexp.MustCompile(` value="[^"]*"`)
 
 func valuesOf(page string) string { return strings.Join(attributes.FindAllString(page, -1), "") }
@@ -709,7 +718,7 @@ func TestStates(t *testing.T) {
 		assert.Equal(t, 404, p.ask(http.MethodGet, "/event?id=x", nil).StatusCode)
 		assert.Equal(t, 303, p.post("/retry", url.Values{"matching": {"yes"}}).StatusCode)
 	})
-	t.Run("a database that is not open, beside another", func(t *testing.T) {
+	t.Run("one of two databases is not open", func(t *testing.T) {
 		p := newPage(t, [2]string{"default", "queue.db"}, [2]string{"broken", "broken.db"})
 		p.queues[1].Store = func() (store.Store, error) { return nil, errors.New("connection refused <b>") }
 		id := p.event("queue.db", nil)
@@ -726,8 +735,8 @@ func TestStates(t *testing.T) {
 		assert.Equal(t, 303, p.post("/pause", url.Values{"queue": {"default"}}).StatusCode)
 		res := p.post("/retry", url.Values{"matching": {"yes"}})
 		assert.Equal(t, 503, res.StatusCode)
-		assert.Contains(t, content(t, res), "1 event was made due")
-		assert.NotContains(t, p.get("/events?queue=default"), "broken.db", "the other database is not concerned")
+		assert.Contains(t, content(t, res), "1 event is due now")
+		assert.NotContains(t, p.get("/events?queue=default"), "broken.db", "the other database is not affected")
 		assert.Equal(t, 303, p.post("/retry", url.Values{"id": {id}}).StatusCode)
 		assert.Equal(t, 303, p.post("/drop", url.Values{"id": {id}, "sure": {"yes"}}).StatusCode)
 	})
@@ -743,7 +752,7 @@ func TestStates(t *testing.T) {
 		p.event("queue.db", func(r *store.Record, _ *request.Request) { r.Queue = "old" })
 		page := p.get("/")
 		assert.Regexp(t, `backend down</span> since <time [^>]+>5 min ago`, page)
-		assert.Contains(t, page, "This Caddy has no queue of this name")
+		assert.Contains(t, page, "This Caddy has no queue with this name")
 	})
 	t.Run("read-only", func(t *testing.T) {
 		p := newDefaultPage(t)
@@ -768,7 +777,7 @@ func TestStates(t *testing.T) {
 	})
 }
 
-// A look at the databases is shared.
+// All visitors share a look at a database.
 func TestLooks(t *testing.T) {
 	p := newDefaultPage(t)
 	looks, slow, first := 0, make(chan struct{}), make(chan struct{})
@@ -794,7 +803,7 @@ func TestLooks(t *testing.T) {
 		l.next = time.Time{}
 	}
 	began := time.Now()
-	assert.Contains(t, p.get("/"), "backend up", "what was seen before")
+	assert.Contains(t, p.get("/"), "backend up", "from the last look")
 	assert.Less(t, time.Since(began), 2*time.Second)
 	close(slow)
 	for _, l := range p.shared.looks {

@@ -20,7 +20,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// refreshAfter is how often the overview loads itself again, in seconds.
+// refreshAfter is the time between two reloads of the overview, in seconds.
 const refreshAfter = 10
 
 //go:embed templates
@@ -29,7 +29,7 @@ var files embed.FS
 //go:embed page.css
 var stylesheet []byte
 
-// templates are the views, each with the frame around it.
+// templates has the views, each inside frame.html.
 var templates = parseTemplates("overview", "list", "event", "drop", "message")
 
 func parseTemplates(names ...string) map[string]*template.Template {
@@ -41,7 +41,7 @@ func parseTemplates(names ...string) map[string]*template.Template {
 	return all
 }
 
-// visit is one request of a user.
+// visit is one request of a user, with its response.
 type visit struct {
 	h    *Handler
 	w    http.ResponseWriter
@@ -50,7 +50,7 @@ type visit struct {
 	now  time.Time
 }
 
-// find returns what shows a part of the page, or what changes something.
+// find returns the function that shows a view, or the function that makes a change.
 func (v *visit) find(name string) (show, change func() error) {
 	switch name {
 	case "":
@@ -73,13 +73,13 @@ func (v *visit) find(name string) (show, change func() error) {
 	return nil, nil
 }
 
-// frame is what stands around each view.
+// frame has the data of frame.html.
 type frame struct {
 	User     string
 	ReadOnly bool
 	Title    string
-	Done     string // what was done
-	Troubles string // what does not work
+	Done     string // the result of the last action
+	Troubles string // the errors
 	View     any
 }
 
@@ -94,7 +94,7 @@ func (v *visit) render(status int, name, title string, trouble error, view any) 
 	f.Done = done(query.Get("done"), query.Get("n"), query.Has("more"))
 	var page bytes.Buffer
 	err = templates[name].ExecuteTemplate(&page, "frame.html", f)
-	turn() // before the client is waited for
+	turn() // before the response is written, because the client may be slow
 	if err != nil {
 		return err
 	}
@@ -106,7 +106,7 @@ func (v *visit) write(status int, kind string, content []byte) error {
 	v.w.Header().Set("Content-Length", strconv.Itoa(len(content)))
 	v.w.WriteHeader(status)
 	_, err := v.w.Write(content)
-	if errors.Is(err, http.ErrBodyNotAllowed) { // to HEAD
+	if errors.Is(err, http.ErrBodyNotAllowed) { // a HEAD request
 		err = nil
 	}
 	return err
@@ -114,13 +114,13 @@ func (v *visit) write(status int, kind string, content []byte) error {
 
 func (v *visit) css() error { return v.write(http.StatusOK, "text/css; charset=utf-8", stylesheet) }
 
-// message writes a page that says one thing.
+// message writes a page with a title and one text.
 func (v *visit) message(status int, title, text string) error {
 	return v.render(status, "message", title, nil, text)
 }
 
-// shownQueue is a queue in the overview. One that is not configured has nothing but its
-// numbers.
+// shownQueue is a queue in the overview. If the queue is not configured, only its numbers
+// are known.
 type shownQueue struct {
 	store.QueueStatus
 	Configured bool
@@ -142,8 +142,8 @@ func (q shownQueue) Link(state string) string {
 type shownDatabase struct {
 	Key     string
 	Size    int64
-	At      time.Time // when it was looked at
-	Looking bool      // for the first time: the numbers are not known yet
+	At      time.Time // of the last look
+	Looking bool      // the first look has not ended: the numbers are not known yet
 	Trouble string
 	Queues  []shownQueue
 	Picture picture
@@ -152,7 +152,7 @@ type shownDatabase struct {
 func (v *visit) overview() error {
 	view := struct {
 		Databases []shownDatabase
-		Still     bool // it does not load itself again
+		Still     bool // no automatic reload
 		Seconds   int
 	}{Still: v.r.URL.Query().Has("still"), Seconds: refreshAfter}
 	refresh := refreshAfter
@@ -174,7 +174,7 @@ func (v *visit) database(d *database, status store.Status, at time.Time, err err
 	if !shownDB.Looking {
 		shownDB.Trouble = shown(err)
 	}
-	if err != nil { // what is known without the database
+	if err != nil { // show only what is known without the database
 		for _, q := range d.queues {
 			shownDB.Queues = append(shownDB.Queues, shownQueue{QueueStatus: store.QueueStatus{Queue: q.Name}, Configured: true, Down: q.Down()})
 		}
@@ -193,7 +193,7 @@ func (v *visit) database(d *database, status store.Status, at time.Time, err err
 	return shownDB
 }
 
-// shownEvent is an event of a list, or with its request a whole one.
+// shownEvent is an event in a list, or in its own view.
 type shownEvent struct {
 	*store.Record
 	now time.Time
@@ -201,7 +201,7 @@ type shownEvent struct {
 
 func (e shownEvent) Link() string { return "event?" + url.Values{"id": {e.ID}}.Encode() }
 
-// Trying reports whether an attempt is under way.
+// Trying reports whether an attempt is in progress.
 func (e shownEvent) Trying() bool { return e.LeasedUntil.After(e.now) }
 
 // Overdue reports whether the next attempt waits for its turn or for the backend.
@@ -215,9 +215,9 @@ func (v *visit) list() error {
 		Filter filter
 		Queues []string
 		Events []shownEvent
-		Next   string    // the link to further events
-		Until  time.Time // up to where a search that took long has come
-		Kept   bool      // there are events that can be changed
+		Next   string    // the link to more events
+		Until  time.Time // how far the search got, if it took too long
+		Kept   bool      // whether the list has events that can be changed
 	}{Filter: newFilter(v.r.URL.Query())}
 	for _, d := range v.h.databases() {
 		for _, q := range d.queues {
@@ -254,12 +254,12 @@ func (v *visit) event() error {
 			return v.render(http.StatusServiceUnavailable, "message", "The event cannot be read", err, "")
 		}
 		return v.message(http.StatusNotFound, "There is no event with this id",
-			"It was dropped, or it was delivered longer ago than the history goes back, or it never was in this database.")
+			"It was dropped, or its delivery is older than the history, or it was never in this database.")
 	}
 	view := struct {
 		Event   shownEvent
 		Request *request.Request
-		Fields  []string // the names of the header fields, in order
+		Fields  []string // the sorted names of the header fields
 		Body    body
 		Trouble string
 	}{Event: shownEvent{page.Records[0], v.now}}

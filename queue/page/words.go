@@ -16,9 +16,9 @@ import (
 )
 
 const (
-	// maxBody is how much of a body is shown, maxBytes how much of one that is no text, and
-	// maxDepth how deep a JSON may be that is indented: the indentation of a deep one would
-	// be a thousand times as large.
+	// The page shows at most maxBody bytes of a text, and at most maxBytes bytes of other
+	// data. It indents JSON only up to maxDepth levels, because the indentation of deeply
+	// nested JSON would be a thousand times as large as the JSON.
 	maxBody  = 256 << 10
 	maxBytes = 4 << 10
 	maxDepth = 64
@@ -37,7 +37,7 @@ var words = template.FuncMap{
 	"after":  func(d time.Duration) moment { return newMoment(time.Now().Add(d)) },
 }
 
-// shorten replaces characters that a browser would act on, and cuts a long text.
+// shorten replaces control characters, and cuts a long text.
 func shorten(most int, s string) string {
 	if runes := []rune(s); len(runes) > most {
 		s = string(runes[:most]) + "…"
@@ -71,7 +71,7 @@ func size(bytes int64) string {
 	return fmt.Sprintf("%d KiB", (bytes+1023)/1024)
 }
 
-// age returns a duration in words, of one unit.
+// age returns a duration in one unit, such as 5 min.
 func age(d time.Duration) string {
 	switch {
 	case d < time.Minute:
@@ -84,7 +84,7 @@ func age(d time.Duration) string {
 	return plural(int(d.Hours()/24), "day")
 }
 
-// moment is a time in words, with the exact time.
+// moment is a time: relative to now in words, and exact.
 type moment struct{ Words, Exact, Title string }
 
 func newMoment(t time.Time) moment {
@@ -100,7 +100,7 @@ func newMoment(t time.Time) moment {
 	return m
 }
 
-// body is a body in a form to be read.
+// body is a body as the page shows it.
 type body struct {
 	Kind, Text string
 	Size       int
@@ -125,7 +125,7 @@ func newBody(b []byte) body {
 	return shown
 }
 
-// depth returns how deep the brackets of a text are.
+// depth returns the nesting depth of JSON. Brackets in strings count, too.
 func depth(b []byte) (most int) {
 	now := 0
 	for _, c := range b {
@@ -140,47 +140,48 @@ func depth(b []byte) (most int) {
 	return most
 }
 
-// done returns the sentence about an action. A URL chooses one, and sets its number.
+// done returns a sentence about the result of an action. A URL can only choose one of these
+// sentences and its number, so a link from another site cannot show its own text.
 func done(code, n string, more bool) string {
 	count, err := strconv.Atoi(n)
 	if err != nil || count < 0 {
 		count = 0
 	}
-	were := " were"
+	were, are := " were", " are"
 	if count == 1 {
-		were = " was"
+		were, are = " was", " is"
 	}
 	sentence := ""
 	switch code {
 	case "retried":
-		sentence = plural(count, "event") + were + " made due: an attempt follows at once, unless the queue is paused or its backend is down."
+		sentence = plural(count, "event") + are + " due now: an attempt follows immediately, unless the queue is paused or its backend is down."
 		if count == 0 {
-			sentence = "No event was made due. Those that are being attempted are left alone."
+			sentence = "No event was changed. A retry does not change an event during an attempt."
 		}
 	case "dropped":
 		sentence = plural(count, "event") + were + " dropped."
 	case "paused":
 		sentence = "The queue is paused. Events are stored without attempts."
 	case "resumed":
-		sentence = "The queue goes on."
+		sentence = "The queue is no longer paused."
 	case "none":
 		return "No event was selected, so nothing has changed."
 	case "same":
-		return "The queue was so already, so nothing has changed."
+		return "The queue was already in this state, so nothing has changed."
 	}
 	if sentence != "" && more {
-		sentence += " There are more, for which the time was too short: do it again."
+		sentence += " Other events were not changed, because it took too long: do it again."
 	}
 	return sentence
 }
 
-// picture is the last day as bars, an hour each.
+// picture shows the last 24 hours, with one bar for each hour.
 type picture struct {
 	Bars []bar
 	Most int
 }
 
-// bar is an hour. The positions are for a picture of 24 by 100.
+// bar is one hour. The positions are for a picture of 24 by 100 units.
 type bar struct {
 	X                          int
 	Hour                       string
@@ -193,7 +194,7 @@ type part struct {
 	Y, Height float64
 }
 
-// newPicture draws the sums of all queues of a database.
+// newPicture returns the picture of a database, with the sums of all its queues.
 func newPicture(s store.Status) (p picture) {
 	p.Bars = make([]bar, 24)
 	now := time.Now().UTC()
