@@ -168,7 +168,7 @@ func TestQueueDocs(t *testing.T) {
 		before  func()
 		check   func(script string) // which runs the commands
 	}{
-		{"What became of one event", func() { waiting("doc_1") }, func(script string) {
+		{"Find one event", func() { waiting("doc_1") }, func(script string) {
 			out := o.run(replaceEach(t, script, exampleID, id))
 			assert.Regexp(t, id+` +pending .*DOCUMENT_CREATE_FINISHED +doc_1 .*status 500\n`, out)
 			assert.Contains(t, out, `"last_error": "status 500"`)
