@@ -42,7 +42,7 @@ func listCommand(o *origin) *cobra.Command {
 	return cmd
 }
 
-// list calls f for at most left of the selected events, and subtracts their number from left.
+// list calls f for at most left selected events, and subtracts their number from left.
 func list(ctx context.Context, s store.Store, filter store.Filter, left *int, f func(*store.Record) error) error {
 	for *left > 0 {
 		filter.Limit = *left
