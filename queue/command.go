@@ -121,7 +121,7 @@ func move(ctx context.Context, from, to store.Store) error {
 	})
 	fmt.Printf("events moved: %d\n", moved)
 	if left > 0 {
-		fmt.Printf("events left, because Caddy is delivering them: %d (run this command again later)\n", left)
+		fmt.Printf("events left, because Caddy is delivering them: %d (run this again later)\n", left)
 	}
 	return err
 }

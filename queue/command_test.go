@@ -293,7 +293,7 @@ func TestMoveToAnotherFile(t *testing.T) {
 	require.NoError(t, os.WriteFile(config, []byte(":8080 {\ninkit_queue {\nstore sqlite "+to+"\ndeliver {\nreverse_proxy localhost:9000\n}\n}\n}\n"), 0o600))
 	got, err := run(t, "move", "--from", from, "--config", config)
 	require.NoError(t, err)
-	assert.Equal(t, "events moved: 3\nevents left, because Caddy is delivering them: 1 (run this command again later)\n", got)
+	assert.Equal(t, "events moved: 3\nevents left, because Caddy is delivering them: 1 (run this again later)\n", got)
 	assert.Equal(t, map[string]string{"i1-due": "pending", "i2-later": "pending", "i3-dead": "dead"}, states(t, to))
 	assert.Equal(t, map[string]string{"i4-leased": "pending"}, states(t, from))
 

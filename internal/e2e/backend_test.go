@@ -45,18 +45,18 @@ type backend struct {
 	file string
 }
 
-// The ways in which a backend may behave badly. Its records stay.
+// The modes of a backend. Most of them are faults. The records survive a fault.
 const (
 	modeGood        = "good"
-	modeDropReused  = "drop-reused"  // closes a connection once a second request has arrived on it
-	modeDropHeader  = "drop-header"  // the same, but once its header has
-	modeResetRandom = "reset-random" // resets one connection in three, before or after writing down
-	modeDieReading  = "die-reading"  // ends in the middle of reading the body, one time in two
-	modeDieWriting  = "die-writing"  // ends in the middle of the answer, one time in two
-	modeDiscard     = "discard"      // reads each request, and writes nothing down
+	modeDropReused  = "drop-reused"  // closes a connection when the second request has arrived
+	modeDropHeader  = "drop-header"  // closes a connection when the header of the second request has arrived
+	modeResetRandom = "reset-random" // resets one connection in three, before or after it records the request
+	modeDieReading  = "die-reading"  // exits while it reads the body, one time in two
+	modeDieWriting  = "die-writing"  // exits in the middle of the response, one time in two
+	modeDiscard     = "discard"      // reads each request, and records nothing
 	modeUpgrade     = "upgrade"      // changes to any requested protocol, and records all bytes
-	modeHang        = "hang"         // writes down that a request has arrived, never answers, and writes down its end
-	modeEarly413    = "early-413"    // answers every request that has ?early before it reads it
+	modeHang        = "hang"         // records the arrival of a request, never answers, and records its end
+	modeEarly413    = "early-413"    // answers a request with ?early before it reads the body
 )
 
 func newBackend(t *testing.T, mode string) *backend {
@@ -72,8 +72,8 @@ func (b *backend) start() {
 	waitFor(b.t, "the backend listens", b.process, listening(b.addr))
 }
 
-// run starts the process and does not wait for it: it may listen, take an event and die
-// before the test looks.
+// run starts the process. It does not wait until the process listens, because the process
+// may take an event and die before the test looks.
 func (b *backend) run() {
 	b.t.Helper()
 	cmd := exec.Command(os.Args[0])
@@ -123,7 +123,7 @@ func runBackend() {
 		}
 		mu.Lock()
 		defer mu.Unlock()
-		// one write with O_APPEND, so that a record is there whole or not at all
+		// one write with O_APPEND: the file never has a part of a record
 		if _, err := file.Write(append(line, '\n')); err != nil {
 			panic(err)
 		}

@@ -17,11 +17,11 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// These tests have no container engine, no cluster and no systemd. They run the
-// Caddyfiles, the backend, Prometheus, and the commands of each README without the part
-// that enters a container. examples/test checks the manifests.
+// These tests have no container engine, no cluster and no systemd. They run the Caddyfiles,
+// the backend and Prometheus. They run the commands of each README outside a container.
+// examples/test checks the manifests.
 
-// replaceEach replaces pairs of texts, each of which must be there.
+// replaceEach replaces pairs of texts. Each old text must be in the text.
 func replaceEach(t *testing.T, text string, pairs ...string) string {
 	t.Helper()
 	for i := 0; i < len(pairs); i += 2 {
@@ -31,7 +31,7 @@ func replaceEach(t *testing.T, text string, pairs ...string) string {
 	return text
 }
 
-// deployed is a Caddy as in a container, and a shell outside.
+// deployed is a Caddy that is configured as in a container, and a shell outside the container.
 type deployed struct {
 	*caddy
 	metrics, secretFile string
@@ -249,7 +249,7 @@ WantedBy=multi-user.target
 		assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
 		assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, sign("wrong", body)).status)
 		assert.True(t, backend.hasTaken("doc_1"))
-		// as the README has it
+		// copied from the README
 		const validate = "CREDENTIALS_DIRECTORY=/etc/caddy caddy validate --config /etc/caddy/Caddyfile"
 		require.Contains(t, readFile(t, from+"README.md"), "`sudo "+validate+"`")
 		cmd := exec.Command(caddyPath, "validate", "--config", from+"Caddyfile")

@@ -19,7 +19,7 @@ import (
 )
 
 // A proxy in front of two guards skips a guard that does not answer. Unsigned bodies must
-// not cause this: genuine events would be lost during that time.
+// not cause this, because genuine events would be lost during the pause.
 func TestNginxInFront(t *testing.T) {
 	t.Parallel()
 	nginx, err := exec.LookPath("nginx")
@@ -31,7 +31,7 @@ func TestNginxInFront(t *testing.T) {
 	one, two := startCaddy(t, "", site), startCaddy(t, "", site)
 	dir, addr := t.TempDir(), freeAddr(t)
 	user := ""
-	if os.Geteuid() == 0 { // or else a worker of another user has no way into the folder
+	if os.Geteuid() == 0 { // a worker with another user cannot enter the folder
 		user = "user root root;"
 	}
 	config := writeFile(t, dir+"/nginx.conf", user+`

@@ -17,7 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// A sender that has closed its side of the connection still reads the answer.
+// A sender that has closed its half of the connection still reads the response.
 func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 	t.Parallel()
 	halfClosed := func(t *testing.T, c *caddy, id string) int {
@@ -41,9 +41,9 @@ func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 	t.Run("when nothing can be kept", func(t *testing.T) {
 		t.Parallel()
 		c := newQueueCaddy(t, backend.addr, "")
-		require.NoError(t, os.MkdirAll(c.path("queue/events.db"), 0o700)) // no file can be there
+		require.NoError(t, os.MkdirAll(c.path("queue/events.db"), 0o700)) // the folder makes it impossible to create the database file
 		c.start()
-		for i := range 4 { // each waits 5 s for a database
+		for i := range 4 { // each request waits 5 s for a database
 			assert.Equal(t, http.StatusServiceUnavailable, halfClosed(t, c, fmt.Sprint("refused-", i)))
 		}
 	})
@@ -57,8 +57,8 @@ func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 	})
 }
 
-// After an outage, a backend gets events again, even without a database with the times of
-// attempts.
+// After an outage, the backend gets events again, even if Caddy could not open the
+// database.
 func TestQueueWithoutADatabaseWhoseBackendComesBack(t *testing.T) {
 	t.Parallel()
 	backend, up := switchable(t)
@@ -107,7 +107,7 @@ func TestQueueWhoseDatabaseIsALink(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			backend, up := switchable(t)
-			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // a kill costs 2 s more
+			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // a kill adds 2 s to the lease
 			target := t.TempDir() + "/real.db"
 			tt.make(t, target)
 			require.NoError(t, os.Mkdir(c.path("queue"), 0o700))
@@ -135,7 +135,7 @@ func TestQueuePath(t *testing.T) {
 
 	dir := t.TempDir()
 	c = newCaddy(t, "", site, "QUEUE_DB="+dir+"/named.db")
-	require.NoError(t, os.WriteFile(dir+"/named.db", nil, 0o644)) //nolint:gosec // that is what it is about
+	require.NoError(t, os.WriteFile(dir+"/named.db", nil, 0o644)) //nolint:gosec // the test needs a file that others can read
 	c.start()
 	s := newSender(t, c)
 	require.Equal(t, http.StatusOK, s.once(t, "kept").status)

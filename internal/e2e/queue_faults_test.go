@@ -17,12 +17,12 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
-	_ "github.com/jackc/pgx/v5/stdlib" // to look into PostgreSQL
+	_ "github.com/jackc/pgx/v5/stdlib" // to read and change PostgreSQL
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
-// proxySite is queueSite without the queue.
+// proxySite returns the same site as queueSite, but without the queue.
 func proxySite(backend string) string {
 	return `
 http://{{addr}} {
@@ -34,7 +34,7 @@ http://{{addr}} {
 }`
 }
 
-// slowly sends the body of each request some time after its head.
+// slowly sends the body of each request some time after the header.
 type slowly struct{ *http.Transport }
 
 func (s slowly) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -54,15 +54,15 @@ func (b *lateBody) Read(p []byte) (int, error) {
 	return b.ReadCloser.Read(p)
 }
 
-// Requests that have begun before a reload reach the handlers of the old configuration
-// after Caddy has cleaned it up. With slow senders, there are some at each reload.
-func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside each other they take longer, and so events wait longer
+// Requests that begin before a reload can reach the handlers of the old configuration after
+// their Cleanup. Slow senders cause such requests at each reload.
+func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // in parallel, the subtests are slower, and events wait longer
 	t.Parallel()
 	other := func(site string) string { return strings.Replace(site, "events.db", "others.db", 1) }
 	for _, tt := range []struct {
 		name  string
-		sites func(backend string) []string // one after the other, again and again
-		down  bool                          // whether the backend is
+		sites func(backend string) []string // the sites that Caddy reloads in turn, in a loop
+		down  bool                          // whether the backend is down
 	}{
 		{"options change, the backend is up", changedOptions, false},
 		{"options change, the backend is down", changedOptions, true},
@@ -109,8 +109,8 @@ func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside 
 			if tt.down {
 				backend.listen(t)
 			}
-			// Each queue delivers its events while it is configured. The pause after a failed probe
-			// is as long as the event's age.
+			// A queue delivers only while it is configured. The pause after a failed probe is as long
+			// as the age of its event.
 			ended := time.Now()
 			for i := 0; len(backend.missing(ids)) > 0 && time.Since(ended) < 3*time.Minute; i++ {
 				c.configure("grace_period 5s", sites[i%len(sites)])
@@ -127,7 +127,7 @@ func TestQueueReloadsRefuseNothing(t *testing.T) { //nolint:tparallel // beside 
 	}
 }
 
-// changedOptions changes them with every third site.
+// changedOptions returns sites with other options after every third site.
 func changedOptions(backend string) (sites []string) {
 	for _, seconds := range []int{5, 4, 3} {
 		site := queueSite(backend, fmt.Sprintf("answer_after %ds\nconcurrency %d", seconds, 10+seconds))
@@ -136,7 +136,7 @@ func changedOptions(backend string) (sites []string) {
 	return sites
 }
 
-// This makes listing the database's folder slow.
+// Many files make a listing of the database's folder slow.
 func TestQueueBesideManyFiles(t *testing.T) {
 	backend := newTaker(t, all)
 	c := newQueueCaddy(t, backend.addr, "")
@@ -149,7 +149,7 @@ func TestQueueBesideManyFiles(t *testing.T) {
 	c.start()
 	s := newSender(t, c)
 	began := time.Now()
-	for i := 0; i < size(1500, 500) || time.Since(began) < time.Duration(size(12, 6))*time.Second; i++ { // in which the events are counted
+	for i := 0; i < size(1500, 500) || time.Since(began) < time.Duration(size(12, 6))*time.Second; i++ { // long enough for counts of the events
 		require.True(t, s.send(t.Context(), fmt.Sprint("beside-", i), 0))
 		time.Sleep(5 * time.Millisecond)
 	}
@@ -159,14 +159,14 @@ func TestQueueBesideManyFiles(t *testing.T) {
 	s.refusedNone(t)
 }
 
-// timeline is a backend that notes which events it was asked to take twice at a time.
+// timeline is a backend that records which events it gets twice at the same time.
 type timeline struct {
 	mu     sync.Mutex
 	now    map[string]bool
 	twice  []string
-	up     atomic.Bool   // whether it takes events
-	status int           // its answer while it is down
-	let    chan struct{} // closed when it answers the slow ones
+	up     atomic.Bool   // whether the backend accepts events
+	status int           // its response while it is down
+	let    chan struct{} // closed when it answers the slow events
 }
 
 func (l *timeline) answer(id string, _ int) int {
@@ -191,8 +191,8 @@ func (l *timeline) answer(id string, _ int) int {
 	return http.StatusOK
 }
 
-// The clock of the database's times is set back or forward while Caddy runs, or before
-// it starts again after a kill.
+// The test sets the clock back or forward, by a shift of the times in the database. It does
+// this while Caddy runs, or before Caddy starts again after a kill.
 func TestQueueWhoseClockIsSet(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t, "fsync=off")
@@ -221,7 +221,7 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 					result, err := tx.Exec(fmt.Sprintf(`UPDATE inkit_queue_events SET due = due + %d, queued = queued + %d, lease = lease + %d`, by, by, by))
 					require.NoError(t, err)
 					require.NoError(t, tx.Commit())
-					_, _ = db.Exec(fmt.Sprintf(`UPDATE inkit_queue_backends SET probe = probe + %d`, by)) // if there is such a table
+					_, _ = db.Exec(fmt.Sprintf(`UPDATE inkit_queue_backends SET probe = probe + %d`, by)) // ignore the error if the table does not exist
 					n, err := result.RowsAffected()
 					require.NoError(t, err)
 					return int(n)
@@ -251,7 +251,7 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				}
 				backend.hasAll(t, kept, 10*time.Second)
 				require.True(t, s.send(t.Context(), "new", 0))
-				time.Sleep(3 * time.Second) // in which the slow ones are not to be attempted again
+				time.Sleep(3 * time.Second) // the slow events must not get a second attempt in this time
 				close(l.let)
 				doubles := backend.hasAll(t, s.ids(), 10*time.Second)
 				assert.Zero(t, doubles)
@@ -301,11 +301,11 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 	}
 }
 
-// While the backend is down, a database that fails for some seconds makes senders wait. It
-// refuses none of them, and the database has each event that was answered 2xx.
+// While the backend is down, a database that fails for some seconds makes senders wait. Caddy
+// refuses no sender, and the database has each event that was answered 2xx.
 func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 	t.Parallel()
-	// load sends events while the faults happen, and then has the backend take them
+	// load sends events during the faults. After the faults, the backend must get the events.
 	load := func(t *testing.T, backend *taker, c *caddy, faults func(accepted func(more int))) {
 		t.Helper()
 		ctx, cancel := context.WithCancel(t.Context())
@@ -387,6 +387,6 @@ func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 			c.logged("events are stored again")
 			accepted(50)
 		})
-		killHard(c) // the process that traces it
+		killHard(c) // kills the tracer
 	})
 }

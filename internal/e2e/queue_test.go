@@ -23,7 +23,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// size is one size at full length and another one otherwise.
+// size returns full in a long run, and quick in a short run.
 func size(full, quick int) int {
 	if long {
 		return full
@@ -31,24 +31,24 @@ func size(full, quick int) int {
 	return quick
 }
 
-// taker is a backend that records its requests and the events that it took.
+// taker is a backend that records its requests and the events that it has accepted.
 type taker struct {
 	addr   string
 	status func(id string, attempt int) int
-	quiet  bool // whether it notes nothing
+	quiet  bool // whether it records nothing
 
 	mu       sync.Mutex
 	server   *http.Server // nil while nothing listens
 	taken    map[string]int
-	takenAt  map[string]time.Time // the first time
+	takenAt  map[string]time.Time // when the event was first accepted
 	attempts map[string]int
-	keys     map[string]map[string]bool // of each request of the sender
+	keys     map[string]map[string]bool // the Idempotency-Key fields, by event and request of the sender
 	times    []time.Time                // of attempts
 	now      int                        // attempts at this moment
-	most     int                        // and at most
+	most     int                        // the largest value of now
 }
 
-// newTaker starts a taker. status returns its answer to an attempt.
+// newTaker starts a taker. status returns the status of its response to an attempt.
 func newTaker(t *testing.T, status func(id string, attempt int) int) *taker {
 	t.Helper()
 	b := &taker{
@@ -60,7 +60,7 @@ func newTaker(t *testing.T, status func(id string, attempt int) int) *taker {
 	return b
 }
 
-// listen begins to listen, and close ends it with all connections.
+// listen starts the server. close stops the server and closes all connections.
 func (b *taker) listen(t *testing.T) {
 	t.Helper()
 	server := &http.Server{Addr: b.addr, Handler: b}
@@ -77,7 +77,7 @@ func (b *taker) close() {
 	_ = b.server.Close()
 }
 
-// all is a backend that takes all events.
+// all makes a taker accept all events.
 func all(string, int) int {
 	time.Sleep(2 * time.Millisecond)
 	return http.StatusOK
@@ -121,8 +121,8 @@ func (b *taker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(status)
 }
 
-// snapshot returns how many events it was asked to take, and how many attempts there are
-// at this moment, and were at most.
+// snapshot returns the number of events with an attempt, the number of attempts at this
+// moment, and the largest number of attempts at the same time.
 func (b *taker) snapshot() (s struct{ events, now, most int }) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -130,7 +130,7 @@ func (b *taker) snapshot() (s struct{ events, now, most int }) {
 	return s
 }
 
-// of returns how often it was asked to take an event, and how often it did.
+// of returns the number of attempts at an event, and how often the backend accepted it.
 func (b *taker) of(id string) (e struct{ attempts, taken int }) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -138,7 +138,7 @@ func (b *taker) of(id string) (e struct{ attempts, taken int }) {
 	return e
 }
 
-// missing returns those of ids that the backend has not taken.
+// missing returns the ids of the events that the backend has not accepted.
 func (b *taker) missing(ids []string) (missing []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -150,8 +150,8 @@ func (b *taker) missing(ids []string) (missing []string) {
 	return missing
 }
 
-// hasAll waits until the backend has taken all of ids, and each event under one key. It
-// returns how many it has taken twice.
+// hasAll waits until the backend has accepted all events. It asserts that all attempts for
+// one request have the same key. It returns how many events the backend has accepted twice.
 func (b *taker) hasAll(t *testing.T, ids []string, within time.Duration) (doubles int) {
 	t.Helper()
 	require.NotEmpty(t, ids)
@@ -174,8 +174,8 @@ func (b *taker) hasAll(t *testing.T, ids []string, within time.Duration) (double
 	return doubles
 }
 
-// sender sends events to Caddys in turn, and goes on to the next when one does not
-// take an event.
+// sender sends events to Caddys in turn. If a Caddy does not accept an event, it tries the
+// next Caddy.
 type sender struct {
 	urls    []string
 	client  *http.Client
@@ -184,7 +184,7 @@ type sender struct {
 	mu       sync.Mutex
 	tries    int // how many requests were sent
 	accepted []string
-	refused  []string // answered 5xx: the id and the answer
+	refused  []string // answered 5xx: the id and the response
 	times    []time.Duration
 }
 
@@ -198,7 +198,7 @@ func newSender(t *testing.T, caddys ...*caddy) *sender {
 	return s
 }
 
-// send sends an event until a Caddy takes it, or until ctx ends.
+// send sends an event until a Caddy accepts it, or until ctx ends.
 func (s *sender) send(ctx context.Context, id string, first int) bool {
 	for i := first; ctx.Err() == nil; i++ {
 		body := fmt.Appendf(nil, `{"event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"%s","sent":%d}`, id, i-first)
@@ -224,8 +224,8 @@ func (s *sender) send(ctx context.Context, id string, first int) bool {
 	return false
 }
 
-// refusedNone asserts that no event was answered 5xx. If the backend is up or the queue
-// can store the event, a 5xx is as bad as a loss.
+// refusedNone asserts that no event was answered 5xx. A 5xx is a fault if the backend is
+// up, or if the queue can store the event.
 func (s *sender) refusedNone(t *testing.T) {
 	t.Helper()
 	s.mu.Lock()
@@ -234,7 +234,7 @@ func (s *sender) refusedNone(t *testing.T) {
 	assert.Empty(t, s.refused[:min(10, len(s.refused))], "%d of %d requests were answered 5xx", len(s.refused), s.tries)
 }
 
-// sendAll sends n events, as many at a time as there are workers. done is closed at the end.
+// sendAll sends n events with all workers in parallel. done is closed at the end.
 func (s *sender) sendAll(ctx context.Context, name string, n int) (done chan struct{}) {
 	done = make(chan struct{})
 	var next atomic.Int64
@@ -261,7 +261,7 @@ func (s *sender) ids() []string {
 
 func (s *sender) median() time.Duration { return s.quantile(0.5) }
 
-// quantile returns the time within which a part of the events was accepted.
+// quantile returns the time in which this part of the events was accepted.
 func (s *sender) quantile(part float64) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -273,7 +273,7 @@ func quantile(times []time.Duration, part float64) time.Duration {
 	return times[int(part*float64(len(times)-1))]
 }
 
-// sometimes is a backend that often does not take an event at the first attempt.
+// sometimes makes a taker often refuse the first attempt at an event.
 func sometimes(id string, attempt int) int {
 	time.Sleep(2 * time.Millisecond)
 	if attempt == 1 && strings.HasSuffix(id, "3") {
@@ -293,7 +293,7 @@ func queueCaddy(t *testing.T, backend, options string) *caddy {
 	return c
 }
 
-// newQueueCaddy is queueCaddy without the start.
+// newQueueCaddy does the same as queueCaddy, but does not start Caddy.
 func newQueueCaddy(t *testing.T, backend, options string) *caddy {
 	t.Helper()
 	return newCaddy(t, "grace_period 5s", queueSite(backend, options))
@@ -319,7 +319,7 @@ http://{{addr}} {
 }`
 }
 
-// metric returns the value of a series, or nothing if it is not there.
+// metric returns the value of a series, or an empty string if the series does not exist.
 func (c *caddy) metric(series string) string {
 	c.t.Helper()
 	for line := range strings.Lines(c.get("http://" + c.admin + "/metrics")) {
@@ -409,13 +409,13 @@ func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 	assert.Less(t, time.Since(began), attemptTimeout+5*time.Second)
 }
 
-// TestQueueSyncsBeforeItAnswers looks at the system calls of Caddy.
+// TestQueueSyncsBeforeItAnswers checks the order of Caddy's system calls.
 func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 	t.Parallel()
 	if _, err := exec.LookPath("strace"); err != nil {
 		t.Skip("strace is not installed")
 	}
-	// traced returns the calls from the moment when Caddy has answered the first
+	// traced returns the system calls of Caddy during use
 	traced := func(t *testing.T, use func(c *caddy)) string {
 		t.Helper()
 		backend := newTaker(t, all)
@@ -427,7 +427,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 		if strings.Contains(c.output.String(), "ptrace") {
 			t.Skip("processes may not be traced here")
 		}
-		for i := range 8 { // until the backend is known to be down
+		for i := range 8 { // until the backend counts as down
 			newSender(t, c).send(t.Context(), fmt.Sprint("first-", i), 0)
 		}
 		before := len(readFile(t, c.path("calls")))
@@ -437,7 +437,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 		require.NoError(t, err)
 		caddyPID, err := strconv.Atoi(strings.TrimSpace(string(children)))
 		require.NoError(t, err)
-		require.NoError(t, syscall.Kill(caddyPID, syscall.SIGTERM)) // and strace ends with it, and has written all
+		require.NoError(t, syscall.Kill(caddyPID, syscall.SIGTERM)) // strace writes all its output, and ends with Caddy
 		<-c.exited
 		return readFile(t, c.path("calls"))[before:]
 	}
@@ -452,7 +452,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 			}
 		})
 		answers, synced, ordered := 0, false, 0
-		syncing := make(map[string]bool) // by thread, a call that has not returned
+		syncing := make(map[string]bool) // threads with a sync call that has not returned
 		for line := range strings.Lines(calls) {
 			thread, call, _ := strings.Cut(line, " ")
 			call = strings.TrimSpace(call)
@@ -503,7 +503,7 @@ func TestQueueAsksADeadBackendSeldom(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, func(string, int) int { return http.StatusServiceUnavailable })
 	c := queueCaddy(t, backend.addr, "")
-	for i := range 5 { // one after the other, or else as many are in flight as there are senders
+	for i := range 5 { // parallel senders would cause more attempts before the backend counts as down
 		require.True(t, newSender(t, c).send(t.Context(), fmt.Sprint("first-", i), 0))
 	}
 	s := newSender(t, c)
@@ -534,7 +534,7 @@ func TestQueueAsksADeadBackendSeldom(t *testing.T) {
 	}
 }
 
-// waitLong is waitFor with a longer limit.
+// waitLong does the same as waitFor with a longer limit.
 func waitLong(t *testing.T, what string, limit time.Duration, done func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(limit); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
@@ -561,7 +561,7 @@ func TestQueueOfEventsThatFail(t *testing.T) {
 	<-s.sendAll(t.Context(), "bad", 20)
 	<-s.sendAll(t.Context(), "never", 1)
 	var slowest time.Duration
-	for i := range size(200, 60) { // for as long as the bad ones are due again and again
+	for i := range size(200, 60) { // long enough for many retries of the bad events
 		id := fmt.Sprint("good-", i)
 		began := time.Now()
 		require.True(t, s.send(t.Context(), id, 0))
@@ -609,7 +609,7 @@ func TestQueueDrainsBesideLiveEvents(t *testing.T) {
 	assert.LessOrEqual(t, quantile(beside, 0.99), max(50*time.Millisecond, 2*quantile(alone, 0.99)))
 }
 
-// command runs a command of Caddy beside the one that runs.
+// command runs a command of Caddy while Caddy runs.
 func (c *caddy) command(args ...string) (stdout string, err error) {
 	c.t.Helper()
 	cmd := exec.Command(caddyPath, args...)
