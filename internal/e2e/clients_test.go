@@ -26,7 +26,7 @@ const (
 )
 
 // TestBrokenClients speaks broken HTTP/1.1. No request may reach the backend, except in
-// rows with status 200.
+// the rows with the outcome verified.
 func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share a Caddy
 	t.Parallel()
 	b := newBackend(t, modeGood)

@@ -129,7 +129,7 @@ func upload(t *testing.T, c *caddy, posts int, size int64, status int, fields st
 			}
 			defer conn.Close()
 			_ = conn.SetDeadline(time.Now().Add(time.Minute))
-			go func() { // send the whole body, even after the response
+			go func() { // send without waiting for the response
 				_, _ = io.WriteString(conn, head)
 				_, _ = io.CopyN(conn, zeros{}, size)
 			}()

@@ -107,7 +107,7 @@ func TestQueueWhoseDatabaseIsALink(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			backend, up := switchable(t)
-			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // a kill adds 2 s to the lease
+			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // after a kill, the lease lasts for 2 s more
 			target := t.TempDir() + "/real.db"
 			tt.make(t, target)
 			require.NoError(t, os.Mkdir(c.path("queue"), 0o700))
@@ -135,7 +135,7 @@ func TestQueuePath(t *testing.T) {
 
 	dir := t.TempDir()
 	c = newCaddy(t, "", site, "QUEUE_DB="+dir+"/named.db")
-	require.NoError(t, os.WriteFile(dir+"/named.db", nil, 0o644)) //nolint:gosec // the test needs a file that others can read
+	require.NoError(t, os.WriteFile(dir+"/named.db", nil, 0o644)) //nolint:gosec // Caddy must take these permissions away
 	c.start()
 	s := newSender(t, c)
 	require.Equal(t, http.StatusOK, s.once(t, "kept").status)

@@ -387,6 +387,6 @@ func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 			c.logged("events are stored again")
 			accepted(50)
 		})
-		killHard(c) // kills the tracer
+		killHard(c) // here this also ends strace
 	})
 }

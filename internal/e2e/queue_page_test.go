@@ -156,7 +156,7 @@ func TestQueuePageWithAPassword(t *testing.T) {
 	plainVisitor(withPassword).uses(t, "http://"+front+"/a/", "ops")
 	status, _, _ := plainVisitor(withPassword).do(t, http.MethodGet, "http://"+under+"/", nil)
 	assert.Equal(t, 404, status)
-	for range 2 { // the page still works after the queue's configuration changes
+	for range 2 { // then the queue was opened by an earlier configuration
 		c.reload()
 		plainVisitor(withPassword).uses(t, "http://"+own+"/", "ops")
 	}
