@@ -51,8 +51,7 @@ func newArrival(q *queue, h *Handler, r *request.Request, record *store.Record) 
 	return a
 }
 
-// answer delivers or stores the event, and answers its sender when the first of
-// the two succeeds.
+// answer delivers or stores the event, and answers its sender when one of them succeeds.
 func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	answerAfter := time.Duration(*a.h.AnswerAfter)
 	var attempted chan result // nil if no attempt is running

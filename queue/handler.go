@@ -47,18 +47,17 @@ const refusedFor = "30"
 
 // Handler stores verified webhooks in a database until the backend accepts them.
 //
-// Put `inkit_webhook` in front of it. Without a verified event, an error with HTTP status
+// Put `inkit_webhook` in front of this handler. Without a verified event, an error with HTTP status
 // 500 is returned, and nothing is stored. The `routes` make the first attempt. The event is
 // written to the database if that attempt fails or takes longer than 25 ms. If the backend
 // accepts the event, the sender gets the backend's response. If the attempt fails, or takes
-// longer than `answer_after`, the sender gets status 200 once the event is on the disk.
-// Retries follow. The wait before a retry is about the age of the event, from a second to
-// five minutes. Only status 2xx counts as accepted. All attempts have the same
-// `Idempotency-Key`.
+// longer than `answer_after`, the sender gets status 200 once the event is on the disk. Then
+// Caddy retries. Each wait is about the age of the event, from a second to five minutes.
+// Only status 2xx counts as accepted. All attempts have the same `Idempotency-Key`.
 //
 // No event is stored if the disk is full or `max_events` are pending. If the backend accepts
-// the event, the sender gets the backend's response. Otherwise an error with HTTP status 503
-// and a `Retry-After` field is returned. No sender gets 2xx for an event that is neither on
+// the event then, the sender gets the backend's response. Otherwise an error with HTTP status
+// 503 and a `Retry-After` field is returned. No sender gets 2xx for an event that is neither on
 // the disk nor accepted.
 //
 // In the `routes`, use the placeholders of `inkit_webhook` and these placeholders:

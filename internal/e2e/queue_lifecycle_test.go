@@ -189,7 +189,7 @@ func TestQueueIsNotTouchedByValidate(t *testing.T) {
 	backend.hasAll(t, s.ids(), 20*time.Second)
 }
 
-// An event whose sender disconnects is still accepted.
+// After its sender disconnects, an event is still stored or delivered.
 func TestQueueOfASenderThatHangsUp(t *testing.T) {
 	t.Parallel()
 	var up atomic.Bool

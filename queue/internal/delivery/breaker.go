@@ -105,7 +105,7 @@ func (b *Breaker) Empty(empty bool) (forgotten bool) {
 	return false
 }
 
-// look fills in those fields of a Look that describe the backend.
+// look fills in the fields of a Look that describe the backend.
 func (b *Breaker) look(l *Look) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -22,9 +22,8 @@ type Look struct {
 type Step struct {
 	Claim int
 
-	// Newest makes the newest events go first, while the backend is or was down. An event that
-	// makes the backend hang looks like a dead backend and would be probed forever. New events
-	// are the least likely cause.
+	// Newest is for a backend that is or was down. An event that hangs the backend looks like
+	// an outage, and would be probed forever. New events are the least likely cause.
 	Newest bool
 
 	Wait time.Duration // ends early when an event is stored or finished
