@@ -47,7 +47,7 @@ const refusedFor = "30"
 
 // Handler stores verified webhooks in a database until the backend accepts them.
 //
-// Put `inkit_webhook` in front of this handler. Without a verified event, an error with HTTP status
+// Put `inkit_webhook` in front of it. Without a verified event, an error with HTTP status
 // 500 is returned, and nothing is stored. The `routes` make the first attempt. The event is
 // written to the database if that attempt fails or takes longer than 25 ms. If the backend
 // accepts the event, the sender gets the backend's response. If the attempt fails, or takes
