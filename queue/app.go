@@ -14,8 +14,8 @@ func init() {
 	caddy.RegisterModule(App{})
 }
 
-// App starts and stops the queues of a configuration. It has no settings: the handlers
-// load it.
+// App starts and stops the queues of a configuration. It has no settings: the
+// inkit_queue handlers load it.
 type App struct {
 	ctx      caddy.Context
 	logger   *zap.Logger
@@ -48,7 +48,7 @@ func (a *App) register(h *Handler, config string) error {
 	return nil
 }
 
-// Start opens the queues, and lets them deliver. It does not wait for the databases and
+// Start opens the queues and starts their deliveries. It does not wait for the databases and
 // never fails: if a database is broken, Caddy still serves the sites.
 func (a *App) Start() error {
 	for _, h := range a.handlers {
@@ -57,8 +57,8 @@ func (a *App) Start() error {
 	return nil
 }
 
-// Stop ends new attempts by this configuration. Running attempts go on. If Caddy stops,
-// they have as much time as the requests of the HTTP servers.
+// Stop prevents new attempts by this configuration. Running attempts go on. If Caddy
+// stops, they get the grace period of the HTTP servers.
 func (a *App) Stop() error {
 	var grace time.Duration
 	if app, err := a.ctx.AppIfConfigured("http"); err == nil {

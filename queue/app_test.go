@@ -20,13 +20,13 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// caddy validate and adapt touch nothing, and work beside a Caddy that runs.
+// caddy validate and caddy adapt touch no file, and work while another Caddy runs.
 func TestLoadingTouchesNoFile(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "folder", "queue.db")
 	c, err := provision(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(200))})
 	require.NoError(t, err)
-	require.NoError(t, c.handlers[0].Cleanup(), "before a start, as validate does")
+	require.NoError(t, c.handlers[0].Cleanup(), "Cleanup without a start, as in caddy validate")
 	c.end()
 	entries, err := os.ReadDir(dir)
 	require.NoError(t, err)
@@ -36,7 +36,7 @@ func TestLoadingTouchesNoFile(t *testing.T) {
 	c.queue().db.opened(t)
 	folder, err := os.Stat(filepath.Dir(path))
 	require.NoError(t, err)
-	assert.Equal(t, os.FileMode(0o700), folder.Mode().Perm(), "for nobody else to read")
+	assert.Equal(t, os.FileMode(0o700), folder.Mode().Perm(), "no other user can read the folder")
 	for _, suffix := range []string{"", "-wal", "-reserve"} {
 		file, err := os.Stat(path + suffix)
 		require.NoError(t, err)
@@ -59,9 +59,9 @@ func TestReloads(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
 		reload   func(t *testing.T, old *configuration, next func() (*configuration, error))
-		old, new bool // which of them delivers
+		old, new bool // whether this configuration delivers
 	}{
-		{"a reload hands over", func(t *testing.T, old *configuration, next func() (*configuration, error)) {
+		{"the new configuration takes over", func(t *testing.T, old *configuration, next func() (*configuration, error)) {
 			c, err := next()
 			require.NoError(t, err)
 			require.NoError(t, c.app.Start())
@@ -69,17 +69,17 @@ func TestReloads(t *testing.T) {
 			old.handlers = c.handlers
 			old.app, old.end = c.app, c.end
 		}, false, true},
-		{"a reload that fails when it is loaded leaves the old one", func(t *testing.T, _ *configuration, next func() (*configuration, error)) {
+		{"a reload that fails when the new configuration is loaded keeps the old one", func(t *testing.T, _ *configuration, next func() (*configuration, error)) {
 			c, err := next()
 			require.NoError(t, err)
 			require.NoError(t, c.handlers[0].Cleanup())
 			c.end()
 		}, true, false},
-		{"a reload that fails after this app was started leaves the old one", func(t *testing.T, _ *configuration, next func() (*configuration, error)) {
+		{"a reload that fails after the start of this app keeps the old one", func(t *testing.T, _ *configuration, next func() (*configuration, error)) {
 			c, err := next()
 			require.NoError(t, err)
 			require.NoError(t, c.app.Start())
-			time.Sleep(time.Minute) // another app takes long, and fails
+			time.Sleep(time.Minute) // another app starts slowly, and fails
 			c.stop(t)
 		}, true, false},
 	} {
@@ -103,15 +103,15 @@ func TestReloads(t *testing.T) {
 				newCalls.Store(0)
 				time.Sleep(time.Minute)
 				synctest.Wait()
-				assert.Equal(t, tt.old, oldCalls.Load() > 0, "the old one delivers")
-				assert.Equal(t, tt.new, newCalls.Load() > 0, "the new one delivers")
+				assert.Equal(t, tt.old, oldCalls.Load() > 0, "whether the old configuration delivers")
+				assert.Equal(t, tt.new, newCalls.Load() > 0, "whether the new configuration delivers")
 				assert.Equal(t, map[string]int{store.Pending: 1}, c.counts(t))
 			})
 		})
 	}
 }
 
-// A request of the old configuration is served, and its attempts end under it.
+// The old configuration serves its last request, and completes the attempt of this request.
 func TestReloadDuringAnAttempt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "queue.db")
@@ -138,10 +138,10 @@ func TestReloadDuringAnAttempt(t *testing.T) {
 		assert.Equal(t, 10*time.Second, got.after)
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
-		assert.Zero(t, newCalls.Load(), "and not again")
+		assert.Zero(t, newCalls.Load(), "the event is delivered once")
 		assert.Empty(t, c.counts(t))
 
-		late := serve(t, old.handlers[0], post(body)) // after its cleanup, on a connection that was open
+		late := serve(t, old.handlers[0], post(body)) // after Cleanup, on a connection from before the reload
 		assert.Equal(t, "the backend's body", late.body)
 		old.handlers[0].use.leaving.Wait()
 		c.stop(t)
@@ -164,7 +164,7 @@ func TestLateRequestOfAQueueThatIsGone(t *testing.T) {
 	})
 }
 
-// A request that comes before the app has started waits for it.
+// A request that arrives before the start of the app waits for the start.
 func TestRequestBeforeTheStart(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -172,8 +172,8 @@ func TestRequestBeforeTheStart(t *testing.T) {
 		status int
 		after  time.Duration
 	}{
-		{"it starts soon", 3 * time.Second, 201, 3 * time.Second},
-		{"it does not start", time.Minute, 503, 5 * time.Second},
+		{"the app starts soon", 3 * time.Second, 201, 3 * time.Second},
+		{"the app does not start in time", time.Minute, 503, 5 * time.Second},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -191,8 +191,8 @@ func TestRequestBeforeTheStart(t *testing.T) {
 	}
 }
 
-// A clean stop gives the leases back: the next process delivers at once. Running attempts
-// have the grace period.
+// A clean stop releases the leases, so the next process delivers immediately. Running
+// attempts get the grace period.
 func TestEndGivesLeasesBack(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
@@ -202,7 +202,7 @@ func TestEndGivesLeasesBack(t *testing.T) {
 		pending int
 	}{
 		{"the attempt ends within the grace period", 4 * time.Second, 10 * time.Second, 3 * time.Second, 0},
-		{"the attempt does not", time.Minute, 10 * time.Second, 10 * time.Second, 1},
+		{"the attempt is cancelled after the grace period", time.Minute, 10 * time.Second, 10 * time.Second, 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -230,13 +230,13 @@ func TestEndGivesLeasesBack(t *testing.T) {
 				defer s.Close()
 				claim := &store.Claim{Queue: "default", Max: 10, Lease: time.Minute}
 				require.NoError(t, s.Apply(t.Context(), &store.Batch{Owner: "the next one", Claims: []*store.Claim{claim}}))
-				assert.Len(t, claim.Records, tt.pending, "due at once, with an hour of lease left")
+				assert.Len(t, claim.Records, tt.pending, "the event is due, though its lease would last for another hour")
 			})
 		})
 	}
 }
 
-// Two handlers of one name share a queue, and two queues in one file share a database.
+// Two handlers with the same name share a queue. Two queues in the same file share a database.
 func TestSharedDatabase(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "queue.db")
@@ -253,7 +253,7 @@ func TestSharedDatabase(t *testing.T) {
 	})
 }
 
-// An attempt that begins at the moment of a stop is waited for, too.
+// A stop also waits for attempts that begin at the same moment.
 func TestStopLeavesNoLease(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	var calls atomic.Int64
@@ -276,7 +276,7 @@ func TestStopLeavesNoLease(t *testing.T) {
 		s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 		require.NoError(t, err)
 		storetest.Select(t, s, store.Filter{}, func(r *store.Record) {
-			require.Zero(t, r.LeasedUntil, "stop %d: an event is leased, and nobody attempts it", i)
+			require.Zero(t, r.LeasedUntil, "stop %d: an event has a lease, but no attempt", i)
 		})
 		require.NoError(t, s.Close())
 	}

@@ -14,23 +14,23 @@ import (
 )
 
 const (
-	// patience is the time for the backend to answer before the event is stored. An event
-	// that it accepts in this time is never written to the disk. No sender is answered during
-	// this time. If the attempt fails, or there is none, the event is stored immediately.
+	// patience is how long an event waits for its first attempt before it is stored. If the
+	// backend accepts the event in this time, the event is never written to the disk. If the
+	// attempt fails, or there is none, the event is stored immediately.
 	patience = 25 * time.Millisecond
 
-	// storeWait is how long a sender waits, at least, until its event is on the disk.
+	// storeWait is the timeout for storing an event, unless answer_after is longer.
 	storeWait = 5 * time.Second
 
-	// onceWait is how long an event of a type in once waits to be stored. Then its first
-	// attempt begins anyway: a double is better than a loss.
+	// onceWait is the timeout for storing an event of a type in once before its first attempt.
+	// After it, the attempt begins anyway: a double delivery is better than a lost event.
 	onceWait = time.Second
 )
 
 // errNoPlace means that the maximum number of attempts is running.
 var errNoPlace = errors.New("no attempt could begin")
 
-// arrival is a new event whose sender waits.
+// arrival is a new event with its waiting sender.
 type arrival struct {
 	q        *queue
 	h        *Handler
@@ -38,9 +38,9 @@ type arrival struct {
 	record   *store.Record
 	addition *writer.Addition
 	began    time.Time
-	deadline time.Time // for the answer
+	deadline time.Time // for the response to the sender
 
-	durable <-chan struct{} // closed when storing ends, nil before it begins
+	durable <-chan struct{} // closed when storing ends, nil before storing begins
 	refused bool            // too many events are pending
 }
 
@@ -51,7 +51,7 @@ func newArrival(q *queue, h *Handler, r *request.Request, record *store.Record) 
 	return a
 }
 
-// answer delivers or stores the event, and answers its sender when one of both is done.
+// answer delivers or stores the event, and answers its sender when one of them succeeds.
 func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 	answerAfter := time.Duration(*a.h.AnswerAfter)
 	var attempted chan result // nil if no attempt is running
@@ -90,14 +90,14 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 			if !stored {
 				return refuse(w, errors.New("the event could not be stored in time"))
 			}
-		case <-gone: // the sender may have closed only its half of the connection: the answer must be true
+		case <-gone: // the sender may have closed only its half of the connection, and still read the response
 			gone, impatient = nil, true
 		}
 	}
 }
 
-// begins reports whether the first attempt begins now. It does not if the queue is paused.
-// If the backend is down, or has just returned and is busy, it begins only while events
+// begins reports whether the first attempt begins now. A paused queue begins no attempts.
+// While the backend is down, or is recovering and busy, an attempt begins only if events
 // cannot be stored.
 func (a *arrival) begins() bool {
 	q := a.q
@@ -109,7 +109,7 @@ func (a *arrival) begins() bool {
 }
 
 // storeOnce stores an event of a type in once before its first attempt, and reports whether
-// the attempt may begin: the event is no duplicate, or cannot be stored now.
+// the attempt may begin. A duplicate gets no attempt. If storing fails, the attempt begins.
 func (a *arrival) storeOnce() bool {
 	if durable := a.store(); durable != nil {
 		select {
@@ -126,7 +126,7 @@ func (a *arrival) storeOnce() bool {
 	return true
 }
 
-// isStored reports whether the event is on the disk, or the first event of its duplicates.
+// isStored reports whether the event is on the disk, or is a duplicate of a stored event.
 func (a *arrival) isStored() bool {
 	err := a.addition.Err()
 	if !errors.Is(err, writer.ErrDuplicate) {
@@ -163,7 +163,7 @@ func (a *arrival) attempt() chan result {
 }
 
 // waitForPlace waits until the attempt may begin. If the event can be stored, the wait is
-// short: the schedule attempts it later.
+// short, because the schedule can attempt the event later.
 func (a *arrival) waitForPlace(storing bool) bool {
 	wait := storeWait
 	if storing {
@@ -174,8 +174,8 @@ func (a *arrival) waitForPlace(storing bool) bool {
 	return a.q.limits.New(ctx)
 }
 
-// store begins to store the event, and returns a channel that is closed when this ends. It
-// returns nil if too many events are pending.
+// store begins to store the event, and returns a channel that is closed when storing
+// ends. It returns nil if too many events are pending.
 func (a *arrival) store() <-chan struct{} {
 	switch {
 	case a.durable != nil || a.refused:

@@ -19,14 +19,14 @@ import (
 )
 
 const (
-	// maxRetryAfter bounds the wait that a backend may ask for.
+	// maxRetryAfter is the longest wait that a backend can ask for.
 	maxRetryAfter = time.Hour
 
-	// endMargin is the time for handlers to end after attempt_timeout. Some ignore it:
-	// php_fastcgi waits for its read_timeout, which may be forever.
+	// endMargin is how long handlers may go on after attempt_timeout. Some ignore this timeout:
+	// php_fastcgi waits for its own read_timeout, which may be infinite.
 	endMargin = time.Second
 
-	// maxOverdue is how many attempts may go on after that. Each needs a connection.
+	// maxOverdue is how many attempts may exceed endMargin. Each of them uses a connection.
 	maxOverdue = 256
 
 	// maxError is how many bytes of the last error are stored with an event.
@@ -38,8 +38,8 @@ type result struct {
 	answer      *answer
 	status      int
 	err         error         // nil if the backend accepted the event
-	unreachable bool          // err counts towards the backend being down
-	retryAfter  time.Duration // as the backend asked for
+	unreachable bool          // err is a sign that the backend is down
+	retryAfter  time.Duration // from the Retry-After field
 }
 
 // name returns the label of the metric.
@@ -67,7 +67,7 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done 
 	end := func(res result) {
 		h.logger.Debug("attempt", zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
 			zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
-		q.locked(func() { q.inFlight-- }) // before its event can be due again
+		q.locked(func() { q.inFlight-- }) // before the event can be due again
 		done(res)
 	}
 	takeOver := func() {
@@ -80,7 +80,7 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done 
 		q.locked(func() { q.overdue[rec.ID] = true })
 		end(result{err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
 	}
-	stop := context.AfterFunc(ctx, func() { time.AfterFunc(endMargin, takeOver) }) // the time is over, or Caddy ends
+	stop := context.AfterFunc(ctx, func() { time.AfterFunc(endMargin, takeOver) }) // the timeout has passed, or Caddy stops
 	answer := newAnswer()
 	err := q.run(h, prepare(ctx, r, h.server, answer, rec), answer, rec.ID)
 	timeUp := ctx.Err() == context.DeadlineExceeded
@@ -93,8 +93,8 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done 
 	end(newResult(answer, err, timeUp, time.Duration(h.AttemptTimeout)))
 }
 
-// begin registers an attempt. It fails while the last attempt at the event goes on, or
-// while too many attempts are overdue.
+// begin registers an attempt. It fails while the previous attempt at the event is still
+// running, or while too many attempts are overdue.
 func (q *queue) begin(id string) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -116,7 +116,7 @@ func (q *queue) locked(f func()) {
 
 // run runs the handlers of the deliver block.
 func (q *queue) run(h *Handler, req *http.Request, answer *answer, id string) (err error) {
-	// a proxy panics when an answer is cut short, and no net/http server recovers here
+	// reverse_proxy panics on an incomplete response, and here no net/http server recovers
 	defer func() {
 		switch p := recover(); p {
 		case nil:
@@ -132,14 +132,14 @@ func (q *queue) run(h *Handler, req *http.Request, answer *answer, id string) (e
 		unhandled = answer.status == 0
 		return nil
 	})
-	if err = h.Routes.Compile(next).ServeHTTP(answer, req); err == nil && unhandled { // also if a handler such as templates writes a status then
+	if err = h.Routes.Compile(next).ServeHTTP(answer, req); err == nil && unhandled { // even if a handler such as templates then writes a status
 		err = errors.New("no directive of the deliver block handled the event")
 	}
 	return err
 }
 
-// newResult turns the answer or the error of the handlers into a result: only a status of
-// 2xx delivers.
+// newResult turns the response or the error of the handlers into a result. The event is
+// delivered only if the status is 2xx.
 func newResult(answer *answer, err error, timeUp bool, timeout time.Duration) result {
 	res := result{answer: answer, status: answer.status}
 	handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err)

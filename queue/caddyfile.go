@@ -98,7 +98,7 @@ func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
 		return d.Err("store: takes the kind of a database")
 	}
 	kind := d.Val()
-	if !nameForm.MatchString(kind) { // it may be a connection string, and no error shows one
+	if !nameForm.MatchString(kind) { // it may be a connection string, which can contain a password: do not print it
 		return d.Err("store: takes the kind of a database first, such as sqlite or postgres")
 	}
 	module, err := caddyfile.UnmarshalModule(d, "inkit_queue.stores."+kind)

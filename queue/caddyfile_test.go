@@ -23,7 +23,7 @@ func adapt(t *testing.T, input string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	assert.Empty(t, warnings, "also: caddy fmt has nothing to change")
+	assert.Empty(t, warnings, "the input must also be formatted")
 	var pretty bytes.Buffer
 	require.NoError(t, json.Indent(&pretty, out, "", "\t"))
 	return pretty.String(), nil
@@ -63,7 +63,7 @@ func TestCaddyfileErrors(t *testing.T) {
 		{"a word on the line", "inkit_queue documents {\n}", "inkit_queue: takes a block alone, at Caddyfile:2"},
 		{"a matcher and a word", "inkit_queue /hook documents {\n}", "inkit_queue: takes a block alone, at Caddyfile:2"},
 		{"an unknown option", queue("retries 3"), "inkit_queue: does not know the option retries, at Caddyfile:3"},
-		{"a known one in another case", queue("Max_Age 5d"), "inkit_queue: does not know the option Max_Age, at Caddyfile:3"},
+		{"a known option with capital letters", queue("Max_Age 5d"), "inkit_queue: does not know the option Max_Age, at Caddyfile:3"},
 		{"an unknown directive in deliver", "inkit_queue {\ndeliver {\nproxy_pass x\n}\n}", "unrecognized directive: proxy_pass"},
 
 		{"name repeated", queue("name a\nname a"), "name: must not be repeated, at Caddyfile:4"},
@@ -79,22 +79,22 @@ func TestCaddyfileErrors(t *testing.T) {
 		{"a negative history", queue("history -1s"), strings.ReplaceAll(takesOne, "%s", "history")},
 		{"remember of 0", queue("remember 0"), strings.ReplaceAll(takesOne, "%s", "remember")},
 		{"once without a type", queue("once"), "once: takes one or more event types, at Caddyfile:3"},
-		{"once with a sign", queue("once A-B"), "once: an event type must be letters, digits, '_' and '*', at Caddyfile:3"},
+		{"once with a hyphen", queue("once A-B"), "once: an event type must be letters, digits, '_' and '*', at Caddyfile:3"},
 		{"once with a type twice", queue("once A B A"), "once: A is listed twice, at Caddyfile:3"},
 		{"deliver repeated", queue("name a" + proxy), "deliver: must not be repeated, at Caddyfile:7"},
 
 		{"name without a name", queue("name"), "name: takes one name, at Caddyfile:3"},
-		{"name with two", queue("name a b"), "name: takes one name, at Caddyfile:3"},
+		{"name with two names", queue("name a b"), "name: takes one name, at Caddyfile:3"},
 		{"an empty name", queue(`name ""`), "name: takes one name, at Caddyfile:3"},
 		{"store without a kind", queue("store"), "store: takes the kind of a database, at Caddyfile:3"},
-		{"a store that there is not", queue("store mysql"), "store: getting module named 'inkit_queue.stores.mysql': module not registered: inkit_queue.stores.mysql, at Caddyfile:3"},
+		{"an unknown store", queue("store mysql"), "store: getting module named 'inkit_queue.stores.mysql': module not registered: inkit_queue.stores.mysql, at Caddyfile:3"},
 		{"a connection string in place of a kind", queue("store postgres://u:c0nf1d3nt1al@h/d"), "store: takes the kind of a database first, such as sqlite or postgres, at Caddyfile:3"},
 		{"a path in place of a kind", queue("store /var/lib/c0nf1d3nt1al.db"), "store: takes the kind of a database first, such as sqlite or postgres, at Caddyfile:3"},
 		{"sqlite with two paths", queue("store sqlite /a /b"), "store: sqlite takes a path at most, at Caddyfile:3"},
 		{"sqlite with a block", queue("store sqlite {\npath /a\n}"), "store: sqlite takes a path at most, at Caddyfile:4"},
 
 		{"answer_after without a duration", queue("answer_after"), strings.ReplaceAll(takesOne, "%s", "answer_after")},
-		{"answer_after with two", queue("answer_after 1s 2s"), strings.ReplaceAll(takesOne, "%s", "answer_after")},
+		{"answer_after with two durations", queue("answer_after 1s 2s"), strings.ReplaceAll(takesOne, "%s", "answer_after")},
 		{"a negative answer_after", queue("answer_after -1s"), strings.ReplaceAll(takesOne, "%s", "answer_after")},
 		{"answer_after without a unit", queue("answer_after 5"), strings.ReplaceAll(takesOne, "%s", "answer_after")},
 		{"answer_after off", queue("answer_after off"), strings.ReplaceAll(takesOne, "%s", "answer_after")},
@@ -103,16 +103,16 @@ func TestCaddyfileErrors(t *testing.T) {
 		{"attempt_timeout without a duration", queue("attempt_timeout"), strings.ReplaceAll(takesOne, "%s", "attempt_timeout")},
 		{"max_age of 0", queue("max_age 0"), strings.ReplaceAll(takesOne, "%s", "max_age")},
 		{"max_age of 5 days in words", queue("max_age 5 days"), strings.ReplaceAll(takesOne, "%s", "max_age")},
-		{"a max_age that is no duration", queue("max_age long"), strings.ReplaceAll(takesOne, "%s", "max_age")},
+		{"a max_age that is not a duration", queue("max_age long"), strings.ReplaceAll(takesOne, "%s", "max_age")},
 		{"max_events without a number", queue("max_events"), "max_events: takes one number above 0, at Caddyfile:3"},
 		{"max_events of 0", queue("max_events 0"), "max_events: takes one number above 0, at Caddyfile:3"},
 		{"a negative max_events", queue("max_events -1"), "max_events: takes one number above 0, at Caddyfile:3"},
 		{"max_events in thousands", queue("max_events 10k"), "max_events: takes one number above 0, at Caddyfile:3"},
-		{"a max_events that no number holds", queue("max_events 99999999999999999999"), "max_events: takes one number above 0, at Caddyfile:3"},
+		{"a max_events that is too large for an integer", queue("max_events 99999999999999999999"), "max_events: takes one number above 0, at Caddyfile:3"},
 		{"concurrency without a number", queue("concurrency"), "concurrency: takes one number above 0, at Caddyfile:3"},
 		{"concurrency of 0", queue("concurrency 0"), "concurrency: takes one number above 0, at Caddyfile:3"},
-		{"concurrency with two", queue("concurrency 1 2"), "concurrency: takes one number above 0, at Caddyfile:3"},
-		{"a concurrency that is no number", queue("concurrency many"), "concurrency: takes one number above 0, at Caddyfile:3"},
+		{"concurrency with two numbers", queue("concurrency 1 2"), "concurrency: takes one number above 0, at Caddyfile:3"},
+		{"a concurrency that is not a number", queue("concurrency many"), "concurrency: takes one number above 0, at Caddyfile:3"},
 		{"a block after name", queue("name a {\nconcurrency 1\n}"), "inkit_queue: does not know the option {, at Caddyfile:3"},
 		{"a block after max_age", queue("max_age 5d {\nconcurrency 1\n}"), "inkit_queue: does not know the option {, at Caddyfile:3"},
 		{"a word after deliver", "inkit_queue {\ndeliver localhost:9000 {\nreverse_proxy localhost:9000\n}\n}", "wrong argument count or unexpected line ending after 'localhost:9000', at Caddyfile:3"},
@@ -125,7 +125,7 @@ func TestCaddyfileErrors(t *testing.T) {
 	}
 }
 
-// Errors in JSON, and errors that appear only with the placeholders and files.
+// Errors that only appear when the configuration is loaded.
 func TestLoadErrors(t *testing.T) {
 	with := func(change func(h *Handler)) *Handler {
 		h := &Handler{Name: "a", Routes: rawRoutes(`{"handler":"static_response"}`)}
@@ -140,25 +140,25 @@ func TestLoadErrors(t *testing.T) {
 	}{
 		{"all defaults", "", []*Handler{with(func(*Handler) {})}},
 		{"two handlers with one name and the same settings", "", []*Handler{with(func(*Handler) {}), with(func(*Handler) {})}},
-		{"the default written out is the same", "", []*Handler{
+		{"an explicit default equals the default", "", []*Handler{
 			with(func(*Handler) {}),
 			with(func(h *Handler) {
 				h.Concurrency, h.MaxEvents, h.AnswerAfter = 16, 1_000_000, duration(defaultAnswerAfter)
 			}),
 		}},
 		{"two names with different settings", "", []*Handler{with(func(*Handler) {}), with(func(h *Handler) { h.Name, h.Concurrency = "b", 1 })}},
-		{"one name and another concurrency", "name: two queues are called a, and have different settings", []*Handler{
+		{"the same name with another concurrency", "name: two queues are called a, and have different settings", []*Handler{
 			with(func(*Handler) {}), with(func(h *Handler) { h.Concurrency = 1 }),
 		}},
-		{"one name and another backend", "name: two queues are called a, and have different settings", []*Handler{
+		{"the same name with another backend", "name: two queues are called a, and have different settings", []*Handler{
 			with(func(*Handler) {}), with(func(h *Handler) { h.Routes = rawRoutes(`{"handler":"static_response","status_code":204}`) }),
 		}},
-		{"one name and another store", "name: two queues are called a, and have different settings", []*Handler{
+		{"the same name with another store", "name: two queues are called a, and have different settings", []*Handler{
 			with(func(*Handler) {}), with(func(h *Handler) { h.StoreRaw = sqliteAt("/nowhere/b.db") }),
 		}},
 		{"no routes", "routes: at least one is required", []*Handler{with(func(h *Handler) { h.Routes = nil })}},
-		{"a handler that there is not", "routes: ", []*Handler{with(func(h *Handler) { h.Routes = rawRoutes(`{"handler":"none"}`) })}},
-		{"a store that there is not", "store: ", []*Handler{with(func(h *Handler) { h.StoreRaw = json.RawMessage(`{"module":"mysql"}`) })}},
+		{"an unknown handler", "routes: ", []*Handler{with(func(h *Handler) { h.Routes = rawRoutes(`{"handler":"none"}`) })}},
+		{"an unknown store", "store: ", []*Handler{with(func(h *Handler) { h.StoreRaw = json.RawMessage(`{"module":"mysql"}`) })}},
 		{"a store with an unknown field", "store: ", []*Handler{with(func(h *Handler) { h.StoreRaw = json.RawMessage(`{"module":"sqlite","file":"/x"}`) })}},
 		{"a path with a question mark", "path: must not contain a question mark", []*Handler{with(func(h *Handler) { h.StoreRaw = sqliteAt("/x?mode=memory") })}},
 		{"a name with a space", nameForm, []*Handler{with(func(h *Handler) { h.Name = "a b" })}},
@@ -206,22 +206,22 @@ func TestPostgresCaddyfile(t *testing.T) {
 		"a text in the block":        {"store postgres {\n dsn postgres://c0nf1d3nt1al@host/database\n }", `{"dsn":"postgres://c0nf1d3nt1al@host/database","module":"postgres"}`},
 		"a text in quotes":           {"store postgres {\n dsn \"host=host password=c0nf1d3nt1al\"\n }", `{"dsn":"host=host password=c0nf1d3nt1al","module":"postgres"}`},
 
-		"nothing":                         {"store postgres", "dsn: is required"},
-		"a text on its own line":          {"store postgres postgres://c0nf1d3nt1al@host/database", "store: postgres takes a placeholder in braces"},
-		"a text in the place of the kind": {"store postgres://c0nf1d3nt1al@host/database", "store: takes the kind of a database first"},
-		"two placeholders":                {"store postgres {env.QUEUE_DSN} {env.c0nf1d3nt1al}", "store: postgres takes one placeholder at most"},
-		"a connection string twice":       {"store postgres {env.QUEUE_DSN} {\n dsn c0nf1d3nt1al\n }", "dsn: must not be repeated"},
-		"spaces without quotes":           {"store postgres {\n dsn host=host password=c0nf1d3nt1al\n }", "dsn: takes one value, in quotes"},
-		"an unknown word":                 {"store postgres {env.QUEUE_DSN} {\n c0nf1d3nt1al\n }", "store: postgres takes only dsn and schema"},
-		"a variable that is unset":        {"store postgres {env.c0nf1d3nt1al}", "dsn: environment variable is unset or empty"},
-		"a file that is missing":          {"store postgres {file./c0nf1d3nt1al}", "dsn: file cannot be read: no such file or directory"},
-		"what is no connection string":    {"store postgres {\n dsn postgres//c0nf1d3nt1al@host\n }", "dsn: cannot be parsed as a connection string of PostgreSQL"},
-		"a port that is none":             {"store postgres {env.QUEUE_BROKEN}", "dsn: cannot be used: invalid port"},
-		"a certificate that is missing":   {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=verify-full sslrootcert=/c0nf1d3nt1al\"\n }", "dsn: names a file that cannot be read: no such file or directory"},
-		"a mode that is none":             {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=c0nf1d3nt1al\"\n }", "dsn: cannot be used: failed to configure TLS"},
-		"a placeholder within a text":     {"store postgres {\n dsn postgres://role:{env.c0nf1d3nt1al}@host/database\n }", "dsn: must be either one placeholder and nothing else"},
-		"a way that Caddy does not know":  {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: has a placeholder in a form that Caddy does not know"},
-		"a schema that is too long":       {"store postgres {env.QUEUE_DSN} {\n schema " + strings.Repeat("s", 64) + "\n }", "schema: must be a name of at most 63 bytes"},
+		"no connection string":         {"store postgres", "dsn: is required"},
+		"a text without a block":       {"store postgres postgres://c0nf1d3nt1al@host/database", "store: postgres takes a placeholder in braces"},
+		"a text in place of the kind":  {"store postgres://c0nf1d3nt1al@host/database", "store: takes the kind of a database first"},
+		"two placeholders":             {"store postgres {env.QUEUE_DSN} {env.c0nf1d3nt1al}", "store: postgres takes one placeholder at most"},
+		"a connection string twice":    {"store postgres {env.QUEUE_DSN} {\n dsn c0nf1d3nt1al\n }", "dsn: must not be repeated"},
+		"spaces without quotes":        {"store postgres {\n dsn host=host password=c0nf1d3nt1al\n }", "dsn: takes one value, in quotes"},
+		"an unknown word":              {"store postgres {env.QUEUE_DSN} {\n c0nf1d3nt1al\n }", "store: postgres takes only dsn and schema"},
+		"an unset variable":            {"store postgres {env.c0nf1d3nt1al}", "dsn: environment variable is unset or empty"},
+		"a missing file":               {"store postgres {file./c0nf1d3nt1al}", "dsn: file cannot be read: no such file or directory"},
+		"an invalid connection string": {"store postgres {\n dsn postgres//c0nf1d3nt1al@host\n }", "dsn: cannot be parsed as a connection string of PostgreSQL"},
+		"an invalid port":              {"store postgres {env.QUEUE_BROKEN}", "dsn: cannot be used: invalid port"},
+		"a missing certificate":        {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=verify-full sslrootcert=/c0nf1d3nt1al\"\n }", "dsn: names a file that cannot be read: no such file or directory"},
+		"an invalid sslmode":           {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=c0nf1d3nt1al\"\n }", "dsn: cannot be used: failed to configure TLS"},
+		"a placeholder within a text":  {"store postgres {\n dsn postgres://role:{env.c0nf1d3nt1al}@host/database\n }", "dsn: must be either one placeholder and nothing else"},
+		"a placeholder of a shell":     {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: has a placeholder in a form that Caddy does not know"},
+		"a schema that is too long":    {"store postgres {env.QUEUE_DSN} {\n schema " + strings.Repeat("s", 64) + "\n }", "schema: must be a name of at most 63 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			adapter := caddyconfig.GetAdapter("caddyfile")

@@ -17,20 +17,20 @@ func init() {
 		Name:  "inkit-queue",
 		Short: "Lists, shows, retries, drops and moves the events of a queue, and pauses it",
 		Long: `
-Works on the database of inkit_queue, whether Caddy runs or not, and without its
+Works on the database of inkit_queue, whether Caddy runs or not. It does not use the
 admin endpoint. Run it as Caddy's user: no other user can read the SQLite file.
 
 Without --db and --config, the database is inkit_queue.db in Caddy's data directory.
-With --config, it works on all databases in the configuration.
+With --config, the command works on all databases in the configuration.
 `,
 		CobraFunc: func(cmd *cobra.Command) {
 			cmd.Args = cobra.NoArgs // otherwise an unknown command prints the help, with status 0
 			cmd.RunE = func(cmd *cobra.Command, _ []string) error { return cmd.Help() }
 			var o origin
 			flags := cmd.PersistentFlags()
-			flags.StringVar(&o.db, "db", "", "File of SQLite")
+			flags.StringVar(&o.db, "db", "", "SQLite file")
 			flags.StringVar(&o.config, "config", "", "Configuration file that names the database")
-			flags.StringVar(&o.adapter, "adapter", "", "Config adapter of that file, if its name does not tell")
+			flags.StringVar(&o.adapter, "adapter", "", "Config adapter of that file, if the file name does not show it")
 			cmd.MarkFlagsMutuallyExclusive("db", "config")
 			cmd.AddCommand(listCommand(&o), showCommand(&o), interruptible(retryCommand(&o)), interruptible(dropCommand(&o)),
 				statusCommand(&o), pauseCommand(&o), resumeCommand(&o), migrateCommand(&o), interruptible(moveCommand(&o)))
@@ -44,7 +44,7 @@ With --config, it works on all databases in the configuration.
 func migrateCommand(o *origin) *cobra.Command {
 	return &cobra.Command{
 		Use:     "migrate --config <file>",
-		Short:   "Prints the SQL that makes the tables in PostgreSQL, if Caddy's role may not",
+		Short:   "Prints the SQL that creates the tables in PostgreSQL, if Caddy's role may not do this",
 		Example: `  caddy inkit-queue migrate --config Caddyfile | psql -d inkit`,
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -74,7 +74,7 @@ the file. The history, the keys of once, and a pause are copied.
 		Example: `  caddy inkit-queue move --config Caddyfile`,
 		Args:    cobra.NoArgs,
 	}
-	file := cmd.Flags().String("from", "", "File of SQLite (default: the default one)")
+	file := cmd.Flags().String("from", "", "SQLite file (default: the one in Caddy's data directory)")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		targets, err := o.targets(cmd.Context())
 		if err != nil {
@@ -85,7 +85,7 @@ the file. The history, the keys of once, and a pause are copied.
 		}
 		return (&origin{db: *file}).each(cmd.Context(), func(from *target) error {
 			return targets[0].use(cmd.Context(), false, func(to *target) error {
-				if sqlite.Same(from.Store, to.Store) { // copying would do nothing, and dropping would delete all
+				if sqlite.Same(from.Store, to.Store) { // the copy would change nothing, and the drop would delete all events
 					return errors.New("this is the database of --from: name another one with --config or --db")
 				}
 				return move(cmd.Context(), from, to)
@@ -95,8 +95,8 @@ the file. The history, the keys of once, and a pause are copied.
 	return cmd
 }
 
-// move copies a page, and drops its events. It leaves events with a running attempt. An
-// interruption takes effect between two pages.
+// move copies one page of events at a time, and then drops this page from the source.
+// Events with a running attempt stay. An interruption takes effect between two pages.
 func move(ctx context.Context, from, to store.Store) error {
 	var p progress
 	moved := 0
@@ -112,7 +112,7 @@ func move(ctx context.Context, from, to store.Store) error {
 	}
 	left, err := from.Counts(ctx)
 	for _, c := range left {
-		fmt.Printf("events left, since they are being delivered: %d (run this again when that has ended)\n", c.Events)
+		fmt.Printf("events left, because Caddy is delivering them: %d (run this again later)\n", c.Events)
 	}
 	return err
 }

@@ -17,18 +17,18 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// changeStep is how many events retry and drop change in one transaction. It is small, so
-// that no event of a running Caddy waits for long.
+// changeStep is how many events retry and drop change in one transaction. A small
+// transaction does not block the running Caddy for long.
 const changeStep = 100
 
 func retryCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "retry <id>... | " + filterUsage + " [--db <file> | --config <file>]",
-		Short: "Makes Caddy attempt events again at once",
+		Short: "Makes Caddy retry events immediately",
 		Long: `
 Makes events pending and due, as if they had arrived just now: dead events are
-attempted for max_age again. A running Caddy sees it within a few seconds. Events
-that are being delivered do not change.
+attempted for max_age again. A running Caddy sees the change within a few
+seconds. Events that are being delivered do not change.
 `,
 		Example: `  caddy inkit-queue retry --state dead --since 2h`,
 	}
@@ -45,9 +45,9 @@ func dropCommand(o *origin) *cobra.Command {
 		Use:   "drop <id>... | " + filterUsage + " [--yes] [--db <file> | --config <file>]",
 		Short: "Deletes events for good",
 		Long: `
-Deletes events. You cannot undo this. A running delivery goes on. With ids, it does
-not ask; with a filter, it needs --yes. A delivered event is deleted from the history.
-If an event of a type in once is sent again after that, it is delivered.
+Deletes events. You cannot undo this. A running delivery goes on. A filter needs
+--yes; ids do not. A delivered event is deleted from the history. If the sender
+sends a deleted event of a type in once again, it is delivered.
 `,
 		Example: `  caddy inkit-queue drop --state dead --error "status 410" --yes`,
 	}
@@ -70,7 +70,7 @@ If an event of a type in once is sent again after that, it is delivered.
 	return cmd
 }
 
-// idsOrFilter refuses both ids and a filter, and neither.
+// idsOrFilter requires either ids or a filter, and refuses both.
 func idsOrFilter(filter *store.Filter) cobra.PositionalArgs {
 	return func(_ *cobra.Command, ids []string) error {
 		if given := !reflect.DeepEqual(filter, new(store.Filter)); given == (len(ids) > 0) {
@@ -80,12 +80,12 @@ func idsOrFilter(filter *store.Filter) cobra.PositionalArgs {
 	}
 }
 
-// change calls f for events with these ids, or else for those of a filter, a few at a time.
-// It prints how many f has changed.
+// change calls f for the events with these ids. Without ids, it calls f for the events of
+// the filter, a few at a time. It prints how many events f has changed.
 func (o *origin) change(ctx context.Context, ids []string, filter store.Filter, done string, f func(store.Store, context.Context, store.Filter) (int, error)) error {
 	var p progress
 	changed := 0
-	step := func(s store.Store, part store.Filter) (int, error) { // whole, or not at all
+	step := func(s store.Store, part store.Filter) (int, error) { // an interruption never stops a transaction
 		if err := ctx.Err(); err != nil {
 			return 0, err
 		}
@@ -113,7 +113,7 @@ func (o *origin) change(ctx context.Context, ids []string, filter store.Filter, 
 }
 
 // eachID calls f for each id, in one database after the other, until f returns 1. It
-// returns an error for each id without that.
+// returns an error for each id for which f always returns 0.
 func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, store.Filter) (int, error)) error {
 	unchanged := make(map[string]error)
 	for _, id := range ids {
@@ -177,8 +177,8 @@ func interruptible(cmd *cobra.Command) *cobra.Command {
 	return cmd
 }
 
-// progress is a line on a terminal, of long work. The summary overwrites it, since its
-// number is not smaller.
+// progress is a line that a long command shows on a terminal. The summary overwrites all of
+// it, because its number has as many digits or more.
 type progress struct{ shown time.Time }
 
 func (p *progress) show(format string, args ...any) {

@@ -20,14 +20,14 @@ import (
 func listCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:     "list " + filterUsage + " [--limit <number>] [--json] [--db <file> | --config <file>]",
-		Short:   "Lists the stored events, the oldest first, or with --state delivered the history",
+		Short:   "Lists the stored events, oldest first. With --state delivered, lists the history",
 		Example: `  caddy inkit-queue list --state all --resource doc_1`,
 		Args:    cobra.NoArgs,
 	}
 	filter := newFilter(cmd)
-	limit := cmd.Flags().Int("limit", math.MaxInt, "How many at most")
+	limit := cmd.Flags().Int("limit", math.MaxInt, "Maximum number of events")
 	cmd.Flags().Lookup("limit").DefValue = "all"
-	asJSON := cmd.Flags().Bool("json", false, "One JSON object a line")
+	asJSON := cmd.Flags().Bool("json", false, "Print one JSON object per line")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		return o.each(cmd.Context(), func(d *target) error {
 			table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
@@ -42,7 +42,7 @@ func listCommand(o *origin) *cobra.Command {
 	return cmd
 }
 
-// list calls f for the selected events, left at most, and counts them in left.
+// list calls f for at most left selected events, and subtracts their number from left.
 func list(ctx context.Context, s store.Store, filter store.Filter, left *int, f func(*store.Record) error) error {
 	for *left > 0 {
 		filter.Limit = *left
@@ -74,7 +74,7 @@ func printRow(table io.Writer, r *store.Record) error {
 	return err
 }
 
-// listed is an event as the commands show it.
+// listed is the JSON of an event in the output of list and show.
 type listed struct {
 	ID          string    `json:"id"`
 	Queue       string    `json:"queue"`
@@ -86,7 +86,7 @@ type listed struct {
 	NextAttempt time.Time `json:"next_attempt,omitzero"` // of a pending event; during an attempt, the end of its lease
 	LastError   string    `json:"last_error,omitempty"`
 	Finished    time.Time `json:"finished,omitzero"` // of a delivered event
-	Status      int       `json:"status,omitempty"`  // likewise
+	Status      int       `json:"status,omitempty"`  // of a delivered event
 }
 
 func newListed(r *store.Record) listed {
@@ -106,8 +106,8 @@ func showCommand(o *origin) *cobra.Command {
 		Short: "Shows an event with its request",
 		Long: `
 Shows an event: its state, its last error, and the request with its header fields
-and its body. It leaves out the signature and credentials, which a replay would
-need, and replaces control characters. A delivered event has no request.
+and its body. It hides the signature and credentials, because they allow a replay, and
+replaces control characters. A delivered event has no request.
 `,
 		Example: `  caddy inkit-queue show 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
 		Args:    cobra.ExactArgs(1),
@@ -143,10 +143,10 @@ func show(r *store.Record) error {
 	return err
 }
 
-// seconds returns a time as JSON has it, in UTC.
+// seconds returns a time for JSON, in UTC and without fractions of a second.
 func seconds(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
 
-// until says when an attempt is due.
+// until returns the text for an attempt that is due after d.
 func until(d time.Duration) string {
 	if d <= 0 {
 		return "now"
@@ -154,7 +154,7 @@ func until(d time.Duration) string {
 	return "in " + words(d)
 }
 
-// words returns a duration as people say it.
+// words returns a duration as a short text with one unit, such as 3d.
 func words(d time.Duration) string {
 	switch {
 	case d < time.Minute:

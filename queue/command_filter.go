@@ -10,7 +10,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// filterUsage is the filters in the usage of a command.
+// filterUsage has the filter options for the usage line of a command.
 const filterUsage = "[--state pending|dead|delivered|all]... [--type <type>] [--resource <id>] [--error <text>] [--since <duration>] [--until <duration>]"
 
 var anyState = []string{store.Pending, store.Dead, store.History}
@@ -45,7 +45,7 @@ func newFilter(cmd *cobra.Command) *store.Filter {
 	return filter
 }
 
-// ago sets the time a duration before now.
+// ago returns a function that parses a duration and sets the time to now minus the duration.
 func ago(to *time.Time) func(string) error {
 	return func(duration string) error {
 		d, err := caddy.ParseDuration(duration)

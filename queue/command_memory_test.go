@@ -21,10 +21,10 @@ import (
 func TestListFilters(t *testing.T) {
 	path := kept(t)
 	for _, tt := range []struct{ name, args, want string }{
-		{"nothing", "", "i1-due i2-later i3-dead i4-leased"},
+		{"no filter", "", "i1-due i2-later i3-dead i4-leased"},
 		{"one state", "--state pending", "i1-due i2-later i4-leased"},
 		{"two states", "--state dead --state delivered", "0-d1 i3-dead"},
-		{"what became of a resource", "--state all --resource doc_2N0X2g4f3b1JJU75fqzDZs", "0-d1 i1-due i2-later i3-dead i4-leased"},
+		{"all events of a resource", "--state all --resource doc_2N0X2g4f3b1JJU75fqzDZs", "0-d1 i1-due i2-later i3-dead i4-leased"},
 		{"another resource", "--state all --resource doc_2", ""},
 		{"a type", "--type DOCUMENT_CREATE_FINISHED", "i1-due i2-later i3-dead i4-leased"},
 		{"another type", "--type DOCUMENT", ""},
@@ -99,14 +99,14 @@ func TestPauseAndResume(t *testing.T) {
 	require.NoError(t, s.Close())
 	const none = "there is no such queue in the database or in a configuration (--config)"
 	for _, step := range []struct{ name, args, want, message string }{
-		{"resume one that is not paused", "resume default --db " + path, "default is no longer paused\n", ""},
-		{"pause one", "pause default --db " + path, "default is paused\n", ""},
-		{"pause it again", "pause default --db " + path, "default is paused\n", ""},
-		{"pause all that the configuration and the database have", "pause --config " + config, "default is paused\norders is paused\n", ""},
-		{"pause one that there is not", "pause other --config " + config, "", none},
-		{"pause two", "pause default orders --db " + path, "", "accepts at most 1 arg(s), received 2"},
+		{"resume a queue that is not paused", "resume default --db " + path, "default is no longer paused\n", ""},
+		{"pause a queue", "pause default --db " + path, "default is paused\n", ""},
+		{"pause the queue again", "pause default --db " + path, "default is paused\n", ""},
+		{"pause all queues of the configuration and the database", "pause --config " + config, "default is paused\norders is paused\n", ""},
+		{"pause an unknown queue", "pause other --config " + config, "", none},
+		{"pause two queues", "pause default orders --db " + path, "", "accepts at most 1 arg(s), received 2"},
 		{"pause in an empty database", "pause --db " + empty, "", none},
-		{"resume all", "resume --db " + path, "default is no longer paused\norders is no longer paused\n", ""},
+		{"resume all queues", "resume --db " + path, "default is no longer paused\norders is no longer paused\n", ""},
 	} {
 		got, err := run(t, strings.Fields(step.args)...)
 		if step.message == "" {
@@ -118,7 +118,7 @@ func TestPauseAndResume(t *testing.T) {
 	}
 }
 
-// Ctrl-C takes effect between two pages: the command prints the number of events done.
+// Ctrl-C takes effect between two pages, and the command prints the number of changed events.
 func TestInterruptedCommand(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})

@@ -19,12 +19,12 @@ func statusCommand(o *origin) *cobra.Command {
 		Short: "Shows the state of each queue",
 		Long: `
 Shows the state of each queue. The numbers of delivered events come from the history.
-With more than 20,000 events, only the oldest and the newest 10,000 count for the errors.
+With more than 20,000 events, the errors are those of the oldest and newest 10,000.
 `,
 		Example: `  caddy inkit-queue status --config /etc/caddy/Caddyfile`,
 		Args:    cobra.NoArgs,
 	}
-	asJSON := cmd.Flags().Bool("json", false, "One JSON object a line")
+	asJSON := cmd.Flags().Bool("json", false, "Print one JSON object per line")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		return o.each(cmd.Context(), func(d *target) error {
 			status, err := d.Status(cmd.Context(), d.queues...)
@@ -61,7 +61,7 @@ func encodeStatus(q store.QueueStatus, database string, size int64) error {
 	return json.NewEncoder(os.Stdout).Encode(status)
 }
 
-// printStatus prints the status of a queue for people.
+// printStatus prints the status of a queue as text.
 func printStatus(q store.QueueStatus, database string, size int64) error {
 	table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 	line := func(name, format string, args ...any) {
@@ -93,8 +93,8 @@ func pauseCommand(o *origin) *cobra.Command {
 		Short: "Pauses a queue: events are stored, without attempts",
 		Long: `
 Pauses a queue, or all queues: events are stored and answered 200, without attempts.
-Running attempts go on. All Caddys on the database pause within two seconds, and so
-do Caddys that start later, until you run resume.
+Running attempts go on. All Caddys on the database pause within two seconds. Caddys
+that start later are paused too, until you run resume.
 `,
 		Example: `  caddy inkit-queue pause`,
 	})

@@ -44,7 +44,7 @@ func run(t *testing.T, args ...string) (string, error) {
 	return string(text), runErr
 }
 
-// kept makes a file with four events: due now, due later, dead, and in an attempt.
+// kept creates a database with four events: due now, due later, dead, and in an attempt.
 func kept(t *testing.T) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "queue.db")
@@ -81,7 +81,7 @@ func kept(t *testing.T) (path string) {
 	return path
 }
 
-// states returns the events of a file with their states.
+// states returns the state of each event in a database.
 func states(t *testing.T, path string) map[string]string {
 	t.Helper()
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -94,7 +94,7 @@ func states(t *testing.T, path string) map[string]string {
 	return all
 }
 
-// due returns when the attempts are due, in the form of the commands.
+// due returns when each event is due, formatted as in the commands.
 func due(t *testing.T, path string) map[string]string {
 	t.Helper()
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -128,8 +128,8 @@ func TestList(t *testing.T) {
 		args []string
 		want []string
 	}{
-		{"all", nil, table},
-		{"the dead ones", []string{"--state", "dead"}, []string{
+		{"all events", nil, table},
+		{"dead events", []string{"--state", "dead"}, []string{
 			"ID       STATE  AGE  EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
 			"i3-dead  dead   3d   " + event + "  1                       status 404",
 		}},
@@ -139,12 +139,12 @@ func TestList(t *testing.T) {
 			object("i3-dead", "dead", "02", 1, `,"last_error":"status 404"`),
 			object("i4-leased", "pending", "03", 1, next("i4-leased")),
 		}},
-		{"the dead ones as JSON", []string{"--state", "dead", "--json"}, []string{object("i3-dead", "dead", "02", 1, `,"last_error":"status 404"`)}},
+		{"dead events as JSON", []string{"--state", "dead", "--json"}, []string{object("i3-dead", "dead", "02", 1, `,"last_error":"status 404"`)}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := run(t, append([]string{"list", "--db", path}, tt.args...)...)
 			require.NoError(t, err)
-			got = regexp.MustCompile(`\b\d+d   DOC`).ReplaceAllString(got, "3d   DOC") // as old as the test is
+			got = regexp.MustCompile(`\b\d+d   DOC`).ReplaceAllString(got, "3d   DOC") // the age depends on the date of the test run
 			assert.Equal(t, strings.Join(tt.want, "\n")+"\n", got)
 		})
 	}
@@ -201,40 +201,40 @@ func TestRetryAndDrop(t *testing.T) {
 		name, args, printed, message string
 		states                       map[string]string
 	}{
-		{"retry a dead one", "retry i3-dead", "events due: 1\n", "", with(map[string]string{"i3-dead": "pending"})},
-		{"retry all dead ones", "retry --state dead", "events due: 1\n", "", with(map[string]string{"i3-dead": "pending"})},
-		{"retry a pending one", "retry i2-later", "events due: 1\n", "", all},
-		{"retry one that is being delivered", "retry i4-leased", "events due: 0\n", "i4-leased is being delivered", all},
-		{"retry one that there is and one that there is not", "retry none i3-dead", "events due: 1\n", "there is no event none", with(map[string]string{"i3-dead": "pending"})},
-		{"retry nothing", "retry", "", "takes either events by their ids, or a filter such as --state dead", all},
-		{"retry both", "retry i3-dead --state dead", "", "takes either events by their ids, or a filter such as --state dead", all},
-		{"drop one", "drop i1-due", "events dropped: 1\n", "", with(map[string]string{"i1-due": ""})},
-		{"drop two", "drop i3-dead i1-due", "events dropped: 2\n", "", with(map[string]string{"i1-due": "", "i3-dead": ""})},
-		{"drop one that there is not", "drop none", "events dropped: 0\n", "there is no event none", all},
-		{"drop one that there is and two that there are not", "drop none i1-due other", "events dropped: 1\n", "there is no event none\nthere is no event other", with(map[string]string{"i1-due": ""})},
-		{"drop nothing", "drop", "", "takes either events by their ids, or a filter such as --state dead", all},
+		{"retry a dead event", "retry i3-dead", "events due: 1\n", "", with(map[string]string{"i3-dead": "pending"})},
+		{"retry all dead events", "retry --state dead", "events due: 1\n", "", with(map[string]string{"i3-dead": "pending"})},
+		{"retry a pending event", "retry i2-later", "events due: 1\n", "", all},
+		{"retry an event that is being delivered", "retry i4-leased", "events due: 0\n", "i4-leased is being delivered", all},
+		{"retry a known and an unknown event", "retry none i3-dead", "events due: 1\n", "there is no event none", with(map[string]string{"i3-dead": "pending"})},
+		{"retry without ids and filter", "retry", "", "takes either events by their ids, or a filter such as --state dead", all},
+		{"retry with ids and a filter", "retry i3-dead --state dead", "", "takes either events by their ids, or a filter such as --state dead", all},
+		{"drop an event", "drop i1-due", "events dropped: 1\n", "", with(map[string]string{"i1-due": ""})},
+		{"drop two events", "drop i3-dead i1-due", "events dropped: 2\n", "", with(map[string]string{"i1-due": "", "i3-dead": ""})},
+		{"drop an unknown event", "drop none", "events dropped: 0\n", "there is no event none", all},
+		{"drop a known and two unknown events", "drop none i1-due other", "events dropped: 1\n", "there is no event none\nthere is no event other", with(map[string]string{"i1-due": ""})},
+		{"drop without ids and filter", "drop", "", "takes either events by their ids, or a filter such as --state dead", all},
 		{"retry by a filter", "retry --error 500:", "events due: 1\n", "", all},
 		{
-			"retry by a filter that selects one that is being delivered", "retry --state pending --type DOCUMENT_CREATE_FINISHED",
+			"retry by a filter that also selects an event in delivery", "retry --state pending --type DOCUMENT_CREATE_FINISHED",
 			"events due: 2\n", "", all,
 		},
 		{"retry by a filter that selects nothing", "retry --resource none", "events due: 0\n", "", all},
-		{"drop with a filter that is empty", "drop --state pending --resource= --yes", "", `invalid argument "" for "--resource" flag: must not be empty`, all},
-		{"retry a delivered one", "retry 0-d1", "events due: 0\n", "0-d1 cannot be retried: it was delivered, and its request is deleted", all},
+		{"drop by an empty filter", "drop --state pending --resource= --yes", "", `invalid argument "" for "--resource" flag: must not be empty`, all},
+		{"retry a delivered event", "retry 0-d1", "events due: 0\n", "0-d1 cannot be retried: it was delivered, and its request is deleted", all},
 		{"drop by a filter, without --yes", "drop --state dead", "", "would drop 1 events: add --yes to drop them", all},
 		{"drop by a filter", "drop --state dead --yes", "events dropped: 1\n", "", with(map[string]string{"i3-dead": ""})},
 		{"drop by a filter that selects nothing", "drop --type none --yes", "events dropped: 0\n", "", all},
 		{"drop by time", "drop --until 1h --state delivered --yes", "events dropped: 1\n", "", all},
-		{"drop nothing by its time", "drop --since 1h --yes", "events dropped: 0\n", "", all},
-		{"drop a delivered one", "drop 0-d1", "events dropped: 1\n", "", all},
-		{"drop one that was delivered without a history", "drop 0-key", "events dropped: 1\n", "", all},
-		{"retry one that was delivered without a history", "retry 0-key", "events due: 0\n", "there is no event 0-key", all},
+		{"drop by a time that selects nothing", "drop --since 1h --yes", "events dropped: 0\n", "", all},
+		{"drop a delivered event", "drop 0-d1", "events dropped: 1\n", "", all},
+		{"drop a delivered event without a history row", "drop 0-key", "events dropped: 1\n", "", all},
+		{"retry a delivered event without a history row", "retry 0-key", "events due: 0\n", "there is no event 0-key", all},
 		{"drop by ids and a filter", "drop i1-due --type none --yes", "", "takes either events by their ids, or a filter such as --state dead", all},
-		{"a state that there is not", "drop --state lost --yes", "", `invalid argument "lost" for "--state" flag: must be pending, dead, delivered or all`, all},
-		{"a time that there is not", "retry --since yesterday", "", `invalid argument "yesterday" for "--since" flag: takes a duration, such as 2h or 3d`, all},
-		{"a time that is to come", "list --until -2h", "", `invalid argument "-2h" for "--until" flag: takes a duration, such as 2h or 3d`, all},
-		{"show one that there is not", "show none", "", "there is no event none", all},
-		{"show an id that would have a terminal do something", "show \x1b[2J", "", "there is no event \uFFFD[2J", all},
+		{"an unknown state", "drop --state lost --yes", "", `invalid argument "lost" for "--state" flag: must be pending, dead, delivered or all`, all},
+		{"an invalid time", "retry --since yesterday", "", `invalid argument "yesterday" for "--since" flag: takes a duration, such as 2h or 3d`, all},
+		{"a time in the future", "list --until -2h", "", `invalid argument "-2h" for "--until" flag: takes a duration, such as 2h or 3d`, all},
+		{"show an unknown event", "show none", "", "there is no event none", all},
+		{"show an id with an escape sequence of a terminal", "show \x1b[2J", "", "there is no event \uFFFD[2J", all},
 		{"an unknown command", "remove i1-due", "", `unknown command "remove" for "inkit-queue"`, all},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -251,7 +251,7 @@ func TestRetryAndDrop(t *testing.T) {
 	}
 }
 
-// More ids than one statement may have.
+// More ids than one SQL statement can have.
 func TestManyIDs(t *testing.T) {
 	path := kept(t)
 	args := []string{"drop", "i1-due", "--db", path}
@@ -264,7 +264,7 @@ func TestManyIDs(t *testing.T) {
 	assert.Equal(t, "events dropped: 1\n", got)
 }
 
-// A list is read in parts, with no open read in between.
+// list reads page after page.
 func TestListOfMany(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -286,14 +286,14 @@ func TestListOfMany(t *testing.T) {
 	assert.Equal(t, events, i)
 }
 
-// move makes the target database.
+// move creates the target database.
 func TestMoveToAnotherFile(t *testing.T) {
 	from, to := kept(t), filepath.Join(t.TempDir(), "new.db")
 	config := filepath.Join(t.TempDir(), "Caddyfile")
 	require.NoError(t, os.WriteFile(config, []byte(":8080 {\ninkit_queue {\nstore sqlite "+to+"\ndeliver {\nreverse_proxy localhost:9000\n}\n}\n}\n"), 0o600))
 	got, err := run(t, "move", "--from", from, "--config", config)
 	require.NoError(t, err)
-	assert.Equal(t, "events moved: 3\nevents left, since they are being delivered: 1 (run this again when that has ended)\n", got)
+	assert.Equal(t, "events moved: 3\nevents left, because Caddy is delivering them: 1 (run this again later)\n", got)
 	assert.Equal(t, map[string]string{"i1-due": "pending", "i2-later": "pending", "i3-dead": "dead"}, states(t, to))
 	assert.Equal(t, map[string]string{"i4-leased": "pending"}, states(t, from))
 
@@ -309,7 +309,7 @@ func TestMoveToAnotherFile(t *testing.T) {
 	assert.Len(t, states(t, third), 3)
 }
 
-// A command makes no database, and does not change the file of another program.
+// A command creates no database, and does not change the file of another program.
 func TestCommandOnNoDatabase(t *testing.T) {
 	dir := t.TempDir()
 	none := filepath.Join(dir, "none.db")

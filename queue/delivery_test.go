@@ -36,14 +36,14 @@ func TestBackoff(t *testing.T) {
 		name            string
 		age, least, all time.Duration
 	}{
-		{"an event that has just come", 0, time.Second, 1200 * time.Millisecond},
+		{"an event that has just arrived", 0, time.Second, 1200 * time.Millisecond},
 		{"the clock was set back", -time.Hour, time.Second, 1200 * time.Millisecond},
 		{"half a second", 500 * time.Millisecond, time.Second, 1200 * time.Millisecond},
 		{"a second", time.Second, time.Second, 1200 * time.Millisecond},
 		{"ten seconds", 10 * time.Second, 10 * time.Second, 12 * time.Second},
 		{"five minutes", 5 * time.Minute, 5 * time.Minute, 6 * time.Minute},
 		{"an hour", time.Hour, 5 * time.Minute, 6 * time.Minute},
-		{"longer than can be", math.MaxInt64, 5 * time.Minute, 6 * time.Minute},
+		{"the longest duration", math.MaxInt64, 5 * time.Minute, 6 * time.Minute},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			shortest, longest := time.Duration(math.MaxInt64), time.Duration(0)
@@ -53,8 +53,8 @@ func TestBackoff(t *testing.T) {
 			}
 			assert.GreaterOrEqual(t, shortest, tt.least)
 			assert.LessOrEqual(t, longest, tt.all)
-			assert.Less(t, float64(shortest), 1.02*float64(tt.least), "there is jitter")
-			assert.Greater(t, float64(longest), 1.18*float64(tt.least), "of a fifth")
+			assert.Less(t, float64(shortest), 1.02*float64(tt.least), "the smallest jitter is near 0")
+			assert.Greater(t, float64(longest), 1.18*float64(tt.least), "the largest jitter is near a fifth")
 		})
 	}
 }
@@ -65,24 +65,24 @@ func TestRetryAfter(t *testing.T) {
 		name, value string
 		want        time.Duration
 	}{
-		{"none", "", 0},
+		{"no field", "", 0},
 		{"seconds", "120", 2 * time.Minute},
 		{"0 seconds", "0", 0},
 		{"an hour", "3600", time.Hour},
 		{"more than an hour", "3601", time.Hour},
 		{"a day", "86400", time.Hour},
-		{"as many as a number holds", "4294967295", time.Hour},
-		{"more than a number holds", "99999999999999999999999", time.Hour},
+		{"the largest number of 32 bits", "4294967295", time.Hour},
+		{"a number of more than 64 bits", "99999999999999999999999", time.Hour},
 		{"a date", "Wed, 25 Nov 2026 12:01:30 GMT", 90 * time.Second},
-		{"a date in the old form", "Wednesday, 25-Nov-26 12:01:30 GMT", 90 * time.Second},
-		{"a date that is over", "Wed, 25 Nov 2026 11:59:00 GMT", 0},
-		{"a date in a year", "Thu, 25 Nov 2027 12:00:00 GMT", time.Hour},
+		{"a date in the old format", "Wednesday, 25-Nov-26 12:01:30 GMT", 90 * time.Second},
+		{"a date in the past", "Wed, 25 Nov 2026 11:59:00 GMT", 0},
+		{"a date a year from now", "Thu, 25 Nov 2027 12:00:00 GMT", time.Hour},
 		{"a negative number", "-5", 0},
 		{"a fraction", "1.5", 0},
 		{"a sign", "+5", 0},
 		{"a space", " 5", 0},
 		{"garbage", "soon", 0},
-		{"a date of another form", "2026-11-25T12:01:30Z", 0},
+		{"a date in another format", "2026-11-25T12:01:30Z", 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			assert.Equal(t, tt.want, retryAfter(tt.value, now))
@@ -93,17 +93,17 @@ func TestRetryAfter(t *testing.T) {
 // The last error of an event is one short line.
 func TestLastError(t *testing.T) {
 	for _, tt := range []struct{ name, text, want string }{
-		{"as it is", "status 500: connection refused", "status 500: connection refused"},
-		{"letters of all kinds", "Fehler: größer als 5 €", "Fehler: größer als 5 €"},
+		{"an unchanged text", "status 500: connection refused", "status 500: connection refused"},
+		{"letters outside ASCII", "Fehler: größer als 5 €", "Fehler: größer als 5 €"},
 		{"lines", "one\r\ntwo\tthree", "one\uFFFD\uFFFDtwo\uFFFDthree"},
 		{"an escape sequence", "\x1b[31mred\x1b[0m", "\uFFFD[31mred\uFFFD[0m"},
 		{"NUL", "a\x00b", "a\uFFFDb"},
-		{"no UTF-8", "a\xff\xc3(", "a\uFFFD\uFFFD("},
-		{"a character that turns the direction", "a\u202eb", "a\uFFFDb"},
+		{"invalid UTF-8", "a\xff\xc3(", "a\uFFFD\uFFFD("},
+		{"a character that reverses the text direction", "a\u202eb", "a\uFFFDb"},
 		{"300 bytes", strings.Repeat("a", 300), strings.Repeat("a", 300)},
 		{"301 bytes", strings.Repeat("a", 301), strings.Repeat("a", 300) + "..."},
 		{"10 kB", strings.Repeat("\x1b", 10_000), strings.Repeat("\uFFFD", 100) + "..."},
-		{"cut in the middle of a letter", strings.Repeat("a", 299) + "ä" + strings.Repeat("a", 10_000), strings.Repeat("a", 299) + "..."},
+		{"cut inside a letter", strings.Repeat("a", 299) + "ä" + strings.Repeat("a", 10_000), strings.Repeat("a", 299) + "..."},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			got := lastError(errors.New(tt.text))
@@ -115,7 +115,7 @@ func TestLastError(t *testing.T) {
 	}
 }
 
-// The same with the error of a backend, in the first attempt and in a later one.
+// The error of a backend is also one short line, in the first attempt and in a later attempt.
 func TestLastErrorOfABackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
@@ -139,7 +139,7 @@ func TestLastErrorOfABackend(t *testing.T) {
 	})
 }
 
-// Without a pending event, the next event is the probe.
+// Without a pending event, a backend that is down counts as up again.
 func TestBackendThatIsDownForNothing(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var up atomic.Bool
@@ -158,7 +158,7 @@ func TestBackendThatIsDownForNothing(t *testing.T) {
 			assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		}
 		time.Sleep(time.Minute)
-		assert.True(t, c.queue().breaker.Down(), "while they wait")
+		assert.True(t, c.queue().breaker.Down(), "the backend stays down while events are pending")
 		up.Store(true)
 		_, err := c.queue().db.opened(t).Drop(t.Context(), store.Filter{})
 		require.NoError(t, err)
@@ -166,12 +166,12 @@ func TestBackendThatIsDownForNothing(t *testing.T) {
 		synctest.Wait()
 		assert.False(t, c.queue().breaker.Down())
 		assert.Zero(t, seriesOf(t, "for-nothing")["backend_down"])
-		assert.Equal(t, 1, c.logs.FilterMessage("no pending event is left to test the backend with: it counts as up again").Len())
+		assert.Equal(t, 1, c.logs.FilterMessage("no pending event is left to probe the backend: the backend counts as up again").Len())
 		assert.Equal(t, "the backend's body", serve(t, c.handlers[0], post(body)).body)
 	})
 }
 
-// A handler that ignores attempt_timeout, such as php_fastcgi.
+// Some handlers ignore attempt_timeout, such as php_fastcgi.
 func TestAttemptThatDoesNotEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var running, calls atomic.Int64
@@ -198,21 +198,21 @@ func TestAttemptThatDoesNotEnd(t *testing.T) {
 			assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		}
 		time.Sleep(10 * time.Minute)
-		assert.EqualValues(t, 4, calls.Load(), "each of them, and none again while that goes on")
+		assert.EqualValues(t, 4, calls.Load(), "no second attempt at an event during its first attempt")
 		assert.Equal(t, 4, c.logs.FilterMessageSnippet("an attempt goes on after attempt_timeout").FilterLevelExact(zapcore.WarnLevel).Len())
 		assert.Equal(t, 200, serve(t, c.handlers[0], post("good")).status)
-		<-good // the hanging attempts do not delay it
+		<-good // the hanging attempts do not delay this event
 
 		close(hanging)
 		time.Sleep(10 * time.Minute)
 		assert.Zero(t, running.Load())
-		assert.Empty(t, c.counts(t), "they are attempted again when that has ended")
+		assert.Empty(t, c.counts(t), "the events are retried after their attempts have ended")
 		assert.EqualValues(t, 8, calls.Load())
 
 		hanging = make(chan struct{})
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		synctest.Wait()
-		c.queue().cutOff() // as at the end of the grace period
+		c.queue().cutOff() // like the end of the grace period
 		before := time.Now()
 		c.stop(t)
 		assert.LessOrEqual(t, time.Since(before), endMargin+time.Second)
@@ -244,7 +244,7 @@ func TestAttemptsThatDoNotEndAreBounded(t *testing.T) {
 	})
 }
 
-// Answers that mark the backend as down, with the log line and the metric.
+// Some results of attempts mark the backend as down.
 func TestBackendThatIsDown(t *testing.T) {
 	withStatus := func(code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 		return func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
@@ -261,15 +261,15 @@ func TestBackendThatIsDown(t *testing.T) {
 		down    bool
 	}{
 		{"no connection", withStatus(502), true},
-		{"502 of the backend", status(502), true},
-		{"503 of the backend", status(503), true},
-		{"504 of the backend", status(504), true},
-		{"429 of the backend", status(429), true},
+		{"status 502 from the backend", status(502), true},
+		{"status 503 from the backend", status(503), true},
+		{"status 504 from the backend", status(504), true},
+		{"status 429 from the backend", status(429), true},
 		{"no answer in time", hangs, true},
-		{"500 of the backend", status(500), false},
-		{"404 of the backend", status(404), false},
-		{"401 of the backend", status(401), false},
-		{"an error of a handler with 500", withStatus(500), false},
+		{"status 500 from the backend", status(500), false},
+		{"status 404 from the backend", status(404), false},
+		{"status 401 from the backend", status(401), false},
+		{"an error with status 500 from a handler", withStatus(500), false},
 		{"a panic", func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error { panic("x") }, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -307,7 +307,7 @@ func TestBackendThatIsDown(t *testing.T) {
 				assert.LessOrEqual(t, calls.Load()-before, int64(2))
 				before = calls.Load()
 				time.Sleep(time.Minute)
-				assert.LessOrEqual(t, calls.Load()-before, int64(121), "at most two a second")
+				assert.LessOrEqual(t, calls.Load()-before, int64(121), "at most two attempts a second")
 				assert.GreaterOrEqual(t, calls.Load()-before, int64(5))
 
 				backend.Store(status(200))
@@ -321,8 +321,8 @@ func TestBackendThatIsDown(t *testing.T) {
 	}
 }
 
-// An event that always fails and one that is never answered delay no other event, and new
-// events do not wait behind a backlog.
+// Events that always fail do not delay other events, and new events do not wait behind a
+// backlog.
 func TestNewEventsPassABacklog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
@@ -355,7 +355,7 @@ func TestNewEventsPassABacklog(t *testing.T) {
 			assert.Equal(t, 200, serve(t, c.handlers[0], r).status)
 		}
 		q := c.queue()
-		for i := range 500 { // a backlog that is due
+		for i := range 500 { // a backlog of due events
 			r, e := arrived(t, "http://example.com/", body, nil)
 			record := &store.Record{ID: fmt.Sprintf("backlog-%03d", i), Queue: "default", Received: time.Now()}
 			q.db.writer.Add(writer.NewAddition(record, newRequest(r, e).Encode, time.Now().Add(time.Minute), func(error) {}))
@@ -372,11 +372,11 @@ func TestNewEventsPassABacklog(t *testing.T) {
 		mu.Unlock()
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
-		assert.Equal(t, map[string]int{store.Pending: 20}, c.counts(t), "those that always fail")
+		assert.Equal(t, map[string]int{store.Pending: 20}, c.counts(t), "only the events that always fail are left")
 	})
 }
 
-// An event is dead when an attempt fails after max_age, and a retry gives it a fresh age.
+// An event is dead when an attempt fails after max_age. A retry by an operator resets its age.
 func TestMaxAge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var attempts atomic.Int64
@@ -402,7 +402,7 @@ func TestMaxAge(t *testing.T) {
 		before := attempts.Load()
 		time.Sleep(2 * time.Hour)
 		synctest.Wait()
-		assert.Equal(t, before, attempts.Load(), "a dead one is left alone")
+		assert.Equal(t, before, attempts.Load(), "a dead event gets no attempts")
 		n, err := c.queue().db.opened(t).Retry(t.Context(), store.Filter{States: []string{store.Dead}})
 		require.NoError(t, err)
 		assert.Equal(t, 1, n)
@@ -413,7 +413,7 @@ func TestMaxAge(t *testing.T) {
 	})
 }
 
-// Retry-After of the backend delays the next attempt, by one hour at most.
+// The backend's Retry-After field delays the next attempt, for at most one hour.
 func TestRetryAfterIsHeeded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		began := time.Now()
@@ -441,29 +441,29 @@ func TestRetryAfterIsHeeded(t *testing.T) {
 func TestSpoiltEventIsSetAside(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
-			t.Error("it is delivered")
+			t.Error("the damaged event is delivered")
 			return nil
 		})})
 		defer c.stop(t)
 		synctest.Wait()
-		require.NoError(t, c.queue().db.opened(t).Apply(t.Context(), &store.Batch{Owner: "me", Add: []*store.Record{{ID: "spoilt", Queue: "default", Request: []byte("\x02{}x"), Checksum: []byte("no")}}}))
+		require.NoError(t, c.queue().db.opened(t).Apply(t.Context(), &store.Batch{Owner: "me", Add: []*store.Record{{ID: "damaged", Queue: "default", Request: []byte("\x02{}x"), Checksum: []byte("no")}}}))
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
 		assert.Equal(t, map[string]int{store.Dead: 1}, c.counts(t))
 		lines := c.logs.FilterMessage("a stored event is damaged: it is dead now, and is never delivered").FilterLevelExact(zapcore.ErrorLevel).All()
 		require.Len(t, lines, 1)
-		assert.Equal(t, map[string]any{"id": "spoilt", "error": "the checksum does not match"}, lines[0].ContextMap())
+		assert.Equal(t, map[string]any{"id": "damaged", "error": "the checksum does not match"}, lines[0].ContextMap())
 	})
 }
 
-// An outage of the backend loses no event: none is dead, none is refused. With E2E_LONG it
-// lasts a day, with 100,000 events. The test's own clock takes no real time, but each
-// event and each probe is a transaction.
+// In an outage of the backend, no event is lost, dead or refused. With E2E_LONG, the outage
+// lasts a day with 100,000 events. The clock of the test takes no real time, but each event
+// and each probe takes a transaction.
 func TestOutage(t *testing.T) {
 	outage, events, dir := 10*time.Minute, 500, t.TempDir()
 	if os.Getenv("E2E_LONG") != "" {
 		outage, events = 24*time.Hour, 100_000
-		if memory, err := os.MkdirTemp("/dev/shm", "inkit-queue"); err == nil { // in memory, so that the disk does not slow the test
+		if memory, err := os.MkdirTemp("/dev/shm", "inkit-queue"); err == nil { // a slow disk would slow down the test
 			defer os.RemoveAll(memory)
 			dir = memory
 		}
@@ -491,7 +491,7 @@ func TestOutage(t *testing.T) {
 			time.Sleep(outage / time.Duration(events))
 		}
 		synctest.Wait()
-		assert.Equal(t, map[string]int{store.Pending: events}, c.counts(t), "0 dead, 0 refused")
+		assert.Equal(t, map[string]int{store.Pending: events}, c.counts(t), "no event is dead or refused")
 		assert.LessOrEqual(t, calls.Load(), int64(2*outage/time.Second))
 
 		up.Store(true)
@@ -503,9 +503,9 @@ func TestOutage(t *testing.T) {
 			}
 		}
 		synctest.Wait()
-		assert.Equal(t, int64(events), delivered.Load(), "each once")
+		assert.Equal(t, int64(events), delivered.Load(), "each event is delivered once")
 		assert.Empty(t, c.counts(t))
-		t.Logf("outage of %v: %d events, %d attempts; first delivery %v after it, all within %v", outage, events, calls.Load()-delivered.Load(),
+		t.Logf("outage of %v: %d events, %d attempts; first delivery %v after the outage, all within %v", outage, events, calls.Load()-delivered.Load(),
 			time.Unix(0, first.Load()).Sub(back).Round(time.Millisecond), time.Since(back))
 	})
 }

@@ -1,5 +1,5 @@
-// Package queue stores webhooks that inkit_webhook has verified until the backend accepts
-// them. It is a Caddy HTTP handler, http.handlers.inkit_queue, with an app that needs no
+// Package queue stores verified webhooks from inkit_webhook until the backend accepts them.
+// It is a Caddy HTTP handler, http.handlers.inkit_queue, with an app that needs no
 // configuration. A build with this package includes inkit_webhook.
 package queue
 
@@ -14,11 +14,11 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook" // verifies the events
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook" // the guard that verifies the events
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/page" // for the operator
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/page" // the web page for operators
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // a store to choose
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // the other store
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"   // the default store
 	"go.uber.org/zap"
 
@@ -42,7 +42,7 @@ const (
 	defaultRemember       = 30 * 24 * time.Hour
 )
 
-// refusedFor is the Retry-After, in seconds, for a sender whose event could not be stored.
+// refusedFor is the Retry-After field, in seconds, of a response with status 503.
 const refusedFor = "30"
 
 // Handler stores verified webhooks in a database until the backend accepts them.
@@ -50,23 +50,23 @@ const refusedFor = "30"
 // Put `inkit_webhook` in front of it. Without a verified event, an error with HTTP status
 // 500 is returned, and nothing is stored. The `routes` make the first attempt. The event is
 // written to the database if that attempt fails or takes longer than 25 ms. If the backend
-// accepts the event, the sender gets the backend's answer. If not, or not within
-// `answer_after`, the sender gets status 200 once the event is on the disk. Then the event
-// is attempted again. The wait is about the age of the event, from a second to five
-// minutes. Only a status of 2xx delivers. All attempts have the same `Idempotency-Key`.
+// accepts the event, the sender gets the backend's response. If the attempt fails, or takes
+// longer than `answer_after`, the sender gets status 200 once the event is on the disk. Then
+// Caddy retries. Each wait is about the age of the event, from a second to five minutes.
+// Only status 2xx counts as accepted. All attempts have the same `Idempotency-Key`.
 //
-// If an event cannot be stored, because the disk is full or `max_events` are pending, the
-// sender gets the answer of a backend that accepts it. Otherwise an error with HTTP status
-// 503 and a `Retry-After` field is returned. No sender gets 2xx for an event that is
-// neither on the disk nor accepted.
+// No event is stored if the disk is full or `max_events` are pending. If the backend accepts
+// the event then, the sender gets the backend's response. Otherwise an error with HTTP status
+// 503 and a `Retry-After` field is returned. No sender gets 2xx for an event that is neither on
+// the disk nor accepted.
 //
-// In the `routes`, use the placeholders of `inkit_webhook`, and these:
+// In the `routes`, use the placeholders of `inkit_webhook` and these placeholders:
 //
 // Placeholder | Description
 // ------------|-------------
-// `{http.inkit_queue.id}` | The name of the event in the database, and in the log
+// `{http.inkit_queue.id}` | The id of the event in the database and in the log
 // `{http.inkit_queue.attempt}` | The number of the attempt, starting at `1`
-// `{http.inkit_queue.received}` | When the event arrived, such as `2026-11-25T06:30:00Z`
+// `{http.inkit_queue.received}` | The time when the event arrived, such as `2026-11-25T06:30:00Z`
 type Handler struct {
 	// The name of the queue, for logs, metrics and the database. Handlers with the same
 	// name must have the same settings. Default: `default`.
@@ -91,7 +91,7 @@ type Handler struct {
 	// Default: `1000000`.
 	MaxEvents int `json:"max_events,omitempty"`
 
-	// How many attempts run at a time. A quarter of them is only for new events.
+	// How many attempts run at the same time. A quarter of them is only for new events.
 	// Default: `16`.
 	Concurrency int `json:"concurrency,omitempty"`
 
@@ -101,11 +101,11 @@ type Handler struct {
 	History *caddy.Duration `json:"history,omitempty"`
 
 	// The event types that the sender sends once for a resource, with `*` as a wildcard.
-	// Of events of these types with identical bodies, only the first is delivered. The
-	// others are answered with status 200. Default: none.
+	// If several events of these types have identical bodies, only the first is delivered.
+	// The others are answered with status 200. Default: none.
 	Once []string `json:"once,omitempty"`
 
-	// How long the bodies of such events are remembered. Default: `30d`.
+	// How long the queue recognizes the identical bodies of such events. Default: `30d`.
 	Remember caddy.Duration `json:"remember,omitempty"`
 
 	// The handlers that deliver an event, such as `reverse_proxy`. Required.
@@ -209,7 +209,7 @@ func (h *Handler) Validate() error {
 	return nil
 }
 
-// Cleanup gives up the queue after the last request: after a reload, requests still
+// Cleanup releases the queue. The queue may stay open, because after a reload requests still
 // arrive on open connections.
 func (h *Handler) Cleanup() error {
 	if h.use != nil {

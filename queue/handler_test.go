@@ -38,7 +38,7 @@ func init() {
 	caddy.RegisterModule(testStore{})
 }
 
-// Values of a test for modules that are made from JSON, by a number in the JSON.
+// Caddy creates modules from JSON, so they find the values of a test by a number in the JSON.
 var (
 	handed     sync.Map
 	handedLast atomic.Int64
@@ -64,7 +64,7 @@ func (b *testBackend) ServeHTTP(w http.ResponseWriter, r *http.Request, next cad
 	return f.(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error)(w, r, next)
 }
 
-// routes are a deliver block with a testBackend.
+// routes returns a deliver block with a testBackend.
 func routes(f func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error) caddyhttp.RouteList {
 	return rawRoutes(fmt.Sprintf(`{"handler":"queue_test","number":%d}`, hand(f)))
 }
@@ -112,10 +112,10 @@ func sqliteAt(path string) json.RawMessage {
 	return raw
 }
 
-// faulty is an SQLite store that a test can make slow or let fail.
+// faulty is an SQLite store that a test can slow down or break.
 type faulty struct {
 	sqlite.SQLite
-	err      atomic.Pointer[error] // of Apply, if it adds
+	err      atomic.Pointer[error] // the error of an Apply that adds events
 	counting time.Duration         // how long a count takes
 	counted  atomic.Int32          // how many counts have begun
 	uncount  atomic.Bool           // whether counts fail
@@ -162,7 +162,7 @@ type configuration struct {
 	end      func() // unloads it
 }
 
-// provision loads handlers as a configuration does, without a start.
+// provision loads handlers like a new configuration, but does not start their app.
 func provision(tb testing.TB, handlers ...*Handler) (*configuration, error) {
 	tb.Helper()
 	base, err := caddy.ProvisionContext(&caddy.Config{})
@@ -198,7 +198,7 @@ func start(tb testing.TB, handlers ...*Handler) *configuration {
 	return c
 }
 
-// stop ends a configuration, as a reload or a stop of Caddy does.
+// stop ends a configuration, like a reload or a stop of Caddy.
 func (c *configuration) stop(tb testing.TB) {
 	tb.Helper()
 	require.NoError(tb, c.app.Stop())
@@ -207,7 +207,7 @@ func (c *configuration) stop(tb testing.TB) {
 	}
 	for _, h := range c.handlers {
 		h.use.leaving.Wait()
-		h.use.releasing.Wait() // otherwise the folder is removed while the database is being closed
+		h.use.releasing.Wait() // otherwise the test removes the folder while the database closes
 	}
 	c.end()
 }
@@ -252,7 +252,7 @@ func (c *configuration) counts(tb testing.TB) map[string]int {
 
 func duration(d time.Duration) *caddy.Duration { return (*caddy.Duration)(&d) }
 
-// post is a request whose event is verified.
+// post returns a request with a verified event.
 func post(text string) *http.Request {
 	r := httptest.NewRequest(http.MethodPost, "http://example.com/webhook?from=inkit", strings.NewReader(text))
 	r.Header.Set("Idempotency-Key", "key of the event")
@@ -262,9 +262,9 @@ func post(text string) *http.Request {
 	return r
 }
 
-// answered is the answer to the sender.
+// answered is the response to the sender.
 type answered struct {
-	status      int // of the error, or of the answer
+	status      int // of the error or of the response
 	body, error string
 	header      http.Header
 	after       time.Duration
@@ -290,8 +290,8 @@ func serve(tb testing.TB, h *Handler, r *http.Request) (a answered) {
 	return a
 }
 
-// In the tests with their own clock, a database opens within this time: opening takes
-// none of that clock.
+// In tests with a synthetic clock, a database opens within this time, because I/O takes no
+// time on this clock.
 const opening = time.Millisecond
 
 func TestAnswers(t *testing.T) {
@@ -320,18 +320,18 @@ func TestAnswers(t *testing.T) {
 		status  int
 		body    string
 		error   string
-		least   time.Duration // until the answer comes
+		least   time.Duration // until the response
 		most    time.Duration
-		pending int    // once it is answered
+		pending int    // after the response
 		last    string // the last error of the stored event
 	}{
-		{name: "the backend takes it: its answer goes through", backend: status(201), answerAfter: -1, status: 201, body: "the backend's body"},
-		{name: "the backend takes it without a body", backend: func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
+		{name: "the backend accepts the event, and the sender gets its response", backend: status(201), answerAfter: -1, status: 201, body: "the backend's body"},
+		{name: "the backend accepts the event without a body", backend: func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
 			w.Header().Set("X-Backend", "yes")
 			w.WriteHeader(204)
 			return nil
 		}, answerAfter: -1, status: 204},
-		{name: "the backend writes a body alone, which is status 200", backend: func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
+		{name: "the backend writes only a body, which means status 200", backend: func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
 			w.Header().Set("X-Backend", "yes")
 			_, err := io.WriteString(w, "success")
 			return err
@@ -340,33 +340,33 @@ func TestAnswers(t *testing.T) {
 			w.WriteHeader(103)
 			return status(202)(w, r, next)
 		}, answerAfter: -1, status: 202, body: "the backend's body"},
-		{name: "the backend takes it after a second", backend: slow(time.Second, 200), answerAfter: -1, status: 200, body: "the backend's body", least: time.Second, most: time.Second, pending: 0},
+		{name: "the backend accepts the event after a second", backend: slow(time.Second, 200), answerAfter: -1, status: 200, body: "the backend's body", least: time.Second, most: time.Second, pending: 0},
 
-		{name: "the backend says 500", backend: status(500), answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 500"},
-		{name: "the backend says 404", backend: status(404), answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 404"},
-		{name: "the backend sends elsewhere", backend: status(302), answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 302"},
+		{name: "the backend answers 500", backend: status(500), answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 500"},
+		{name: "the backend answers 404", backend: status(404), answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 404"},
+		{name: "the backend answers with a redirect", backend: status(302), answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 302"},
 		{name: "the proxy has an error", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 			return caddyhttp.Error(502, errors.New("connection refused"))
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 502: connection refused"},
 		{name: "a handler has an error without a text", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 			return caddyhttp.Error(403, nil)
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "status 403"},
-		{name: "a handler has an error of another kind", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
+		{name: "a handler has an error without a status", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 			return errors.New("something else")
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "something else"},
-		{name: "the backend says 200 and has an error", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+		{name: "the backend answers 200, and returns an error", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 			return errors.Join(status(200)(w, r, next), errors.New("its answer was cut"))
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "its answer was cut"},
-		{name: "the deliver block takes nothing", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+		{name: "no directive handles the event", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 			return next.ServeHTTP(w, r)
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "no directive of the deliver block handled the event"},
-		{name: "the deliver block takes nothing, and a handler in front makes 200 of that", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+		{name: "no directive handles the event, and a handler in front writes status 200", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 			return errors.Join(next.ServeHTTP(w, r), status(200)(w, r, next))
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "no directive of the deliver block handled the event"},
 		{name: "the deliver block writes no status", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 			return nil
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "the backend gave no status"},
-		{name: "the answer is cut short", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+		{name: "the response is incomplete", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 			_ = status(200)(w, r, next)
 			panic(http.ErrAbortHandler)
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "the answer was cut short, or abort ended it"},
@@ -374,20 +374,20 @@ func TestAnswers(t *testing.T) {
 			panic("of a third party")
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "a handler panicked"},
 
-		{name: "no answer within the 5 s that are the default", backend: slow(20*time.Second, 200), answerAfter: -1, status: 200, least: 5 * time.Second, most: 5 * time.Second, pending: 1},
-		{name: "no answer within answer_after", backend: slow(20*time.Second, 200), answerAfter: 700 * time.Millisecond, status: 200, least: 700 * time.Millisecond, most: 700 * time.Millisecond, pending: 1},
-		{name: "the attempt fails before answer_after is over", backend: slow(300*time.Millisecond, 500), answerAfter: time.Second, status: 200, least: 300 * time.Millisecond, most: 301 * time.Millisecond, pending: 1, last: "status 500"},
-		{name: "answer_after of 0 waits for the disk alone", backend: slow(time.Minute, 200), answerAfter: 0, status: 200, most: patience + opening, pending: 1},
+		{name: "no response within the default of 5 s", backend: slow(20*time.Second, 200), answerAfter: -1, status: 200, least: 5 * time.Second, most: 5 * time.Second, pending: 1},
+		{name: "no response within answer_after", backend: slow(20*time.Second, 200), answerAfter: 700 * time.Millisecond, status: 200, least: 700 * time.Millisecond, most: 700 * time.Millisecond, pending: 1},
+		{name: "the attempt fails before answer_after", backend: slow(300*time.Millisecond, 500), answerAfter: time.Second, status: 200, least: 300 * time.Millisecond, most: 301 * time.Millisecond, pending: 1, last: "status 500"},
+		{name: "answer_after of 0 waits only for the disk", backend: slow(time.Minute, 200), answerAfter: 0, status: 200, most: patience + opening, pending: 1},
 
-		{name: "the store is broken and the backend takes it", backend: status(201), store: broken, answerAfter: -1, status: 201, body: "the backend's body"},
-		{name: "the store is broken and the backend takes it after a second", backend: slow(time.Second, 201), store: broken, answerAfter: -1, status: 201, body: "the backend's body", least: time.Second, most: time.Second},
-		{name: "the store is broken and the backend takes it after answer_after", backend: slow(time.Second, 201), store: broken, answerAfter: 500 * time.Millisecond, status: 201, body: "the backend's body", least: time.Second, most: time.Second},
-		{name: "the store is broken for as long as the sender waits, and the backend says 500", backend: status(500), store: broken, answerAfter: -1, status: 503, error: inTime, least: 5 * time.Second, most: 5 * time.Second},
+		{name: "the store is broken and the backend accepts the event", backend: status(201), store: broken, answerAfter: -1, status: 201, body: "the backend's body"},
+		{name: "the store is broken and the backend accepts the event after a second", backend: slow(time.Second, 201), store: broken, answerAfter: -1, status: 201, body: "the backend's body", least: time.Second, most: time.Second},
+		{name: "the store is broken and the backend accepts the event after answer_after", backend: slow(time.Second, 201), store: broken, answerAfter: 500 * time.Millisecond, status: 201, body: "the backend's body", least: time.Second, most: time.Second},
+		{name: "the store stays broken and the backend answers 500", backend: status(500), store: broken, answerAfter: -1, status: 503, error: inTime, least: 5 * time.Second, most: 5 * time.Second},
 		{name: "the store is broken and the backend does not answer", backend: slow(time.Hour, 200), store: broken, answerAfter: time.Second, status: 503, error: inTime, least: 5 * time.Second, most: 5 * time.Second},
-		{name: "the disk is full and the backend takes it", backend: status(200), store: store.ErrFull, answerAfter: -1, status: 200, body: "the backend's body"},
-		{name: "the disk is full and the backend says 500", backend: status(500), store: store.ErrFull, answerAfter: -1, status: 503, error: notTaken, most: opening},
-		{name: "max_events wait and the backend takes it", backend: status(200), full: true, answerAfter: -1, status: 200, body: "the backend's body", pending: 1},
-		{name: "max_events wait and the backend says 500", backend: status(500), full: true, answerAfter: -1, status: 503, error: notTaken, pending: 1},
+		{name: "the disk is full and the backend accepts the event", backend: status(200), store: store.ErrFull, answerAfter: -1, status: 200, body: "the backend's body"},
+		{name: "the disk is full and the backend answers 500", backend: status(500), store: store.ErrFull, answerAfter: -1, status: 503, error: notTaken, most: opening},
+		{name: "max_events are pending and the backend accepts the event", backend: status(200), full: true, answerAfter: -1, status: 200, body: "the backend's body", pending: 1},
+		{name: "max_events are pending and the backend answers 500", backend: status(500), full: true, answerAfter: -1, status: 503, error: notTaken, pending: 1},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -406,7 +406,7 @@ func TestAnswers(t *testing.T) {
 				c := start(t, h)
 				defer c.stop(t)
 				synctest.Wait()
-				if tt.full { // by an event whose next attempt is far away
+				if tt.full { // one event is pending, and its next attempt is much later
 					backend.Store(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 						w.Header().Set("Retry-After", "120")
 						return status(500)(w, r, next)
@@ -427,7 +427,7 @@ func TestAnswers(t *testing.T) {
 					assert.Equal(t, "30", got.header.Get("Retry-After"))
 				}
 				taken := tt.body != "" || tt.status == 204
-				assert.Equal(t, taken, got.header.Get("X-Backend") == "yes", "a field of the backend")
+				assert.Equal(t, taken, got.header.Get("X-Backend") == "yes", "a header field from the backend")
 				assert.Equal(t, tt.pending, c.counts(t)[store.Pending])
 				if tt.last != "" {
 					storetest.Select(t, c.queue().db.opened(t), store.Filter{}, func(r *store.Record) {
@@ -460,7 +460,7 @@ func TestNoVerifiedEvent(t *testing.T) {
 		{"there is no guard", func() *http.Request {
 			return caddyhttp.PrepareRequest(httptest.NewRequest(http.MethodPost, "/", strings.NewReader(body)), caddy.NewReplacer(), nil, nil)
 		}},
-		{"the guard has rejected it", func() *http.Request {
+		{"the guard has rejected the event", func() *http.Request {
 			r := post(body)
 			(&event.Event{Outcome: "signature_mismatch"}).Attach(r.Context())
 			return r
@@ -469,7 +469,7 @@ func TestNoVerifiedEvent(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
-					t.Error("the backend is asked")
+					t.Error("the backend gets the event")
 					return nil
 				})})
 				defer c.stop(t)
@@ -484,15 +484,15 @@ func TestNoVerifiedEvent(t *testing.T) {
 	}
 }
 
-// A sender that hangs up stops neither the attempt nor the storing.
+// After the sender hangs up, the attempt goes on, and the event is stored.
 func TestSenderThatHangsUp(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		status int
 		left   map[string]int
 	}{
-		{"the backend takes it later", 200, map[string]int{}},
-		{"the backend does not take it", 500, map[string]int{store.Pending: 1}},
+		{"the backend accepts the event later", 200, map[string]int{}},
+		{"the backend does not accept the event", 500, map[string]int{store.Pending: 1}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -509,7 +509,7 @@ func TestSenderThatHangsUp(t *testing.T) {
 				ctx, hangUp := context.WithTimeout(r.Context(), 5*time.Millisecond)
 				defer hangUp()
 				got := serve(t, c.handlers[0], r.WithContext(ctx))
-				assert.Equal(t, patience, got.after, "one that has only ended its side gets an answer, and a true one")
+				assert.Equal(t, patience, got.after, "a sender that has closed only its half gets the response when the event is stored")
 				assert.Equal(t, 200, got.status)
 				assert.Empty(t, got.body)
 				time.Sleep(2500 * time.Millisecond)
@@ -561,7 +561,7 @@ func TestAttemptsAreAlike(t *testing.T) {
 		require.Len(t, seen, 2)
 		c.stop(t)
 		synctest.Wait()
-		c = load() // as after a restart
+		c = load() // like a restart
 		defer c.stop(t)
 		time.Sleep(5 * time.Second)
 		synctest.Wait()
@@ -579,7 +579,7 @@ func TestAttemptsAreAlike(t *testing.T) {
 	})
 }
 
-// While events cannot be stored, the log has one line a minute, and one at the end.
+// While events cannot be stored, the log has one line a minute. The recovery has one line.
 func TestErrorLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
@@ -587,7 +587,7 @@ func TestErrorLines(t *testing.T) {
 		defer c.stop(t)
 		time.Sleep(2 * time.Minute)
 		opener.fail(errors.New("the disk is broken"))
-		for range 22 { // each of them waits 5 s
+		for range 22 { // each request waits 5 s
 			assert.Equal(t, 503, serve(t, c.handlers[0], post(body)).status)
 			time.Sleep(time.Second)
 		}
@@ -607,7 +607,7 @@ func TestErrorLines(t *testing.T) {
 	})
 }
 
-// The sender gets the body of the backend's answer up to a limit; above it, none of it.
+// The sender gets the response body up to a limit. Above the limit, it gets no body.
 func TestLongAnswer(t *testing.T) {
 	for _, tt := range []struct{ size, want int }{{maxAnswer, maxAnswer}, {maxAnswer + 1, 0}, {3 * maxAnswer, 0}} {
 		w := newAnswer()

@@ -6,7 +6,7 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
 )
 
-// Queues is of live.Queues.
+// Queues implements live.Queues.
 func (a *App) Queues() (all []live.Queue) {
 	seen := make(map[string]bool)
 	for _, h := range a.handlers {

@@ -8,15 +8,15 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// Parallel tests mostly wait, so there may be more of them than processors. -parallel
-	// on the command line overrides this.
+	// Parallel tests mostly wait, so there can be more tests than processors. -parallel on
+	// the command line overrides this number.
 	if err := flag.Set("test.parallel", "24"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
 	flag.Parse()
 
-	// and Caddy must not write into the user's folders
+	// Caddy must not write into the user's folders
 	dir, err := os.MkdirTemp("", "inkit-queue")
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -13,9 +13,9 @@ import (
 	"go.uber.org/zap"
 )
 
-// pause is the last known answer to whether an operator has paused a queue.
+// pause records whether an operator has paused a queue, as far as this process knows.
 type pause struct {
-	known chan struct{} // closed after the first answer of the database, or storeWait
+	known chan struct{} // closed after the first response of the database, or after storeWait
 	close func()
 
 	mu    sync.Mutex
@@ -29,8 +29,8 @@ func newPause() *pause {
 	return p
 }
 
-// heedPause records whether the queue is paused. If it is, it changes p so that no event
-// is due.
+// heedPause records whether the queue is paused. For a paused queue, it changes p so that
+// no event is due.
 func (q *queue) heedPause(p *store.Peek) {
 	q.pause.mu.Lock()
 	was := q.pause.since
@@ -52,7 +52,7 @@ func (q *queue) heedPause(p *store.Peek) {
 }
 
 // isPaused reports whether the queue is paused. After the start, it waits until the
-// database is open, since a paused backend must not get an event.
+// database is open, because the backend of a paused queue must not get an event.
 func (q *queue) isPaused() bool {
 	if !q.db.writer.Failing() {
 		<-q.pause.known
@@ -86,7 +86,7 @@ func validateOnce(types []string) error {
 	return nil
 }
 
-// onceForm returns a pattern for event types, in which * matches any text; nil for none.
+// onceForm returns a pattern that matches the event types, or nil if there are none.
 func onceForm(types []string) *regexp.Regexp {
 	if validateOnce(types) != nil || len(types) == 0 {
 		return nil

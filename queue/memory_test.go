@@ -45,11 +45,11 @@ func (s *refusingStore) Apply(ctx context.Context, b *store.Batch) error {
 	return s.Store.Apply(ctx, b)
 }
 
-// remembering is a queue with a backend that a test controls.
+// remembering is a queue with once, and a backend that a test controls.
 type remembering struct {
 	*configuration
 	store    *refusing
-	answer   atomic.Int64 // the status of the backend
+	answer   atomic.Int64 // the status that the backend answers
 	slow     atomic.Pointer[chan struct{}]
 	arrivals atomic.Int64
 	first    sync.WaitGroup // a request in flight
@@ -86,13 +86,13 @@ func sqliteIn(t *testing.T) store.Opener {
 	return &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
 }
 
-// onceAnswers are the answers to a second event, by the result of the first.
+// onceAnswers sends the same event twice, for each possible result of the first request.
 func onceAnswers(t *testing.T, newOpener func(t *testing.T) store.Opener) {
 	t.Helper()
 	for _, tt := range []struct {
 		name     string
 		first    func(t *testing.T, r *remembering)
-		arrivals int64 // when both are answered
+		arrivals int64 // after both responses
 		stored   map[string]int
 	}{
 		{"in flight", func(t *testing.T, r *remembering) {
@@ -101,7 +101,7 @@ func onceAnswers(t *testing.T, newOpener func(t *testing.T) store.Opener) {
 			r.first.Go(func() { r.send(t) })
 			require.Eventually(t, func() bool { return r.arrivals.Load() == 1 }, 10*time.Second, time.Millisecond)
 		}, 1, map[string]int{"pending": 1}},
-		{"kept", func(t *testing.T, r *remembering) {
+		{"stored", func(t *testing.T, r *remembering) {
 			r.answer.Store(500)
 			assert.Equal(t, 200, r.send(t).status)
 		}, 1, map[string]int{"pending": 1}},
@@ -152,7 +152,7 @@ func TestOnceAnswersInSQLite(t *testing.T) {
 }
 
 func TestOnce(t *testing.T) {
-	t.Run("20 at once are one", func(t *testing.T) {
+	t.Run("20 parallel duplicates are one event", func(t *testing.T) {
 		r := newRemembering(t, sqliteIn(t), nil)
 		defer r.stop(t)
 		before := seriesOf(t, "once")["stored_total duplicate"]
@@ -178,12 +178,12 @@ func TestOnce(t *testing.T) {
 		arrivals int64
 	}{
 		{"the same bytes", nil, []string{body, body, body}, 1},
-		{"other bytes of one resource", nil, []string{body, body + "\n"}, 2},
-		{"a type that is not named", func(h *Handler) { h.Once = []string{"DOCUMENT", "TEMPLATE_*"} }, []string{body, body, body}, 3},
-		{"a type that is named", func(h *Handler) { h.Once = []string{"TEMPLATE_*", "DOCUMENT_CREATE_FINISHED"} }, []string{body, body}, 1},
+		{"other bytes, same resource", nil, []string{body, body + "\n"}, 2},
+		{"a type that is not in once", func(h *Handler) { h.Once = []string{"DOCUMENT", "TEMPLATE_*"} }, []string{body, body, body}, 3},
+		{"a type that is in once", func(h *Handler) { h.Once = []string{"TEMPLATE_*", "DOCUMENT_CREATE_FINISHED"} }, []string{body, body}, 1},
 		{"no type", func(h *Handler) { h.Once = nil }, []string{body, body}, 2},
 		{"every type", func(h *Handler) { h.Once = []string{"*"} }, []string{body, body}, 1},
-		{"every type, and no resource that tells two events apart", func(h *Handler) { h.Once = []string{"*"} }, []string{"no JSON\n{}", "no JSON\n{}"}, 2},
+		{"every type, but events without a resource id", func(h *Handler) { h.Once = []string{"*"} }, []string{"no JSON\n{}", "no JSON\n{}"}, 2},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r := newRemembering(t, sqliteIn(t), tt.change)
@@ -194,7 +194,7 @@ func TestOnce(t *testing.T) {
 			assert.Equal(t, tt.arrivals, r.arrivals.Load())
 		})
 	}
-	t.Run("after remember, and in another queue", func(t *testing.T) {
+	t.Run("no duplicate after remember, or in another queue", func(t *testing.T) {
 		opener := sqliteIn(t)
 		r := newRemembering(t, opener, func(h *Handler) { h.Remember = caddy.Duration(300 * time.Millisecond) })
 		defer r.stop(t)
@@ -209,7 +209,7 @@ func TestOnce(t *testing.T) {
 		other.send(t)
 		assert.EqualValues(t, 1, other.arrivals.Load())
 	})
-	t.Run("a database that fails: delivered all the same", func(t *testing.T) {
+	t.Run("delivered even if the database fails", func(t *testing.T) {
 		r := newRemembering(t, sqliteIn(t), nil)
 		defer r.stop(t)
 		r.store.refuse.Store(true)
@@ -222,7 +222,7 @@ func TestOnce(t *testing.T) {
 		assert.EqualValues(t, 3, r.arrivals.Load())
 		assert.Equal(t, 1, r.logs.FilterMessageSnippet("cannot store events before their first attempt").FilterLevelExact(zapcore.WarnLevel).Len())
 	})
-	t.Run("too many pending events: delivered all the same", func(t *testing.T) {
+	t.Run("delivered even if too many events are pending", func(t *testing.T) {
 		r := newRemembering(t, sqliteIn(t), func(h *Handler) { h.MaxEvents = 1 })
 		defer r.stop(t)
 		r.answer.Store(500)
@@ -239,9 +239,9 @@ func TestOnceOptions(t *testing.T) {
 		message string
 	}{
 		{"letters, digits, _ and *", []string{"DOCUMENT_CREATE_FINISHED", "*_2", "*"}, ""},
-		{"a sign", []string{"A", "DOCUMENT.CREATE"}, "once: an event type must be letters, digits, '_' and '*'"},
-		{"an empty one", []string{""}, "once: an event type must be letters, digits, '_' and '*'"},
-		{"twice", []string{"A", "B", "A"}, "once: A is listed twice"},
+		{"a dot", []string{"A", "DOCUMENT.CREATE"}, "once: an event type must be letters, digits, '_' and '*'"},
+		{"an empty type", []string{""}, "once: an event type must be letters, digits, '_' and '*'"},
+		{"a type twice", []string{"A", "B", "A"}, "once: A is listed twice"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			c, err := provision(t, &Handler{Once: tt.types, Routes: routes(status(200))})
@@ -275,8 +275,8 @@ func TestHistory(t *testing.T) {
 				})
 				defer c.stop(t)
 				s := c.queue().db.opened(t)
-				serve(t, c.handlers[0], post(body)) // is delivered by its second attempt
-				serve(t, c.handlers[0], post(body)) // at once, and never stored
+				serve(t, c.handlers[0], post(body)) // delivered by the second attempt
+				serve(t, c.handlers[0], post(body)) // delivered by the first attempt, and never stored
 				time.Sleep(4 * time.Second)
 				var rows [][]any
 				storetest.Select(t, s, store.Filter{States: []string{store.History}}, func(r *store.Record) {
@@ -319,7 +319,7 @@ func TestPause(t *testing.T) {
 		assert.Zero(t, r.arrivals.Load())
 		r.stop(t)
 
-		again := newRemembering(t, opener, nil) // a restart: it is not known yet whether the queue is paused
+		again := newRemembering(t, opener, nil) // after a restart, Caddy does not know yet that the queue is paused
 		defer again.stop(t)
 		assert.Equal(t, 200, serve(t, again.handlers[0], post("one more")).status)
 		s = again.queue().db.opened(t)

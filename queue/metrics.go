@@ -7,8 +7,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// The collectors are made once, and registered again for each configuration, like those
-// of inkit_webhook.
+// The collectors are created once, and registered again for each configuration, like the
+// collectors of inkit_webhook.
 var (
 	eventsGauge = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "caddy_inkit_queue_events",
@@ -32,7 +32,7 @@ var (
 
 	storeSeconds = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name:    "caddy_inkit_queue_store_seconds",
-		Help:    "Histogram of the seconds until an event was durable.",
+		Help:    "Histogram of the seconds until an event was on the disk.",
 		Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
 	}, []string{"queue"})
 
@@ -52,7 +52,7 @@ var (
 	}, []string{"queue"})
 )
 
-// The results of storing an event, and of an attempt.
+// The labels for the result of storing an event, and for the result of an attempt.
 const (
 	resultStored    = "stored"
 	resultDelivered = "delivered"
@@ -112,7 +112,7 @@ func (m *queueMetrics) show(pending, dead store.Count, damaged int) {
 	m.damaged.Set(float64(damaged))
 }
 
-// remove deletes the gauges of a closed queue: nobody updates them any more.
+// remove deletes the gauges of a closed queue, because no code updates them any more.
 func (m *queueMetrics) remove() {
 	for _, gauge := range []*prometheus.GaugeVec{eventsGauge, oldestGauge, backendDown, pausedGauge, damagedFiles} {
 		gauge.DeletePartialMatch(prometheus.Labels{"queue": m.queue})

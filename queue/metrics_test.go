@@ -65,13 +65,13 @@ func TestMetricsCount(t *testing.T) {
 		store  error
 		events int
 		after  time.Duration
-		want   map[string]float64 // 0 for the others
+		want   map[string]float64 // 0 for all other series
 	}{
-		{"taken at once", 200, nil, 3, 0, map[string]float64{"stored_total delivered": 3, "attempts_total delivered": 3}},
-		{"failed for a reason of its own", 500, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total failed": 2}},
-		{"not reached", 502, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total unreachable": 2}},
-		{"down", 502, nil, 7, 0, map[string]float64{"stored_total stored": 7, "store_seconds": 7, "attempts_total unreachable": 5, "backend_down": 1}},
-		{"cannot be kept", 500, store.ErrFull, 2, 0, map[string]float64{"stored_total failed": 2, "attempts_total failed": 2}},
+		{"accepted by the first attempt", 200, nil, 3, 0, map[string]float64{"stored_total delivered": 3, "attempts_total delivered": 3}},
+		{"failed with status 500", 500, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total failed": 2}},
+		{"unreachable", 502, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total unreachable": 2}},
+		{"backend down", 502, nil, 7, 0, map[string]float64{"stored_total stored": 7, "store_seconds": 7, "attempts_total unreachable": 5, "backend_down": 1}},
+		{"cannot be stored", 500, store.ErrFull, 2, 0, map[string]float64{"stored_total failed": 2, "attempts_total failed": 2}},
 		{"more than max_events", 500, nil, 12, 0, map[string]float64{"stored_total stored": 10, "stored_total refused": 2, "store_seconds": 10, "attempts_total failed": 12}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -94,7 +94,7 @@ func TestMetricsCount(t *testing.T) {
 	}
 }
 
-// Pending events are counted every few seconds, with the age of the oldest.
+// Every few seconds, pending events are counted, with the age of the oldest event.
 func TestEventsAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{Name: "waiting", StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(500))})
@@ -111,7 +111,7 @@ func TestEventsAreCounted(t *testing.T) {
 	})
 }
 
-// Slow counts are rare. The metrics show the changes by this process since the count.
+// Slow counts are rare. Between two counts, the metrics show the changes by this process.
 func TestMetricsBetweenTwoCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
@@ -124,7 +124,7 @@ func TestMetricsBetweenTwoCounts(t *testing.T) {
 		})})
 		defer c.stop(t)
 		c.queue().db.opened(t)
-		time.Sleep(opener.counting + 2*countInterval) // the first count has ended, and the next is in two minutes
+		time.Sleep(opener.counting + 2*countInterval) // the first count has ended, and the next count begins in two minutes
 		serve(t, c.handlers[0], post(body))
 		time.Sleep(countInterval)
 		synctest.Wait()
@@ -149,7 +149,7 @@ func TestCountPause(t *testing.T) {
 	}
 }
 
-// A failed count is logged, and tried again soon, even if it was slow.
+// A failed count is logged, and soon repeated even if it was slow.
 func TestCountThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
@@ -163,7 +163,7 @@ func TestCountThatFails(t *testing.T) {
 		counted := opener.counted.Load()
 		assert.Greater(t, counted, int32(15))
 		lines := c.logs.FilterMessageSnippet("cannot count events").All()
-		assert.Len(t, lines, 5, "one a minute")
+		assert.Len(t, lines, 5, "one line a minute")
 		opener.uncount.Store(false)
 		time.Sleep(opener.counting + countInterval)
 		synctest.Wait()
@@ -171,8 +171,8 @@ func TestCountThatFails(t *testing.T) {
 	})
 }
 
-// Another process may have delivered events that this one counts as pending: it counts
-// again before it refuses more events.
+// Another process may have delivered events that this process counts as pending. So it
+// counts again after a refusal.
 func TestRefusedByAnOldCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: time.Second}
@@ -181,7 +181,7 @@ func TestRefusedByAnOldCount(t *testing.T) {
 		c.queue().db.opened(t)
 		time.Sleep(opener.counting + countInterval + time.Second)
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
-		_, err := c.queue().db.opened(t).Drop(t.Context(), store.Filter{}) // as another process may
+		_, err := c.queue().db.opened(t).Drop(t.Context(), store.Filter{}) // like another process
 		require.NoError(t, err)
 		assert.Equal(t, 503, serve(t, c.handlers[0], post(body)).status)
 		time.Sleep(opener.counting + countInterval + time.Second)
@@ -189,8 +189,8 @@ func TestRefusedByAnOldCount(t *testing.T) {
 	})
 }
 
-// The events of a queue that a reload removes stay, and this is logged once. Its gauges
-// are gone.
+// After a reload removes a queue, its events stay, one log line says this, and its gauges
+// disappear.
 func TestQueueThatAReloadRemoves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "queue.db")
@@ -218,7 +218,7 @@ func TestQueueThatAReloadRemoves(t *testing.T) {
 			assert.NotContains(t, seriesOf(t, "removed"), gauge)
 		}
 		assert.Equal(t, map[string]int{store.Pending: 4}, second.counts(t))
-		third := load("kept", "removed") // its events are attempted when the queue is back
+		third := load("kept", "removed") // the queue is back, so its events are attempted
 		second.stop(t)
 		defer third.stop(t)
 		time.Sleep(10 * time.Minute)

@@ -23,12 +23,12 @@ type origin struct {
 
 // target is a database that a command works on.
 type target struct {
-	store.Store // while it is open
+	store.Store // nil unless it is open
 	opener      store.Opener
-	queues      []string // its queues in the configuration
+	queues      []string // the queues in the configuration
 }
 
-// targets returns the databases, each of them once.
+// targets returns each database once.
 func (o *origin) targets(ctx context.Context) (found []*target, err error) {
 	caddyCtx, _ := caddy.NewContext(caddy.Context{Context: ctx}) // never cancelled: a command ends soon
 	configs := []json.RawMessage{json.RawMessage(`{}`)}
@@ -95,8 +95,8 @@ func (o *origin) each(ctx context.Context, f func(*target) error) error {
 	return err
 }
 
-// use opens the database, calls f, and closes it. A missing database is an error if it must
-// exist.
+// use opens the database, calls f, and closes it. If exist is true, a missing database is
+// an error.
 func (d *target) use(ctx context.Context, exist bool, f func(*target) error) (err error) {
 	d.Store, err = d.opener.Open(ctx, store.Opening{Logger: caddy.Log(), Command: true, Existing: exist})
 	if err != nil {

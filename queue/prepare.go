@@ -51,7 +51,7 @@ func newRequest(r *http.Request, e *event.Event) *request.Request {
 		case int:
 			stored.Vars[name] = int64(value) // the type that Decode returns
 		case float64:
-			if !math.IsNaN(value) && !math.IsInf(value, 0) { // show prints JSON, which has none of these
+			if !math.IsNaN(value) && !math.IsInf(value, 0) { // the command show prints JSON, which cannot contain NaN or infinity
 				stored.Vars[name] = value
 			}
 		}
@@ -65,7 +65,7 @@ func prepare(ctx context.Context, r *request.Request, server *caddyhttp.Server, 
 	if r.Local != nil {
 		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(r.Local))
 	} else {
-		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(&request.Address{Net: "tcp"})) // Caddy's placeholders panic without
+		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(&request.Address{Net: "tcp"})) // without it, Caddy's placeholders panic
 	}
 	req := (&http.Request{
 		Method: r.Method, URL: r.Original.URL(), RequestURI: r.Original.URI, Host: r.Host,

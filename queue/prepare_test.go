@@ -28,7 +28,7 @@ func contextWithLocal(r *http.Request, local net.Addr) context.Context {
 	return context.WithValue(r.Context(), http.LocalAddrContextKey, local)
 }
 
-// arrived is a request as the queue gets it from a server of Caddy.
+// arrived returns a request in the form in which a Caddy server passes it to the queue.
 func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*http.Request, *event.Event) {
 	tb.Helper()
 	r := httptest.NewRequest(http.MethodPost, uri, strings.NewReader(text))
@@ -58,30 +58,30 @@ func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
 	}{
 		{"plain", "http://example.com/webhook", body, nil},
 		{"with a query", "http://example.com/webhook?a=1&b=%20+&&c", body, nil},
-		{"a question mark and nothing behind it", "http://example.com/webhook?", body, nil},
+		{"a question mark at the end", "http://example.com/webhook?", body, nil},
 		{"an escaped path", "http://example.com/a%2Fb/%C3%A4", body, nil},
 		{"a path that starts with two slashes", "http://example.com//webhook", body, nil},
-		{"a body that is no text", "http://example.com/", "\x00\xff\r\n\xc3(", nil},
+		{"a binary body", "http://example.com/", "\x00\xff\r\n\xc3(", nil},
 		{"no body", "http://example.com/", "", nil},
 		{"a long body", "http://example.com/", strings.Repeat("a", 3<<20), nil},
 		{"a port in the host", "http://example.com:8443/", body, nil},
-		{"a path and a query that are no UTF-8", "http://example.com/%FF%C3?a=%FF\xe4", body, nil},
-		{"fields that are no UTF-8", "http://example.com/", body, func(r *http.Request) { r.Header = http.Header{"X-Old": {"J\xf6rg", "plain"}} }},
-		{"an address of IPv6", "http://[::1]:80/", body, func(r *http.Request) { r.RemoteAddr = "[2001:db8::1]:50000" }},
+		{"a path and a query that are not UTF-8", "http://example.com/%FF%C3?a=%FF\xe4", body, nil},
+		{"fields that are not UTF-8", "http://example.com/", body, func(r *http.Request) { r.Header = http.Header{"X-Old": {"J\xf6rg", "plain"}} }},
+		{"an IPv6 address", "http://[::1]:80/", body, func(r *http.Request) { r.RemoteAddr = "[2001:db8::1]:50000" }},
 		{"HTTP/2 over TLS", "https://example.com/", body, func(r *http.Request) {
 			r.Proto, r.ProtoMajor, r.ProtoMinor = "HTTP/2.0", 2, 0
 			r.TLS = &tls.ConnectionState{Version: tls.VersionTLS13, CipherSuite: tls.TLS_AES_128_GCM_SHA256, ServerName: "example.com", NegotiatedProtocol: "h2", HandshakeComplete: true}
 		}},
 		{"early data", "https://example.com/", body, func(r *http.Request) { r.TLS = &tls.ConnectionState{Version: tls.VersionTLS13} }},
-		{"fields of several values and of none", "http://example.com/", body, func(r *http.Request) {
+		{"a field with two values, and an empty field", "http://example.com/", body, func(r *http.Request) {
 			r.Header = http.Header{"X-Two": {"1", "2"}, "X-Empty": {""}, "Idempotency-Key": {"the key"}, "X-Umlaut": {"ä"}}
 		}},
-		{"no field at all", "http://example.com/", body, func(r *http.Request) { r.Header = http.Header{} }},
+		{"no header fields", "http://example.com/", body, func(r *http.Request) { r.Header = http.Header{} }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r, e := arrived(t, tt.uri, tt.body, tt.change)
 			want := r.Clone(r.Context())
-			r.URL.Path, r.URL.RawPath, r.RequestURI = "/rewritten", "", "/rewritten?x" // as a rewrite in front of the queue does
+			r.URL.Path, r.URL.RawPath, r.RequestURI = "/rewritten", "", "/rewritten?x" // like a rewrite in front of the queue
 			got := stored(t, r, e)
 
 			assert.Equal(t, []string{want.Method, want.Host, want.Proto, want.RemoteAddr, "/rewritten", want.URL.RawQuery, "/rewritten?x"},
@@ -94,7 +94,7 @@ func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
 			assert.Equal(t, []bool{want.URL.ForceQuery, want.URL.ForceQuery}, []bool{got.URL.ForceQuery, original.URL.ForceQuery})
 			assert.Equal(t, want.TLS, got.TLS)
 			assert.Equal(t, int64(len(tt.body)), got.ContentLength)
-			for range 2 { // as a proxy that sends it again
+			for range 2 { // like a proxy that sends the body again
 				all, err := io.ReadAll(got.Body)
 				require.NoError(t, err)
 				assert.Equal(t, tt.body, string(all))
@@ -108,20 +108,20 @@ func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
 	}
 }
 
-// Variables with plain values are stored. Others are left out.
+// Only variables with plain values are stored.
 func TestStoredVariables(t *testing.T) {
 	for _, tt := range []struct {
 		name        string
-		value, want any // nil: it is not stored
+		value, want any // nil if it is not stored
 	}{
 		{"a text", "green", "green"},
 		{"an empty text", "", ""},
 		{"a text that is not UTF-8", "a\xffb", "a\xffb"},
 		{"a text with NUL", "a\x00b", "a\x00b"},
-		{"a truth", true, true},
+		{"a boolean", true, true},
 		{"a number", 42, int64(42)},
 		{"a long number", int64(1 << 40), int64(1 << 40)},
-		{"a number below 0", -1, int64(-1)},
+		{"a negative number", -1, int64(-1)},
 		{"a fraction", 0.5, 0.5},
 		{"a large number", 1_000_000, int64(1_000_000)},
 		{"a text that looks like a number", "42", "42"},
@@ -132,7 +132,7 @@ func TestStoredVariables(t *testing.T) {
 		{"an error", io.EOF, nil},
 		{"a channel", make(chan int), nil},
 		{"nothing", nil, nil},
-		{"that it was not handled, which is of one run", "x", "x"},
+		{"one letter", "x", "x"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r, e := arrived(t, "http://example.com/", body, nil)
@@ -155,7 +155,7 @@ func TestStoredRequestHasItsAddresses(t *testing.T) {
 	}{
 		{"over TCP", &net.TCPAddr{IP: net.IPv4(192, 0, 2, 1), Port: 443}, "192.0.2.1:443"},
 		{"over a socket", &net.UnixAddr{Net: "unix", Name: "/run/caddy.sock"}, "/run/caddy.sock"},
-		{"not known", nil, ""},
+		{"unknown", nil, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			r, e := arrived(t, "http://example.com/", body, func(r *http.Request) {
@@ -174,7 +174,7 @@ func TestStoredRequestHasItsAddresses(t *testing.T) {
 	}
 }
 
-// A damaged request is not delivered, and no error shows a part of it.
+// A damaged request is not delivered, and no error shows any part of the request.
 func TestStoredRequestThatIsSpoilt(t *testing.T) {
 	r, e := arrived(t, "http://example.com/c0nf1d3nt1al", body, nil)
 	whole := &addition{rec: &store.Record{ID: "id"}, request: newRequest(r, e)}
@@ -195,19 +195,19 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 		rec           *store.Record
 	}{
 		{"another byte in the body", sum, &store.Record{ID: "id", Request: append(whole.rec.Request[:len(whole.rec.Request)-1:len(whole.rec.Request)-1], 'x'), Checksum: whole.rec.Checksum}},
-		{"a byte more", sum, &store.Record{ID: "id", Request: append(slices.Clip(whole.rec.Request), 0), Checksum: whole.rec.Checksum}},
-		{"a byte less", sum, &store.Record{ID: "id", Request: whole.rec.Request[:len(whole.rec.Request)-1], Checksum: whole.rec.Checksum}},
+		{"one more byte", sum, &store.Record{ID: "id", Request: append(slices.Clip(whole.rec.Request), 0), Checksum: whole.rec.Checksum}},
+		{"one byte less", sum, &store.Record{ID: "id", Request: whole.rec.Request[:len(whole.rec.Request)-1], Checksum: whole.rec.Checksum}},
 		{"the request of another event", sum, &store.Record{ID: "other", Request: whole.rec.Request, Checksum: whole.rec.Checksum}},
 		{"no checksum", sum, &store.Record{ID: "id", Request: whole.rec.Request}},
-		{"a checksum that is cut", sum, &store.Record{ID: "id", Request: whole.rec.Request, Checksum: whole.rec.Checksum[:31]}},
-		{"nothing, with the checksum of nothing", notCBOR, resealed(nil)},
-		{"a head without an end", notCBOR, resealed(whole.rec.Request[:40])},
-		{"a text that is longer than the rest", notCBOR, resealed(append([]byte{0x7b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, "c0nf1d3nt1al"...))},
-		{"a field of the header with more values than the rest has", notCBOR, resealed(append([]byte("\xa1\x66header\xa1\x61a\x9b"), 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff))},
-		{"no CBOR", notCBOR, resealed([]byte{0xff})},
+		{"a truncated checksum", sum, &store.Record{ID: "id", Request: whole.rec.Request, Checksum: whole.rec.Checksum[:31]}},
+		{"an empty request with a correct checksum", notCBOR, resealed(nil)},
+		{"a truncated head", notCBOR, resealed(whole.rec.Request[:40])},
+		{"a string that is longer than the data", notCBOR, resealed(append([]byte{0x7b, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff}, "c0nf1d3nt1al"...))},
+		{"a header field with more values than the data", notCBOR, resealed(append([]byte("\xa1\x66header\xa1\x61a\x9b"), 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff))},
+		{"not CBOR", notCBOR, resealed([]byte{0xff})},
 		{"a text", notCBOR, head("c0nf1d3nt1al")},
 		{"an array", notCBOR, head([]string{"c0nf1d3nt1al"})},
-		{"a field of another type", notCBOR, head(map[string]any{"method": []string{"c0nf1d3nt1al"}})},
+		{"a field with the wrong type", notCBOR, head(map[string]any{"method": []string{"c0nf1d3nt1al"}})},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			_, err := request.Decode(tt.rec)
@@ -216,7 +216,7 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 	}
 }
 
-// The form of a stored request must not change: a later version reads it.
+// The stored form of a request must not change, because later versions read it.
 func TestStoredForm(t *testing.T) {
 	r, e := arrived(t, "https://example.com/webhook?x=1", "the body", func(r *http.Request) {
 		r.Header = http.Header{"X-A": {"1"}}
@@ -228,7 +228,7 @@ func TestStoredForm(t *testing.T) {
 	rest, err := cbor.UnmarshalFirst(encoded, &object)
 	require.NoError(t, err)
 	assert.Equal(t, "the body", string(rest))
-	delete(object, "vars") // depends on Caddy
+	delete(object, "vars") // they depend on the version of Caddy
 	assert.Equal(t, map[string]any{
 		"method": "POST", "proto": "HTTP/1.1", "host": "example.com", "remote_addr": "192.0.2.1:1234",
 		"target":   map[any]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},
@@ -246,25 +246,25 @@ func FuzzStoredRequest(f *testing.F) {
 	f.Add("id", whole.rec.Request, whole.rec.Checksum, true)
 	f.Add("other", whole.rec.Request, whole.rec.Checksum, false)
 	f.Add("id", []byte("\xa0the body"), []byte{}, true)
-	f.Add("id", []byte("\xf6"), []byte{}, true) // null
+	f.Add("id", []byte("\xf6"), []byte{}, true) // CBOR null
 	f.Add("", []byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x01}, []byte(nil), true)
 	f.Fuzz(func(t *testing.T, id string, encoded, checksum []byte, seal bool) {
 		rec := &store.Record{ID: id, Request: encoded, Checksum: checksum, Attempts: 1}
-		if seal { // so that the checks after the checksum run
+		if seal { // otherwise the checksum fails, and no later check runs
 			rec.Checksum = rec.Sum()
 		}
 		decoded, err := request.Decode(rec)
 		if err != nil {
 			return
 		}
-		require.Equal(t, rec.Sum(), rec.Checksum, "never one whose checksum does not hold")
+		require.Equal(t, rec.Sum(), rec.Checksum, "a wrong checksum is an error")
 		got := prepare(t.Context(), decoded, new(caddyhttp.Server), newAnswer(), rec)
 		all, err := io.ReadAll(got.Body)
 		require.NoError(t, err)
 		require.True(t, strings.HasSuffix(string(encoded), string(all)))
 		require.NotNil(t, event.FromContext(got.Context()))
 		_ = got.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).ReplaceAll("{http.request.local}{http.request.uri}{http.request.remote.host}", "")
-		again, err := decoded.Encode() // as a command that moves it
+		again, err := decoded.Encode() // like the command move
 		require.NoError(t, err)
 		moved := &store.Record{ID: id, Request: again}
 		moved.Checksum = moved.Sum()

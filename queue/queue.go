@@ -15,9 +15,9 @@ import (
 	"go.uber.org/zap"
 )
 
-// queue delivers the events of one name in one database. It outlives the handlers of a
-// configuration. The handler attached first delivers until it is detached: during a
-// reload, the new configuration may still fail.
+// queue delivers the events that have one queue name in one database. It outlives the
+// handlers of a configuration. The first attached handler delivers until it is detached,
+// because during a reload the new configuration may still fail.
 type queue struct {
 	name     string
 	db       *database
@@ -29,15 +29,15 @@ type queue struct {
 
 	refusedLog, onceLog seldom
 
-	attempting context.Context // of all attempts
+	attempting context.Context // the parent of the context of each attempt
 	cutOff     context.CancelFunc
 	stop       context.CancelFunc // ends the schedule
-	running    sync.WaitGroup     // the schedule, and attempts from their claim or arrival until the writer has their result
+	running    sync.WaitGroup     // the schedule, and each attempt from its claim or arrival until the writer has its result
 
 	mu       sync.Mutex
-	handlers []*Handler      // attached, the first delivers
+	handlers []*Handler      // attached; the first one delivers
 	inFlight int             // running attempts
-	overdue  map[string]bool // events whose last attempt goes on after attempt_timeout
+	overdue  map[string]bool // events with an attempt that goes on after attempt_timeout
 }
 
 func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
@@ -57,7 +57,7 @@ func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
 	return q
 }
 
-// Destruct closes the unused queue. Running attempts go on until they end.
+// Destruct waits for the running attempts, and closes the unused queue.
 func (q *queue) Destruct() error {
 	q.stop()
 	q.running.Wait()
@@ -67,7 +67,7 @@ func (q *queue) Destruct() error {
 	return err
 }
 
-// attach lets a handler deliver until detach, once the handlers before it are detached.
+// attach adds a handler. It delivers when all handlers before it are detached.
 func (q *queue) attach(h *Handler) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -85,8 +85,8 @@ func (q *queue) detach(h *Handler) {
 	}
 }
 
-// lend uses the settings of a handler after the end of its configuration, if no other
-// handler delivers: the last requests of that configuration need them.
+// lend uses the settings of a handler after the end of its configuration, if no handler is
+// attached: the last requests of that configuration still need settings.
 func (q *queue) lend(h *Handler) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -125,7 +125,7 @@ func (q *queue) timeout() time.Duration {
 	return 0
 }
 
-// Peek is of delivery.Source.
+// Peek implements delivery.Source.
 func (q *queue) Peek() (store.Peek, error) {
 	p, err := q.db.peek(q.name)
 	if err == nil {
@@ -134,10 +134,10 @@ func (q *queue) Peek() (store.Peek, error) {
 	return p, err
 }
 
-// Claim is of delivery.Source.
+// Claim implements delivery.Source.
 func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
 	records, err := q.db.writer.Claim(c)
-	q.running.Add(len(records)) // now, and not when the goroutine of an attempt begins: a stop may be waiting
+	q.running.Add(len(records)) // here and not in the goroutine of the attempt, because Destruct may already wait
 	return records, err
 }
 
@@ -162,11 +162,11 @@ func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree fu
 	}
 }
 
-// settle records an attempt in the metrics, the breaker and the history, and returns the
-// Finish for the event.
+// settle records the result of an attempt in the metrics, the breaker and the history. It
+// returns the Finish for the event.
 func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duration) store.Finish {
 	f := store.Finish{ID: r.ID, Queue: q.name}
-	if res.err != nil && q.attempting.Err() != nil { // Caddy stops, and has cancelled the attempt
+	if res.err != nil && q.attempting.Err() != nil { // Caddy is stopping, and has cancelled the attempt
 		f.Outcome = store.Released
 		return f
 	}
@@ -208,10 +208,10 @@ func (q *queue) unreached(h *Handler, id string, err error) {
 	}
 }
 
-// forgetDown marks the backend as up again because no event is left to test it with: the
-// next new event tests it.
+// forgetDown reports the backend as up, because no event is left for a probe. The next new
+// event is the probe.
 func (q *queue) forgetDown() {
-	q.db.logger.Load().Info("no pending event is left to test the backend with: it counts as up again", zap.String("queue", q.name))
+	q.db.logger.Load().Info("no pending event is left to probe the backend: the backend counts as up again", zap.String("queue", q.name))
 	q.metrics.down.Set(0)
 }
 
@@ -224,7 +224,7 @@ func (q *queue) refused(h *Handler) {
 	}
 }
 
-// seldom limits a line of the log to one a minute.
+// seldom limits a log line to one per minute.
 type seldom struct {
 	mu   sync.Mutex
 	last time.Time

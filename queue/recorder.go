@@ -5,14 +5,14 @@ import (
 	"net/http"
 )
 
-// maxAnswer is the number of bytes of the backend's answer that the sender gets at most.
+// maxAnswer is the size in bytes of the largest response body that the sender gets.
 const maxAnswer = 1 << 20
 
-// answer is the response writer of an attempt. It stores the answer of the backend.
+// answer is the response writer of an attempt. It stores the backend's response.
 type answer struct {
 	header http.Header
-	sent   http.Header // a copy of header from the time of the status
-	status int         // 0 if none was written
+	sent   http.Header // a copy of header, made when the status was written
+	status int         // 0 if no status was written
 	body   []byte
 	cut    bool // the body is longer than maxAnswer
 }
@@ -35,21 +35,21 @@ func (a *answer) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Flush is for handlers that stream.
+// Flush does nothing. Handlers that stream need the method.
 func (a *answer) Flush() {}
 
-// copyTo answers the sender as the backend did.
+// copyTo sends the backend's response to the sender.
 func (a *answer) copyTo(w http.ResponseWriter) error {
 	header := w.Header()
 	maps.Copy(header, a.sent)
 	header.Del("Trailer") // the trailers are not stored
 	if a.cut {
 		header.Del("Content-Length")
-		a.body = nil // a part would look complete
+		a.body = nil // a part of the body would look complete
 	}
 	w.WriteHeader(a.status)
 	if len(a.body) == 0 {
-		return nil // over HTTP/2, writing even nothing after status 204 is an error
+		return nil // over HTTP/2, even an empty Write after status 204 is an error
 	}
 	_, err := w.Write(a.body)
 	return err

@@ -18,38 +18,38 @@ import (
 
 const (
 	// The pause between two counts of the events is at least countInterval and at most
-	// maxCountPause. In between, counting takes countShare of the time.
+	// maxCountPause. Between these bounds, counting takes countShare of the time.
 	countInterval = 5 * time.Second
 	maxCountPause = 2 * time.Minute
 	countShare    = 0.002
 
-	// countTimeout is the limit of one count, and peekTimeout of one Peek.
+	// countTimeout is the timeout of one count, and peekTimeout is the timeout of one Peek.
 	countTimeout = time.Minute
 	peekTimeout  = 20 * time.Second
 
-	// keepInterval is the pause between two counts of the history, for max_events.
+	// keepInterval is the pause between two counts of the history, which max_events bounds.
 	keepInterval = time.Minute
 )
 
-// database is a database with its writer, and the number of events in it. Queues share it.
+// database is a database with its writer and its counts of events. Queues can share it.
 type database struct {
 	opener store.Opener
-	logger atomic.Pointer[zap.Logger] // of the configuration that was loaded last
+	logger atomic.Pointer[zap.Logger] // of the latest configuration
 	writer *writer.Writer
 
-	ctx      context.Context // of the counting
+	ctx      context.Context // for the counts
 	cancel   context.CancelFunc
 	counting sync.WaitGroup
-	measured time.Time     // when the upkeep last counted the history
+	measured time.Time     // when the rows of the history were last counted
 	recount  chan struct{} // requests a count now
 
-	failing                        atomic.Bool // the log has the error, and not yet the recovery
+	failing                        atomic.Bool // the log has the error, but not the recovery yet
 	failedLog, lockedLog, countLog seldom
 
 	mu      sync.Mutex
 	queues  map[string]*queue
 	counts  map[countKey]store.Count
-	ignored map[string]bool // queues that are not configured, once this is logged
+	ignored map[string]bool // queues without a configuration that warn has logged
 	damaged int             // files that were moved aside
 }
 
@@ -80,7 +80,7 @@ func (d *database) open(ctx context.Context) (store.Store, error) {
 	return d.opener.Open(ctx, store.Opening{Logger: d.logger.Load()})
 }
 
-// Destruct closes the database, after its queues.
+// Destruct closes the database. Its queues are closed before.
 func (d *database) Destruct() error {
 	d.cancel()
 	d.counting.Wait()
@@ -88,7 +88,7 @@ func (d *database) Destruct() error {
 	return nil
 }
 
-// join makes the queue one of this database, and leave ends that.
+// join adds a queue to this database, and leave removes it.
 func (d *database) join(q *queue) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -108,7 +108,7 @@ func (d *database) leave(q *queue) {
 	}
 }
 
-// warn logs once for each queue that is not configured that nobody delivers its events.
+// warn logs each queue that has pending events but is not configured. It logs a queue once.
 func (d *database) warn() {
 	ignored := make(map[string]int)
 	d.mu.Lock()
@@ -125,7 +125,6 @@ func (d *database) warn() {
 	}
 }
 
-// peek looks at a queue.
 func (d *database) peek(queue string) (store.Peek, error) {
 	s, err := d.writer.Store()
 	if s == nil {
@@ -136,7 +135,7 @@ func (d *database) peek(queue string) (store.Peek, error) {
 	return s.Peek(ctx, queue)
 }
 
-// Opened is of writer.Observer.
+// Opened implements writer.Observer.
 func (d *database) Opened() {
 	d.recovered()
 	d.mu.Lock()
@@ -146,7 +145,7 @@ func (d *database) Opened() {
 	}
 }
 
-// Failed is of writer.Observer. It logs once a minute.
+// Failed implements writer.Observer. It logs once a minute.
 func (d *database) Failed(err error) {
 	if was := d.failing.Swap(true); d.failedLog.may() || !was {
 		d.logger.Load().Error("cannot store events: passing them to the backend, refusing with 503 what it does not accept", zap.Error(err))
@@ -159,8 +158,8 @@ func (d *database) recovered() {
 	}
 }
 
-// Written is of writer.Observer. It updates the counts, and wakes queues with events that
-// may be due.
+// Written implements writer.Observer. It updates the counts, and wakes the queues with
+// events that may be due.
 func (d *database) Written(b *store.Batch) {
 	if len(b.Add) > 0 {
 		d.recovered()
@@ -224,8 +223,8 @@ func (d *database) countSoon() {
 	}
 }
 
-// count counts the events from time to time, and tidies the database. In between, the
-// metrics show the changes by this process.
+// count counts the events from time to time, and tidies the database. Between two counts,
+// the metrics show only the changes by this process.
 func (d *database) count() {
 	var next time.Time
 	for d.ctx.Err() == nil {
@@ -243,7 +242,7 @@ func (d *database) count() {
 		case <-time.After(countInterval):
 		case <-d.recount:
 			next = time.Time{}
-			select { // not more often than once a second
+			select { // at most once a second
 			case <-time.After(time.Second):
 			case <-d.ctx.Done():
 			}
@@ -266,7 +265,7 @@ func (d *database) countOnce(s store.Store) error {
 	}
 	d.mu.Lock()
 	clear(d.counts)
-	for _, c := range counts { // without the changes during the count: the next one has them
+	for _, c := range counts { // without the changes during the count: the next count has them
 		d.counts[countKey{c.Queue, c.State}] = c
 	}
 	d.mu.Unlock()
@@ -281,7 +280,7 @@ func (d *database) countOnce(s store.Store) error {
 	return nil
 }
 
-// keep returns the limits for the history of each queue. Once in keepInterval, they
+// keep returns the limits for the history of each queue. Once per keepInterval, the limits
 // include the number of rows.
 func (d *database) keep() (keep []store.Keep) {
 	count := time.Since(d.measured) >= keepInterval

@@ -8,24 +8,24 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// queues are the open queues, by database and name, and databases the open databases. The
-// configuration before a reload shares them with the one after it.
+// queues has the open queues by database and name, and databases has the open databases.
+// During a reload, the old and the new configuration share them.
 var (
 	queues    = caddy.NewUsagePool()
 	databases = caddy.NewUsagePool()
 )
 
-// use is a handler's reference to its queue, from the start of the app until Cleanup. Even
-// after that, a handler gets requests on connections that were open before a reload. So
-// each request has a reference too, and the last one to go closes the queue.
+// use is a handler's reference to its queue, from the start of the app until Cleanup. After
+// Cleanup, the handler still gets requests on connections from before the reload. So each
+// request has a reference too. The release of the last reference closes the queue.
 type use struct {
 	h         *Handler
 	queue     atomic.Pointer[queue] // nil before the start and after Cleanup
-	grace     time.Duration         // for running attempts when Caddy stops, 0 for no limit
+	grace     time.Duration         // for running attempts when Caddy stops; 0 means no limit
 	started   chan struct{}         // closed by open
 	requests  sync.RWMutex          // read-locked by each request
-	releasing sync.WaitGroup        // releases begun by cleanup
-	leaving   sync.WaitGroup        // releases begun by requests
+	releasing sync.WaitGroup        // for the releases of cleanup
+	leaving   sync.WaitGroup        // for the releases of requests
 }
 
 func newUse(h *Handler) *use { return &use{h: h, started: make(chan struct{})} }
@@ -40,8 +40,8 @@ func (u *use) acquire() *queue {
 	return value.(*queue)
 }
 
-// release gives back the reference of acquire. The last one closes the queue, when the
-// running attempts have ended.
+// release releases the reference from acquire, and then calls then. The last release waits
+// for the running attempts, and closes the queue.
 func (u *use) release(by *sync.WaitGroup, then func()) {
 	by.Go(func() {
 		_, _ = queues.Delete(u.key())
@@ -66,7 +66,7 @@ func (u *use) detach(grace time.Duration) {
 }
 
 // enter returns the queue for one request, until leave. It waits for the app to start, and
-// returns nil if that takes too long.
+// returns nil if the start takes too long.
 func (u *use) enter() *queue {
 	select {
 	case <-u.started:
@@ -81,7 +81,7 @@ func (u *use) enter() *queue {
 
 func (u *use) leave() { u.release(&u.leaving, u.requests.RUnlock) }
 
-// cleanup gives up the queue.
+// cleanup releases the queue when the configuration ends.
 func (u *use) cleanup() {
 	switch {
 	case u.queue.Load() == nil:
@@ -93,8 +93,8 @@ func (u *use) cleanup() {
 	}
 }
 
-// end gives up the queue when Caddy stops: it waits for the last request and for running
-// attempts. If an attempt is cancelled, its event is due at once.
+// end releases the queue when Caddy stops. It waits for the last request and for running
+// attempts. If an attempt is cancelled, its event is due immediately.
 func (u *use) end() {
 	if u.grace > 0 {
 		defer time.AfterFunc(u.grace, u.queue.Load().cutOff).Stop()

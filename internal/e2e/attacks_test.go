@@ -19,7 +19,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// exchange sends bytes and returns the status of the answer, and all bytes after its
+// exchange sends bytes. It returns the status of the response, and all bytes after its
 // header.
 func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reader) {
 	t.Helper()
@@ -34,9 +34,9 @@ func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reade
 	return resp.StatusCode, reader
 }
 
-// A careless error route that passes everything to a backend forwards no unsigned data,
-// for every outcome. The same holds behind a handler that copies the request, such as
-// timeouts.
+// A careless error route passes every rejected request to a backend. It forwards no unsigned
+// data, for every outcome. The same is true behind a handler that copies the request, such
+// as timeouts.
 func TestErrorRouteGetsNothingForged(t *testing.T) {
 	for name, before := range map[string]string{"": "", "behind timeouts": "timeouts {\n\t\tread_timeout 10s\n\t}\n\t"} {
 		t.Run("no gate "+name, func(t *testing.T) {
@@ -88,7 +88,7 @@ func TestErrorRouteGetsNothingForged(t *testing.T) {
 		assert.Equal(t, 401, post(t, webhookURL(c, "/"), body, sign("wrong", body)).status)
 		assert.Equal(t, 413, post(t, webhookURL(c, "/"), make([]byte, 70_000), sign("wrong", body)).status)
 		assert.Empty(t, fallback.records())
-		// the outcome of the error: the first backend is down
+		// here the error comes from the proxy: the first backend is down
 		assert.Equal(t, 200, post(t, webhookURL(c, "/"), body, sign(secret, body)).status)
 		records := fallback.records()
 		require.Len(t, records, 1)
@@ -97,8 +97,8 @@ func TestErrorRouteGetsNothingForged(t *testing.T) {
 	})
 }
 
-// A client's fields about the connection do not remove fields of the guard, open no
-// tunnel, and do not stop the proxy from buffering the body for a retry.
+// The connection fields of a client do not remove fields of the guard, do not open a tunnel,
+// and do not prevent the proxy from buffering the body for a retry.
 func TestSenderDoesNotSteerTheProxy(t *testing.T) {
 	b := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Upgrade") == "" {
@@ -160,8 +160,8 @@ func TestUnhandledEvent(t *testing.T) {
 }
 
 // The backend gets the complete body that request_body sets behind the guard, also in
-// error routes. If the Transport must send the request again on another connection, the
-// event is lost, as behind plain Caddy.
+// error routes. If the Transport must retry the request on another connection, the event is
+// lost, as with plain Caddy.
 func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
 	t.Parallel()
 	b, fallback := newBackend(t, dropReused(true)), newBackend(t, good)

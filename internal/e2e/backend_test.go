@@ -18,29 +18,29 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// backend is a server that records its requests, and which events it takes. It can be
-// closed with all of its connections, as if its process were killed, and listen again.
+// backend is a server that records its requests and the events that it has accepted. close
+// also closes all connections, as if the process were killed. listen starts it again.
 type backend struct {
 	t      *testing.T
 	addr   string
 	answer func(b *backend, w http.ResponseWriter, r *http.Request)
-	status func(id string, attempt int) int // of take
-	quiet  bool                             // whether take notes nothing
+	status func(id string, attempt int) int // the status of the response of take
+	quiet  bool                             // whether take records nothing
 
 	mu       sync.Mutex
 	server   *http.Server
 	listener net.Listener
 	received []record
 	taken    map[string]int
-	takenAt  map[string]time.Time // the first time
+	takenAt  map[string]time.Time // when the event was first accepted
 	attempts map[string]int
-	ids      map[string]string          // of the queue
-	keys     map[string]map[string]bool // of each request of the sender
-	times    []time.Time                // of attempts
-	current  map[string]bool            // events that are being attempted
-	atOnce   []string                   // events of which there were two attempts at once
-	now      int                        // attempts at this moment
-	most     int                        // and at most
+	ids      map[string]string          // the id of the event in the queue
+	keys     map[string]map[string]bool // the Idempotency-Key fields, by event and request of the sender
+	times    []time.Time                // when the attempts began
+	current  map[string]bool            // events with a running attempt
+	atOnce   []string                   // events with two attempts at the same time
+	now      int                        // running attempts
+	most     int                        // the largest value of now
 }
 
 // record is a complete request.
@@ -65,7 +65,7 @@ func newBackend(t *testing.T, answer func(b *backend, w http.ResponseWriter, r *
 	return b
 }
 
-// listen begins to listen, and close ends it with all connections.
+// listen starts the server. close stops it and closes all connections.
 func (b *backend) listen() {
 	b.t.Helper()
 	var listener net.Listener
@@ -141,8 +141,8 @@ func hijack(w http.ResponseWriter) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// newScripted starts a backend whose status is for the n-th request, from 1 on. With 0, it
-// closes the connection without an answer.
+// newScripted starts a backend. status returns the status for the n-th request. The first n
+// is 1. With status 0, the backend closes the connection without a response.
 func newScripted(t *testing.T, status func(n int, r *http.Request) int) *backend {
 	t.Helper()
 	return newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
@@ -155,12 +155,12 @@ func newScripted(t *testing.T, status func(n int, r *http.Request) int) *backend
 	})
 }
 
-// always answers one status.
+// always answers every request with the same status.
 func always(code int) func(int, *http.Request) int {
 	return func(int, *http.Request) int { return code }
 }
 
-// inTurn answers one status after the other, and then 200.
+// inTurn answers each request with the next status, and then with 200.
 func inTurn(codes ...int) func(int, *http.Request) int {
 	return func(n int, _ *http.Request) int {
 		if n <= len(codes) {
@@ -170,7 +170,8 @@ func inTurn(codes ...int) func(int, *http.Request) int {
 	}
 }
 
-// newTaker starts a backend that takes events. status returns its answer to an attempt.
+// newTaker starts a backend that records events. status returns the status of its response
+// to an attempt.
 func newTaker(t *testing.T, status func(id string, attempt int) int) *backend {
 	t.Helper()
 	b := newBackend(t, (*backend).take)
@@ -178,7 +179,7 @@ func newTaker(t *testing.T, status func(id string, attempt int) int) *backend {
 	return b
 }
 
-// all is a backend that takes all events.
+// all makes a backend accept all events.
 func all(string, int) int {
 	time.Sleep(2 * time.Millisecond)
 	return http.StatusOK
@@ -227,8 +228,8 @@ func (b *backend) take(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(status)
 }
 
-// snapshot returns how many events it was asked to take, and how many attempts there are
-// at this moment, and were at most.
+// snapshot returns the number of events with an attempt, the number of running attempts,
+// and the largest number of attempts at the same time.
 func (b *backend) snapshot() (s struct{ events, now, most int }) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -236,7 +237,7 @@ func (b *backend) snapshot() (s struct{ events, now, most int }) {
 	return s
 }
 
-// of returns how often it was asked to take an event, and how often it did.
+// of returns the number of attempts at an event, and how often the backend accepted it.
 func (b *backend) of(id string) (e struct{ attempts, taken int }) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -251,7 +252,7 @@ func (b *backend) idOf(id string) string {
 	return b.ids[id]
 }
 
-// missing returns those of ids that the backend has not taken.
+// missing returns the ids of the events that the backend has not accepted.
 func (b *backend) missing(ids []string) (missing []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -263,8 +264,8 @@ func (b *backend) missing(ids []string) (missing []string) {
 	return missing
 }
 
-// hasAll waits until the backend has taken all of ids, and each event under one key. It
-// returns how many it has taken twice.
+// hasAll waits until the backend has accepted all events. It asserts that all attempts for
+// one request have the same key. It returns how many events the backend has accepted twice.
 func (b *backend) hasAll(t *testing.T, ids []string, within time.Duration) (doubles int) {
 	t.Helper()
 	require.NotEmpty(t, ids)

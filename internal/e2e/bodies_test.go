@@ -18,12 +18,12 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The sizes are those around the 4,096 bytes that php_fastcgi buffers at most to
-// learn a length, and the default of max_size.
+// php_fastcgi buffers at most 4,096 bytes to find the length of a body, and 65,536 is the
+// default of max_size.
 var bodySizes = []int{0, 1, 84, 4095, 4096, 4097, 65536}
 
-// testBodiesArriveWhole sends random bodies, with a length and in chunks, and
-// expects their hash as the answer of a backend that read them.
+// testBodiesArriveWhole sends random bodies, with a length and in chunks. The backend must
+// respond with the hash of each body.
 func testBodiesArriveWhole(t *testing.T, client *http.Client, url string, proto string) {
 	t.Helper()
 	for _, size := range bodySizes {

@@ -20,13 +20,13 @@ import (
 type then int
 
 const (
-	wait      then = iota // for the answer
-	halfClose             // its side of the connection, and wait
+	wait      then = iota // for the response
+	halfClose             // close its half of the connection, and wait
 	reset                 // the connection
 )
 
 // TestBrokenClients speaks broken HTTP/1.1. No request may reach the backend, except in
-// the rows that say so.
+// the rows with the outcome verified.
 func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share a Caddy
 	t.Parallel()
 	b := newBackend(t, good)
@@ -61,9 +61,9 @@ func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share 
 		name    string
 		send    string
 		then    then
-		status  int    // 0: no answer
-		outcome string // "": it does not reach the handler
-		atOnce  bool   // and not after the 5 s for which a body is discarded
+		status  int    // 0: no response
+		outcome string // "": the request does not reach the handler
+		atOnce  bool   // whether the response comes before the 5 s limit for discarding a body
 	}{
 		{"good, with a length", head(signature, length) + body, wait, 200, "verified", false},
 		{"good, in chunks", head(signature, chunked) + chunk + "0\r\n\r\n", wait, 200, "verified", false},
@@ -121,7 +121,7 @@ func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share 
 			case halfClose:
 				require.NoError(t, conn.(*net.TCPConn).CloseWrite())
 			case reset:
-				time.Sleep(50 * time.Millisecond) // so that the request is seen
+				time.Sleep(50 * time.Millisecond) // time for Caddy to read the request
 				require.NoError(t, conn.(*net.TCPConn).SetLinger(0))
 				require.NoError(t, conn.Close())
 			}
@@ -163,7 +163,7 @@ func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share 
 	assert.NotContains(t, readFile(t, c.path("log")), good)
 }
 
-// rawStatus sends bytes and returns the status of the answer.
+// rawStatus sends bytes and returns the status of the response.
 func rawStatus(t *testing.T, addr, request string) int {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)

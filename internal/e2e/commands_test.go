@@ -21,8 +21,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// webhookCommand runs caddy inkit-webhook with a secret in the environment, or none if
-// secret is empty, and returns its output and exit status.
+// webhookCommand runs caddy inkit-webhook and returns its output and exit status. The
+// environment has the secret, unless it is empty.
 func webhookCommand(t *testing.T, secret, stdin string, args ...string) (stdout, stderr string, status int) {
 	t.Helper()
 	cmd := exec.Command(caddyPath, append([]string{"inkit-webhook"}, args...)...)
@@ -45,7 +45,7 @@ func TestCommandSignsLikeOpenSSL(t *testing.T) {
 	needs(t, "openssl")
 	files := size(1000, 100)
 	if raceEnabled {
-		files = 10 // a start of Caddy takes a second with the race detector
+		files = 10 // with the race detector, a start of Caddy takes a second
 	}
 	dir := t.TempDir()
 	secretFile := writeFile(t, dir+"/secret", secret+"\n")
@@ -186,7 +186,7 @@ func TestCommandSend(t *testing.T) {
 	t.Run("without the proxy of the environment", func(t *testing.T) {
 		t.Setenv("HTTP_PROXY", "http://"+freeAddr(t))
 		t.Setenv("http_proxy", "http://"+freeAddr(t))
-		name := "guard.localhost" // loopback by its address would need no proxy in any case
+		name := "guard.localhost" // for an IP address of loopback, Go never uses a proxy
 		_, stderr, _ := webhookCommand(t, secret, "", "send", "http://"+name+":1/")
 		assert.NotContains(t, stderr, "proxyconnect")
 		assert.NotContains(t, stderr, os.Getenv("HTTP_PROXY")[len("http://"):])

@@ -1,7 +1,7 @@
 //go:build unix
 
-// Package e2e runs a real Caddy with this module in front of real backends, and sends
-// them real requests on the loopback interface.
+// Package e2e runs a real Caddy with this module in front of real backends. The tests send
+// real requests on the loopback interface.
 package e2e
 
 import (
@@ -33,11 +33,11 @@ import (
 
 const secret = "test_inkit_webhook_secret"
 
-// long is whether the rows that take minutes run at full length: E2E_LONG=1, as in
-// .ci/run.
+// long is true with E2E_LONG=1, as in .ci/run. Then the tests that take minutes run at full
+// length.
 var long = os.Getenv("E2E_LONG") != ""
 
-// size is one size at full length and another one otherwise.
+// size returns full in a long run, and quick in a short run.
 func size(full, quick int) int {
 	if long {
 		return full
@@ -45,8 +45,8 @@ func size(full, quick int) int {
 	return quick
 }
 
-// caddyPath is the binary under test: E2E_CADDY, such as one that xcaddy built with
-// another version of Caddy, or else cmd/caddy.
+// caddyPath is the binary under test: cmd/caddy, or the file in E2E_CADDY, for example a
+// build of xcaddy with another version of Caddy.
 var caddyPath string
 
 func TestMain(m *testing.M) {
@@ -54,9 +54,8 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
-	// Tests in parallel wait more than they work, so there may be more of them than there
-	// are processors, and fewer where they work more. -parallel on the command line has the
-	// last word.
+	// Parallel tests mostly wait, so there can be more tests than processors. In a long run
+	// they work more. -parallel on the command line overrides this number.
 	parallel := size(8, 12)
 	if raceEnabled {
 		parallel = 8
@@ -96,7 +95,7 @@ type process struct {
 	exited chan struct{}
 }
 
-// Its own process group, so that its children can be ended with it.
+// Each process has its own process group, so that its children can be killed with it.
 var sysProcAttr = syscall.SysProcAttr{Setpgid: true}
 
 func start(t *testing.T, cmd *exec.Cmd) *process {
@@ -120,7 +119,8 @@ func start(t *testing.T, cmd *exec.Cmd) *process {
 	return p
 }
 
-// stop signals the process, and kills it and its children if it does not end.
+// stop sends a signal to the process. If the process does not end, stop kills it and its
+// children.
 func (p *process) stop(t *testing.T, signal syscall.Signal) {
 	t.Helper()
 	_ = p.cmd.Process.Signal(signal)
@@ -161,11 +161,11 @@ func (b *lockedBuffer) String() string {
 
 var lastPort atomic.Uint32
 
-// Each test process begins at another port, so that they do not try the same ones.
+// Each test process begins at another port, so that two of them do not try the same ports.
 func init() { lastPort.Store(uint32(os.Getpid()*97) % 12_000) }
 
 // freeAddr returns an address on which nothing listens. Its port is below the ports of
-// outgoing connections, so that none of them can take it.
+// outgoing connections, so no outgoing connection can take it.
 func freeAddr(t *testing.T) string {
 	t.Helper()
 	for range 1000 {
@@ -175,7 +175,7 @@ func freeAddr(t *testing.T) string {
 		}
 		addr := l.Addr().String()
 		l.Close()
-		for listening(addr)() { // a program that a parallel test starts just then has it too, for a moment
+		for listening(addr)() { // a program that a parallel test starts at this moment inherits the socket for a short time
 			time.Sleep(time.Millisecond)
 		}
 		return addr
@@ -223,16 +223,16 @@ func listening(addr string) func() bool {
 	}
 }
 
-// caddy is a Caddy that runs.
+// caddy is a running Caddy.
 type caddy struct {
 	*process
 	t     *testing.T
-	addr  string // of the one site
+	addr  string // of the site
 	admin string
 	dir   string
 	env   []string
 
-	wrapper []string // the command that runs it, if another one does
+	wrapper []string // a command that runs Caddy, such as strace
 }
 
 // startCaddy runs Caddy with a Caddyfile. {{addr}} and {{port}} are the address and port
@@ -245,7 +245,7 @@ func startCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	return c
 }
 
-// newCaddy is startCaddy without the start.
+// newCaddy does the same as startCaddy, but does not start Caddy.
 func newCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	t.Helper()
 	c := &caddy{t: t, addr: freeAddr(t), admin: freeAddr(t), dir: t.TempDir()}
@@ -257,10 +257,10 @@ func newCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	return c
 }
 
-// lookAtSources opens the sources of the binary: go test caches a result only until a
-// file changes that a test has opened.
+// lookAtSources looks up the sources of the binary. go test caches a result until one of the
+// files that a test has looked up changes.
 var lookAtSources = sync.OnceFunc(func() {
-	for _, name := range []string{"E2E_LONG", "E2E_CADDY"} { // they were read too early for go test to notice
+	for _, name := range []string{"E2E_LONG", "E2E_CADDY"} { // the first reads were too early for go test to notice
 		_ = os.Getenv(name)
 	}
 	for _, pattern := range []string{"../../*.go", "../../cmd/*/*.go", "../../queue/*.go", "../../queue/*/*.go", "../../queue/*/*/*.go", "../../internal/*/*.go", "../../go.sum"} {
@@ -271,7 +271,7 @@ var lookAtSources = sync.OnceFunc(func() {
 	}
 })
 
-// run starts the process, and start waits for it to answer.
+// run starts the process. start also waits until Caddy answers.
 func (c *caddy) run() {
 	c.t.Helper()
 	lookAtSources()
@@ -301,7 +301,7 @@ func (c *caddy) configure(options, sites string) {
 	require.NoError(c.t, os.WriteFile(c.path("Caddyfile"), []byte(config), 0o600))
 }
 
-// reload runs the command of an operator.
+// reload runs caddy reload, like an operator.
 func (c *caddy) reload() {
 	c.t.Helper()
 	cmd := exec.Command(caddyPath, "reload", "--config", c.path("Caddyfile"), "--adapter", "caddyfile", "--address", c.admin, "--force")
@@ -311,9 +311,9 @@ func (c *caddy) reload() {
 	c.settled()
 }
 
-// settled waits until the old configuration has closed its listeners, which may be a
-// moment after Caddy reports the new one as loaded. The kernel resets connections that
-// the old configuration did not accept.
+// settled waits until the old configuration has closed its listeners. This can be a moment
+// after Caddy reports the new configuration as loaded. The kernel resets the connections
+// that the old configuration has not accepted.
 func (c *caddy) settled() {
 	c.t.Helper()
 	waitFor(c.t, "the old configuration listens no longer", c.process, func() bool {
@@ -356,14 +356,14 @@ func (c *caddy) tlsConfig() *tls.Config {
 	return &tls.Config{RootCAs: pool, ServerName: "localhost"}
 }
 
-// sign is written out here, so that these tests share no code with the module.
+// sign does not use the module, so that the tests are independent of its code.
 func sign(key string, body []byte) string {
 	m := hmac.New(sha256.New, []byte(key))
 	m.Write(body)
 	return hex.EncodeToString(m.Sum(nil))
 }
 
-// answer is the answer to a client.
+// answer is the response to a client.
 type answer struct {
 	status int
 	header http.Header
@@ -394,12 +394,12 @@ func send(ctx context.Context, client *http.Client, url string, body []byte, len
 	return answer{resp.StatusCode, resp.Header, string(got)}, err
 }
 
-// post sends a signed body of known length and must get an answer.
+// post sends a signed body of known length and must get a response.
 func post(t *testing.T, url string, body []byte, signatures ...string) answer {
 	t.Helper()
 	client := &http.Client{Timeout: 60 * time.Second, Transport: new(http.Transport)}
-	// and not DisableKeepAlives: when the client asks for it, net/http closes the
-	// connection without waiting for bytes on their way, and the answer may be lost
+	// do not use DisableKeepAlives: it makes the server close the connection without waiting
+	// for bytes in transit, and the client may lose the response
 	defer client.CloseIdleConnections()
 	got, err := send(t.Context(), client, url, body, int64(len(body)), signatures...)
 	require.NoError(t, err)
@@ -449,7 +449,7 @@ func needs(t *testing.T, programs ...string) {
 	}
 }
 
-// killHard ends a Caddy as the death of its machine does.
+// killHard ends Caddy abruptly, like a crash of its machine.
 func killHard(c *caddy) {
 	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
 	<-c.exited

@@ -17,11 +17,11 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// These tests have no container engine, no cluster and no systemd. They run the
-// Caddyfiles, the backend, Prometheus, and the commands of each README without the part
-// that enters a container. examples/test checks the manifests.
+// These tests have no container engine, no cluster and no systemd. They run the Caddyfiles,
+// the backend and Prometheus. They run the commands of each README outside a container.
+// examples/test checks the manifests.
 
-// deployed is a Caddy as in a container, and a shell outside.
+// deployed is a Caddy that is configured as in a container, and a shell outside the container.
 type deployed struct {
 	*caddy
 	metrics, secretFile string
@@ -233,7 +233,7 @@ WantedBy=multi-user.target
 		assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
 		assert.Equal(t, 401, post(t, webhookURL(c, "/webhook"), body, sign("wrong", body)).status)
 		assert.Positive(t, backend.of("doc_1").taken)
-		// as the README has it
+		// copied from the README
 		const validate = "CREDENTIALS_DIRECTORY=/etc/caddy caddy validate --config /etc/caddy/Caddyfile"
 		require.Contains(t, readFile(t, from+"README.md"), "`sudo "+validate+"`")
 		cmd := exec.Command(caddyPath, "validate", "--config", from+"Caddyfile")

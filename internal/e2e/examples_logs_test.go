@@ -13,7 +13,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestExamplesKeepSignaturesOutOfLogs: each Caddyfile that people copy has the filter of
+// TestExamplesKeepSignaturesOutOfLogs: each Caddyfile that people copy has a filter for
 // Caddy's own log. TestRecipeSignatureInLogs shows its purpose.
 func TestExamplesKeepSignaturesOutOfLogs(t *testing.T) {
 	t.Parallel()

@@ -21,15 +21,15 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// example is a copy of a folder of examples, with free ports in place of the ports in its
-// files and commands.
+// example is a copy of a folder of examples. Free ports replace the ports in its files and
+// commands.
 type example struct {
 	t                      *testing.T
 	dir                    string
 	env                    []string
 	site, upstream         string // addresses
 	replacer               *strings.Replacer
-	backend, caddy, sender string // the commands of its README
+	backend, caddy, sender string // the commands of the README
 }
 
 func newExample(t *testing.T, name string) *example {
@@ -48,7 +48,7 @@ func newExample(t *testing.T, name string) *example {
 			require.Equal(t, 1, strings.Count(content, "\n{\n"), "the global options")
 			content = strings.Replace(content, "\n{\n", fmt.Sprintf("\n{\n\tadmin %s\n", freeAddr(t)), 1)
 		}
-		require.NoError(t, os.WriteFile(filepath.Join(e.dir, file.Name()), []byte(content), 0o644)) //nolint:gosec // PHP has another user
+		require.NoError(t, os.WriteFile(filepath.Join(e.dir, file.Name()), []byte(content), 0o644)) //nolint:gosec // PHP runs as another user
 	}
 	blocks := docBlocks(t, from+"/README.md", "sh")
 	require.Len(t, blocks, 4, "what to install, and three commands")
@@ -73,11 +73,11 @@ func (e *example) send(resource, secret string) string {
 	require.Contains(e.t, e.sender, "=demo ")
 	require.Contains(e.t, e.sender, "doc_1")
 	text := strings.NewReplacer("=demo ", "="+secret+" ", "doc_1", resource).Replace(e.sender)
-	out, _ := e.command(text).Output() // which fails for 401
+	out, _ := e.command(text).Output() // the command fails for status 401
 	return string(out)
 }
 
-// url is the URL of that command.
+// url returns the URL in the command that sends an event.
 func (e *example) url() string {
 	fields := strings.Fields(e.replacer.Replace(e.sender))
 	return fields[len(fields)-1]
@@ -98,7 +98,7 @@ func (e *example) startBackend() *process {
 	return p
 }
 
-// backends are the examples of a backend, with the required program and the answer.
+// backends has the example backends, each with the required program and the response.
 var backends = []struct {
 	name, needs, answer string
 }{
@@ -133,7 +133,7 @@ func TestExamples(t *testing.T) {
 			caddy := start(t, e.command(e.caddy))
 			waitFor(t, "Caddy listens", caddy, listening(e.site))
 
-			// one event by the command, and more without it, which takes a while to start
+			// the command is slow to start, so it sends only one event
 			lines := []string{"DOCUMENT_CREATE_FINISHED doc_command", "DOCUMENT_CREATE_FINISHED doc_kept_command"}
 			sendMore := func(name, answer string) {
 				for i := range 20 {
@@ -175,8 +175,8 @@ func TestExamples(t *testing.T) {
 	}
 }
 
-// TestExamplesLoseNothing stops each backend under load for a while, half a minute at
-// full length: each event that was answered 2xx must arrive.
+// TestExamplesLoseNothing stops each backend under load, for half a minute at full length.
+// Each event that was answered 2xx must arrive.
 func TestExamplesLoseNothing(t *testing.T) {
 	t.Parallel()
 	outage := time.Duration(size(30, 1)) * time.Second
@@ -255,15 +255,15 @@ func TestExamplesLoseNothing(t *testing.T) {
 	}
 }
 
-// TestPHPPool runs php-fpm with pool.conf, as a service of Debian would, and looks for
-// the socket and the log that the README describes.
+// TestPHPPool runs php-fpm with pool.conf, like a service of Debian. It checks the socket and
+// the log that the README describes.
 func TestPHPPool(t *testing.T) {
 	t.Parallel()
 	const fpm = "/usr/sbin/php-fpm8.2"
 	if _, err := os.Stat(fpm); err != nil || os.Getuid() != 0 {
 		t.Skip("needs php-fpm of Debian 12, and root")
 	}
-	other, err := user.Lookup("nobody") // who stands for caddy
+	other, err := user.Lookup("nobody") // in place of the user caddy
 	require.NoError(t, err)
 	group, err := user.LookupGroupId(other.Gid)
 	require.NoError(t, err)

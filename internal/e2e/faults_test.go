@@ -22,7 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The sites of this suite. UPSTREAMS is replaced by the backends.
+// The sites of these tests. The addresses of the backends replace UPSTREAMS.
 const (
 	plainSite = `http://:{{port}} {
 	reverse_proxy UPSTREAMS
@@ -35,15 +35,15 @@ const (
 `
 )
 
-// recommendedSite is the site of the recipe.
+// recommendedSite returns the site of the recipe.
 func recommendedSite(t *testing.T, upstreams ...string) string {
 	t.Helper()
 	_, site := recipe(t, "Nothing verified gets lost", "localhost:9000", strings.Join(upstreams, " "))
 	return site
 }
 
-// load sends signed events, each with its own id, among forged ones, and records the
-// result of each.
+// load sends signed events between forged events, and records the result of each. Each
+// event has its own id.
 type load struct {
 	t       *testing.T
 	url     string
@@ -52,9 +52,9 @@ type load struct {
 	mu      sync.Mutex
 	sent    map[string][]byte
 	status  map[string]int   // of events that were answered
-	failed  map[string]error // of the others
+	failed  map[string]error // of events without a response
 	forged  int
-	letIn   int // forged and answered 2xx
+	letIn   int // forged events that were answered 2xx
 	nextID  atomic.Int64
 	stopped atomic.Bool
 }
@@ -63,7 +63,7 @@ func newLoad(t *testing.T, url string) *load {
 	t.Helper()
 	l := &load{
 		t: t, url: url, body: event,
-		// 16 connections that are kept alive, as a sender would
+		// 16 kept-alive connections, like a sender
 		client: &http.Client{Timeout: 60 * time.Second, Transport: &http.Transport{MaxConnsPerHost: 16, MaxIdleConnsPerHost: 16}},
 		sent:   make(map[string][]byte), status: make(map[string]int), failed: make(map[string]error),
 	}
@@ -120,7 +120,7 @@ func (l *load) many(n, workers int) {
 	wg.Wait()
 }
 
-// atRate sends events at a steady rate for as long as during runs.
+// atRate sends events at a steady rate while during runs.
 func (l *load) atRate(perSecond int, during func()) {
 	done := make(chan struct{})
 	go func() {
@@ -145,8 +145,8 @@ func (l *load) atRate(perSecond int, during func()) {
 type tally struct {
 	sent       int
 	accepted   int // answered 2xx
-	lost       int // answered otherwise, or not
-	unrecorded int // answered 2xx, and no backend has it
+	lost       int // not answered 2xx
+	unrecorded int // answered 2xx, but no backend has a record
 	twice      int // recorded more than once
 	strangers  int // recorded twice with different keys
 }
@@ -192,17 +192,16 @@ func (l *load) tally(backends ...*backend) (sum tally) {
 	return sum
 }
 
-// A backend closes each connection that it kept alive just as the next request
-// arrives on it. If it does so between header and body, net/http's Transport fails
-// to write the body, and does not send such a request again, with any header: with
-// bare reverse_proxy, these events are lost.
+// A backend closes each kept-alive connection when the next request arrives on it. If it
+// closes the connection between header and body, net/http's Transport fails to write the
+// body. The Transport never retries such a request, so bare reverse_proxy loses the event.
 func TestKeptAliveConnectionsThatClose(t *testing.T) {
 	t.Parallel()
 	events := size(1000, 300)
 	for _, tt := range []struct {
 		name string
 		site string
-		lost int // at most; -1 for any number
+		lost int // the largest allowed number, or -1 for any number
 	}{
 		{"drop-reused", plainSite, -1},
 		{"drop-reused", bareSite, events * 5 / 100},
@@ -222,7 +221,7 @@ func TestKeptAliveConnectionsThatClose(t *testing.T) {
 			lost := 0
 			client := new(http.Client)
 			l := newLoad(t, webhookURL(c, "/webhook"))
-			if tt.site == plainSite { // it lets forged events through
+			if tt.site == plainSite { // plain Caddy accepts forged events
 				for range events {
 					body := event("doc")
 					got, err := send(t.Context(), client, webhookURL(c, "/webhook"), body, int64(len(body)))
@@ -310,18 +309,18 @@ func TestBackendDies(t *testing.T) {
 	}
 }
 
-// Over HTTP/2, in which a server can say which requests it has taken, a reload
-// costs nothing. Over HTTP/1.1, a server that shuts down closes connections that are
-// idle, and those whose next request it has just read (conn.serve of net/http), and
-// the kernel resets those that wait in the backlog of a listener that is closed, with
-// or without this module (the test also measures plain Caddy). No handler sees these
-// requests. So for HTTP/1.1 the test only asserts that no event is refused, that each
-// answered event arrived, and that the other senders see that they got no answer.
+// Over HTTP/2, a server can tell the client which requests it has accepted, so a reload
+// loses no request. Over HTTP/1.1, a server that shuts down closes idle connections, even if
+// it has just read a request (conn.serve of net/http). The kernel resets the connections in
+// the backlog of a closed listener. The same happens without this module: the test also
+// measures plain Caddy. No handler sees these requests. So for HTTP/1.1 the test only asserts
+// that no event is refused, that each answered event has arrived, and that the other senders
+// notice the missing response.
 func TestReloadUnderLoad(t *testing.T) {
 	t.Parallel()
 	reloads := size(20, 8)
 	if raceEnabled {
-		reloads = 5 // the command takes a second to start with the race detector
+		reloads = 5 // with the race detector, the command takes a second to start
 	}
 	run := func(t *testing.T, one, two, scheme string, client func(c *caddy) *http.Client) (*load, tally) {
 		b := newBackend(t, good)
@@ -377,7 +376,7 @@ func TestStopUnderLoad(t *testing.T) {
 	b := newBackend(t, good)
 	c := startCaddy(t, "", recommendedSite(t, b.addr))
 	l := newLoad(t, webhookURL(c, "/webhook"))
-	// a connection for each event, so that being refused is to the point
+	// each event needs a new connection, so the test sees when Caddy refuses connections
 	l.client.Transport.(*http.Transport).DisableKeepAlives = true
 	done := make(chan struct{})
 	go func() {
@@ -402,7 +401,7 @@ func TestStopUnderLoad(t *testing.T) {
 		case errors.Is(err, syscall.ECONNREFUSED):
 			refused++
 		case errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE) || strings.HasSuffix(err.Error(), "EOF"):
-			backlog++ // the kernel had taken the connection, and Caddy had not
+			backlog++ // the kernel had accepted the connection, but Caddy had not
 		default:
 			t.Errorf("%s: %v", id, err)
 		}
@@ -447,8 +446,8 @@ func TestTwoUpstreams(t *testing.T) {
 	})
 }
 
-// An upstream that answers before it reads leaves the transport reading the body
-// after the handler has returned. No byte of it may show up in another request.
+// If an upstream answers before it reads the body, the transport still reads the body after
+// the handler has returned. No byte of this body may appear in another request.
 func TestUpstreamThatAnswersEarly(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
@@ -467,7 +466,7 @@ func TestUpstreamThatAnswersEarly(t *testing.T) {
 	for range 32 {
 		wg.Go(func() {
 			for i := int(next.Add(1)) - 1; i < requests; i = int(next.Add(1)) - 1 {
-				// as distinct as can be: every word of it is its number
+				// each word of the body is the number of the request
 				word := fmt.Sprintf("%08d", i)
 				body := []byte(strings.Repeat(word, 1+rand.IntN(8000)))
 				sent[i] = body
@@ -481,7 +480,7 @@ func TestUpstreamThatAnswersEarly(t *testing.T) {
 					t.Error(err)
 					continue
 				}
-				// a reused connection to the backend may be closed by its early answer
+				// after an early response, the backend may close a reused connection
 				if got.status != want && got.status != http.StatusBadGateway {
 					t.Errorf("status %d", got.status)
 				}

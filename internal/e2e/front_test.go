@@ -17,7 +17,7 @@ import (
 )
 
 // A proxy in front of two guards skips a guard that does not answer. Unsigned bodies must
-// not cause this: genuine events would be lost during that time.
+// not cause this, because genuine events would be lost during the pause.
 func TestNginxInFront(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, good)

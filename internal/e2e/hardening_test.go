@@ -34,7 +34,8 @@ func (p *process) status(t *testing.T, field string) int64 {
 	return kib << 10
 }
 
-// skipUnlessMemoryCounts: /proc is Linux's, and the race detector has a memory of its own.
+// skipUnlessMemoryCounts skips a test that measures memory. Only Linux has /proc, and the
+// race detector uses extra memory.
 func skipUnlessMemoryCounts(t *testing.T) {
 	t.Helper()
 	if _, err := os.Stat("/proc/self/status"); err != nil {
@@ -45,7 +46,7 @@ func skipUnlessMemoryCounts(t *testing.T) {
 	}
 }
 
-// raiseFileLimit lets this process, and Caddy after it, hold that many connections.
+// raiseFileLimit allows many open connections in this process, and in Caddy.
 func raiseFileLimit(t *testing.T) {
 	t.Helper()
 	var limit syscall.Rlimit
@@ -59,8 +60,8 @@ func raiseFileLimit(t *testing.T) {
 	}
 }
 
-// guardedSite and plainReader are the same except for the guard: the handler that answers
-// must read the body first.
+// guardedSite and plainReader differ only in the guard. In both, the handler must read the
+// body before it answers.
 const guardedSite = `http://:{{port}} {
 	inkit_webhook {
 		secret {env.INKIT_WEBHOOK_SECRET}
@@ -70,8 +71,8 @@ const guardedSite = `http://:{{port}} {
 }
 `
 
-// hold opens connections that send only a part of a request, and returns the memory that
-// they cost Caddy, in bytes.
+// hold opens connections that send only a part of a request. It returns how many bytes of
+// memory Caddy uses for them.
 func hold(t *testing.T, c *caddy, connections int, request string) int64 {
 	t.Helper()
 	before := c.status(t, "VmRSS")
@@ -105,16 +106,16 @@ func TestMemoryOfSlowConnections(t *testing.T) {
 	}
 	guarded := perConnection(guardedSite)
 	proxied := perConnection(plainSite)
-	// a Caddy that does as little as can be: it holds the connection, and waits for
-	// the rest of the header
+	// the minimum for comparison: Caddy keeps the connection open, and waits for the rest of
+	// the header
 	request = strings.Replace(request, "\r\n\r\n", "\r\nX: ", 1)
 	idle := perConnection(plainSite)
 	t.Logf("%d connections: %d bytes each, %d with plain reverse_proxy, %d with plain Caddy that waits for the header", connections, guarded, proxied, idle)
 	assert.LessOrEqual(t, guarded-proxied, int64(8<<10))
 }
 
-// upload sends large posts at the same time, reads the answers, and returns the
-// most memory that Caddy had meanwhile.
+// upload sends large posts at the same time, reads the responses, and returns the largest
+// memory of Caddy during this time.
 func upload(t *testing.T, c *caddy, posts int, size int64, status int, fields string) int64 {
 	t.Helper()
 	head := fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n%s\r\n", size, fields)
@@ -128,7 +129,7 @@ func upload(t *testing.T, c *caddy, posts int, size int64, status int, fields st
 			}
 			defer conn.Close()
 			_ = conn.SetDeadline(time.Now().Add(time.Minute))
-			go func() { // on and on, whether or not there is an answer
+			go func() { // send without waiting for the response
 				_, _ = io.WriteString(conn, head)
 				_, _ = io.CopyN(conn, zeros{}, size)
 			}()
@@ -168,15 +169,15 @@ func TestMemoryOfLargeUploads(t *testing.T) {
 		posts, size>>20, plain>>20, unsigned>>20, tooLarge>>20, forged>>20)
 	assert.Less(t, float64(unsigned), 1.2*float64(plain))
 	assert.Less(t, float64(tooLarge), 1.2*float64(plain))
-	// a body's smaller buffers, a third of it, may not be collected yet
+	// the garbage collector may not have freed smaller buffers, a third of the body
 	assert.Less(t, float64(forged-plain), 1.35*posts*size)
 }
 
-// compactSignature has the right form.
+// compactSignature is well-formed, but does not match.
 const compactSignature = "f1e17187f7a3a3a72ab9c6f7f23d4bdff836ec5d8eb75930533a2511b1acbb5b"
 
-// TestDribblingClients: good events are answered within a second beside 2,000
-// clients that send a byte a second, which read_timeout gets rid of in the end.
+// TestDribblingClients: while 2,000 clients send one byte a second, good events are answered
+// within a second. In the end, read_timeout disconnects the slow clients.
 func TestDribblingClients(t *testing.T) {
 	t.Parallel()
 	raiseFileLimit(t)
@@ -229,8 +230,8 @@ func TestDribblingClients(t *testing.T) {
 	wg.Wait()
 }
 
-// TestSameVerdictAsInkitsListener sends random requests to Caddy, and to a
-// listener in Python that follows Inkit's documentation.
+// TestSameVerdictAsInkitsListener sends random requests to Caddy, and to a Python listener
+// that follows Inkit's documentation.
 func TestSameVerdictAsInkitsListener(t *testing.T) {
 	t.Parallel()
 	needs(t, "python3")
@@ -272,8 +273,8 @@ func TestSameVerdictAsInkitsListener(t *testing.T) {
 	assert.Len(t, b.records(), verdicts[200])
 }
 
-// randomRequest returns a request with a random body, signature, method and
-// framing, each of them right more often than not, and whether it is complete.
+// randomRequest returns a request with a random body, signature, method and framing. Each of
+// these parts is usually correct. whole reports whether the request is complete.
 func randomRequest(r *rand.Rand) (request []byte, whole bool) {
 	whole = true
 	pick := func(values ...string) string { return values[r.IntN(len(values))] }
@@ -323,7 +324,7 @@ func randomRequest(r *rand.Rand) (request []byte, whole bool) {
 	case 10:
 		fields = []string{"Inkit-Signature: " + sign(secret, append(slices.Clone(body), pick("\n", "\x00", " ", "{}")...))}
 	case 11:
-		fields = []string{"INKIT-SIGNATURE:\t " + genuine + " \t"} // case and white space do not count
+		fields = []string{"INKIT-SIGNATURE:\t " + genuine + " \t"} // case and white space do not matter
 	case 12:
 		fields = []string{pick("Signature", "X-Inkit-Signature", "Inkit-Signatur", "InkitSignature") + ": " + genuine}
 	}
@@ -347,7 +348,7 @@ func randomRequest(r *rand.Rand) (request []byte, whole bool) {
 			framed.Truncate(framed.Len() - 1 - r.IntN(min(framed.Len(), 5)-1) - 4)
 			whole = false
 		}
-	case 3: // cut short
+	case 3: // incomplete
 		whole = false
 		fields = append(fields, fmt.Sprintf("Content-Length: %d", len(body)+1+r.IntN(10)))
 		framed.Write(body)
@@ -359,9 +360,9 @@ func randomRequest(r *rand.Rand) (request []byte, whole bool) {
 	return append([]byte(method+" /webhook HTTP/1.1\r\n"+strings.Join(fields, "\r\n")+"\r\n\r\n"), framed.Bytes()...), whole
 }
 
-// verdict sends a request and returns the status of the answer. If something is
-// missing, it ends its side of the connection; after a whole one, net/http would take
-// that for a client that is gone.
+// verdict sends a request and returns the status of the response. After an incomplete
+// request, it closes its half of the connection. After a complete request, net/http would
+// treat this as a disconnect.
 func verdict(addr string, request []byte, whole bool) (int, error) {
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {

@@ -23,8 +23,9 @@ import (
 
 const monitoring = "../../examples/monitoring"
 
-// TestAlertRules runs the rules' own tests, and then with every rule broken in one
-// way: each alert has a case that fires and one that must not, so that they fail.
+// TestAlertRules runs the tests of the rules, and then runs them with broken rules. The tests
+// must fail for each broken rule, because each alert has a case that fires and a case that
+// does not fire.
 func TestAlertRules(t *testing.T) {
 	t.Parallel()
 	needs(t, "promtool")
@@ -76,7 +77,7 @@ func TestAlertRules(t *testing.T) {
 		assert.Regexp(t, failed+`\n +0:`, never, "no case has %s fire", alert[1])
 		assert.Regexp(t, failed+`\], \n`, always, "there is no case in which %s must not fire", alert[1])
 	}
-	for i := 1; i < 7; i += 2 { // the line of an operator, which is left out with the one that follows
+	for i := 1; i < 7; i += 2 { // remove a line with an operator, and the line after it
 		var without string
 		for _, alert := range alerts {
 			lines := linesOf(alert[2])
@@ -97,7 +98,7 @@ func TestAlertRules(t *testing.T) {
 	}
 }
 
-// TestMonitoringDoc: the document names every alert and metric, and its rule fires.
+// TestMonitoringDoc: the document names every alert and metric, and the rule in it fires.
 func TestMonitoringDoc(t *testing.T) {
 	t.Parallel()
 	doc := readFile(t, "../../docs/monitoring.md")
@@ -138,9 +139,9 @@ tests:
 	require.NoError(t, err, "%s", out)
 }
 
-// monitored is two Caddys that a Prometheus scrapes: two webhooks, a queue behind each,
-// and one database for both Caddys. The backend of the queue documents is down; that of
-// the queue mail has trouble with the event "bad".
+// monitored is the site of two Caddys that a Prometheus scrapes. It has two webhooks with a
+// queue behind each. Both Caddys use one database. The backend of the queue documents is
+// down. The backend of the queue mail fails for the event "bad".
 const monitored = `
 http://:{{port}} {
 	handle /documents {
@@ -224,13 +225,13 @@ func startPrometheus(t *testing.T, caddys ...*caddy) *prometheus {
 	return p
 }
 
-// series is a series in the answer to a query.
+// series is a series in the result of a query.
 type series struct {
 	labels map[string]string
 	value  float64
 }
 
-// query returns the values of an expression at a time.
+// query evaluates an expression at one time.
 func (p *prometheus) query(at time.Time, expr string) (result []series) {
 	p.t.Helper()
 	resp, err := http.PostForm("http://"+p.addr+"/api/v1/query", url.Values{"query": {expr}, "time": {at.Format(time.RFC3339Nano)}})
@@ -312,13 +313,13 @@ func TestDashboard(t *testing.T) {
 		`count(caddy_inkit_queue_events{queue="documents", state="pending"} == 5)`,
 		`count(caddy_inkit_queue_events{queue="mail", state="dead"} == 1)`,
 		`count(caddy_inkit_queue_oldest_age_seconds{queue="documents"} > 1)`,
-		// otherwise increase, which extrapolates after the last scrape, is off by more than a tenth
+		// with fewer scrapes, the error of increase is more than a tenth, because it extrapolates
 		`count(count_over_time(up[1m]) > 14)`)
 
-	// the required value of each line, by its legend; a panel has no other lines
+	// the required value of each line in a panel, by its legend; further lines are an error
 	one, two := " "+c.admin, " "+other.admin
 	type lines map[string]float64
-	const some = -1 // or more than that
+	const some = -1 // 1 or more
 	want := map[string]lines{
 		"Verified, last day": {"documents": 5, "mail": 4},
 		"Rejected, last day": {"documents": 3, "mail": 0},
@@ -375,7 +376,7 @@ func TestDashboard(t *testing.T) {
 			assert.Equal(t, "stepAfter", defaults.Custom.LineInterpolation, panel.Title)
 		}
 		require.Len(t, panel.Targets, 1, panel.Title)
-		// lines returns the panel's lines at a time, for the chosen webhook and queue
+		// shown returns the lines of the panel at one time, for the chosen webhook and queue
 		shown := func(at time.Time, choice string) lines {
 			got := make(lines)
 			target := panel.Targets[0]
@@ -387,7 +388,7 @@ func TestDashboard(t *testing.T) {
 				require.NotContains(t, got, legend, "two lines of %s have one name", panel.Title)
 				require.False(t, math.IsNaN(s.value), "%s: %s is not a number", panel.Title, legend)
 				if count {
-					require.Equal(t, math.Trunc(s.value), s.value, "%s: %s", panel.Title, legend) //nolint:testifylint // whole, and not nearly so
+					require.Equal(t, math.Trunc(s.value), s.value, "%s: %s", panel.Title, legend) //nolint:testifylint // exactly a whole number
 				}
 				got[legend] = s.value
 			}
@@ -438,14 +439,14 @@ func TestDashboard(t *testing.T) {
 		}
 		right(shown(before, ".*"), none, "before the first event")
 
-		// long after the last event, which is when a rotation looks at it
+		// after a rotation, an operator looks at this panel long after the last event
 		if strings.HasSuffix(panel.Title, "last day") {
 			right(shown(now.Add(23*time.Hour), ".*"), want[panel.Title], "after 23 hours")
 		}
 		assert.Empty(t, shown(now.Add(25*time.Hour), ".*"), panel.Title)
 	}
 
-	// Caddy's own figures have the name of a route's first handler: handle is a subroute
+	// in Caddy's own metrics, the label is the first handler of the route: handle is a subroute
 	for _, metric := range []string{"caddy_http_request_duration_seconds_count", "caddy_http_request_size_bytes_count", "caddy_http_response_duration_seconds_count"} {
 		assert.NotEmpty(t, p.query(now, metric+`{handler="subroute"}`), metric)
 		assert.Empty(t, p.query(now, metric+`{handler="inkit_webhook"}`), metric)

@@ -28,7 +28,7 @@ func TestNothingConfidentialShows(t *testing.T) {
 	options = strings.NewReplacer(
 		"\tlog {\n", "\tlog {\n\t\toutput file {{dir}}/log\n\t\tlevel DEBUG\n",
 		"\tlog rejections {\n", "\tlog rejections {\n\t\tlevel DEBUG\n",
-		"thereafter 100\n", "thereafter 1\n", // all of them
+		"thereafter 100\n", "thereafter 1\n", // no sampling
 	).Replace(options)
 	c := startCaddy(t, options+"\n\tmetrics", site, "OTEL_TRACES_EXPORTER=none")
 
@@ -122,8 +122,8 @@ func inParallel(workers, n int, f func(i int)) {
 	wg.Wait()
 }
 
-// TestMetrics: every outcome is counted, for two sites by the names of their
-// secrets, and reloads change nothing.
+// TestMetrics: every outcome is counted for two sites, by the names of their secrets. Reloads
+// do not reset the counters.
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	for _, option := range []string{"", "\tmetrics"} {
@@ -160,7 +160,7 @@ func TestMetrics(t *testing.T) {
 			large := make([]byte, 70_000)
 			reloads := 5
 			if raceEnabled {
-				reloads = 3 // the command takes a second to start with the race detector
+				reloads = 3 // with the race detector, the command takes a second to start
 			}
 			for range reloads {
 				for range 2 {
@@ -174,8 +174,8 @@ func TestMetrics(t *testing.T) {
 				assert.Equal(t, 405, rawStatus(t, c.addr, "GET /mail HTTP/1.1\r\nHost: x\r\n\r\n"))
 				assert.Equal(t, 400, rawStatus(t, c.addr, "POST /mail HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\nInkit-Signature: "+sign("mail_new", body)+"\r\n\r\nzz\r\n"))
 				c.reload()
-				// Caddy goes on to stop the previous server, and a connection that
-				// this one took meanwhile ends without an answer: TestReloadUnderLoad
+				// Caddy is still stopping the previous server, and connections to that server
+				// end without a response: see TestReloadUnderLoad
 				time.Sleep(300 * time.Millisecond)
 			}
 			for _, tt := range []struct {
@@ -206,7 +206,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestRecipeTraces has Caddy print its spans, for which OpenTelemetry has an exporter.
+// TestRecipeTraces makes Caddy print its spans, with an exporter of OpenTelemetry.
 func TestRecipeTraces(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, good)

@@ -2,5 +2,5 @@ package e2e
 
 import "syscall"
 
-// On Linux, a test's processes end with it, even if the test is killed.
+// On Linux, the processes of a test end with the test, even if the test is killed.
 func init() { sysProcAttr.Pdeathsig = syscall.SIGKILL }

@@ -17,7 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// A sender that has closed its side of the connection still reads the answer.
+// A sender that has closed its half of the connection still reads the response.
 func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 	t.Parallel()
 	halfClosed := func(t *testing.T, c *caddy, id string) int {
@@ -41,7 +41,7 @@ func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 	t.Run("when nothing can be kept", func(t *testing.T) {
 		t.Parallel()
 		c := newQueueCaddy(t, backend.addr, "")
-		require.NoError(t, os.MkdirAll(c.path("queue/events.db"), 0o700)) // no file can be there
+		require.NoError(t, os.MkdirAll(c.path("queue/events.db"), 0o700)) // the folder makes it impossible to create the database file
 		c.start()
 		inParallel(4, 4, func(i int) { // each waits 5 s for a database
 			assert.Equal(t, http.StatusServiceUnavailable, halfClosed(t, c, fmt.Sprint("refused-", i)))
@@ -57,8 +57,8 @@ func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 	})
 }
 
-// After an outage, a backend gets events again, even without a database with the times of
-// attempts.
+// After an outage, the backend gets events again, even if Caddy could not open the
+// database.
 func TestQueueWithoutADatabaseWhoseBackendComesBack(t *testing.T) {
 	t.Parallel()
 	backend, up := switchable(t)
@@ -105,7 +105,7 @@ func TestQueueWhoseDatabaseIsALink(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			backend, up := switchable(t)
-			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // a kill costs 2 s more
+			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // after a kill, the lease lasts for 2 s more
 			target := t.TempDir() + "/real.db"
 			tt.make(t, target)
 			require.NoError(t, os.Mkdir(c.path("queue"), 0o700))
@@ -133,7 +133,7 @@ func TestQueuePath(t *testing.T) {
 
 	dir := t.TempDir()
 	c = newCaddy(t, "", site, "QUEUE_DB="+dir+"/named.db")
-	require.NoError(t, os.WriteFile(dir+"/named.db", nil, 0o644)) //nolint:gosec // that is what it is about
+	require.NoError(t, os.WriteFile(dir+"/named.db", nil, 0o644)) //nolint:gosec // Caddy must take these permissions away
 	c.start()
 	s := newSender(t, c)
 	require.Equal(t, http.StatusOK, s.once(t, "kept").status)

@@ -25,8 +25,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestQueueAttemptsAreAlike fails the first attempt of each event, kills Caddy, and
-// compares the backend's request of the second attempt with the first.
+// TestQueueAttemptsAreAlike makes the first attempt of each event fail, and kills Caddy. Then
+// it compares the requests that the backend gets in the first and in the second attempt.
 func TestQueueAttemptsAreAlike(t *testing.T) {
 	rows := []struct {
 		name, before, deliver string
@@ -97,7 +97,7 @@ func TestQueueAttemptsAreAlike(t *testing.T) {
 	}
 
 	var mu sync.Mutex
-	attempts := make(map[string][]string) // by row, without the attempt's number
+	attempts := make(map[string][]string) // the requests by row, without the field X-Attempt
 	backend := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		row, attempt := r.Header.Get("X-Row"), r.Header.Get("X-Attempt")
 		r.Header.Del("X-Attempt")
@@ -187,7 +187,7 @@ func TestQueueAttemptsAreAlike(t *testing.T) {
 					want = strings.Replace(want, "X-Forwarded-Proto: http\r\n", "X-Forwarded-Proto: https\r\n", 1)
 				}
 				assert.Contains(t, first, want)
-				if row.name == "tracing" { // of which each attempt has its own
+				if row.name == "tracing" { // each attempt has its own traceparent field
 					require.NotEqual(t, first, second)
 					first, second = traceparent.ReplaceAllString(first, "\r\n"), traceparent.ReplaceAllString(second, "\r\n")
 				}
@@ -200,7 +200,7 @@ func TestQueueAttemptsAreAlike(t *testing.T) {
 	}
 }
 
-// TestQueueAttemptsAreAlikeInPHP is the same for php_fastcgi.
+// TestQueueAttemptsAreAlikeInPHP is the same test for php_fastcgi.
 func TestQueueAttemptsAreAlikeInPHP(t *testing.T) {
 	t.Parallel()
 	root, php := startPHP(t, `<?php
@@ -274,7 +274,7 @@ if (str_contains($body, 'hangs')) sleep(3600);`)
 		assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, sign(secret, body)).status)
 	}
 	seen := func(id string) int { return strings.Count(readFile(t, root+"/seen"), id) }
-	send("hangs") // one of the two workers of PHP
+	send("hangs") // this event blocks one of the two PHP workers
 	c.logged("an attempt goes on after attempt_timeout")
 	waitFor(t, "it is tried again, but not while that goes on", c.process, func() bool {
 		list := c.list(t)
@@ -291,7 +291,7 @@ if (str_contains($body, 'hangs')) sleep(3600);`)
 	c.stop(t, syscall.SIGTERM)
 }
 
-// TestQueueDeliverBlocksThatFail has blocks that cannot deliver beside one that can.
+// TestQueueDeliverBlocksThatFail has deliver blocks that cannot deliver, and one that can.
 func TestQueueDeliverBlocksThatFail(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, all)
@@ -356,7 +356,7 @@ type queueEvent struct {
 	LastError                  string `json:"last_error"`
 }
 
-// list is caddy inkit-queue list.
+// list runs caddy inkit-queue list.
 func (c *caddy) list(t *testing.T, args ...string) (events []queueEvent) {
 	t.Helper()
 	out, err := c.command(append([]string{"inkit-queue", "list", "--json", "--config", c.path("Caddyfile")}, args...)...)

@@ -17,10 +17,10 @@ import (
 
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
-	_ "modernc.org/sqlite" // to look into the database, and to hold a lock
+	_ "modernc.org/sqlite" // to read the database, and to lock it
 )
 
-// tmpfs mounts a file system in memory of that size in a folder.
+// tmpfs mounts a file system in memory in a folder, with options such as its size.
 func tmpfs(t *testing.T, dir, options string) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -45,7 +45,7 @@ func switchable(t *testing.T) (b *backend, up *atomic.Bool) {
 	}), up
 }
 
-// once sends an event once, and returns the answer.
+// once sends an event without a retry, and returns the response.
 func (s *sender) once(t *testing.T, id string) answer {
 	t.Helper()
 	s.mu.Lock()
@@ -61,7 +61,7 @@ func (s *sender) once(t *testing.T, id string) answer {
 	return got
 }
 
-// refused asserts the answer for an event that is neither stored nor delivered.
+// refused asserts the response for an event that is neither stored nor delivered.
 func refused(t *testing.T, got answer) {
 	t.Helper()
 	assert.Equal(t, http.StatusServiceUnavailable, got.status)
@@ -178,7 +178,7 @@ func TestQueueWhoseDatabaseGoesAway(t *testing.T) {
 			}
 			tt.away(t, c.path("queue/events.db"))
 			for i := range 10 {
-				s.once(t, fmt.Sprint("after-", i)) // whatever it says must be true
+				s.once(t, fmt.Sprint("after-", i)) // a status 2xx means that the event must arrive
 			}
 			assert.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
 			c.logged("was deleted")
@@ -192,7 +192,7 @@ func TestQueueWhoseDatabaseGoesAway(t *testing.T) {
 	}
 }
 
-// copyDatabase copies a database with its log, as it is at a moment.
+// copyDatabase copies a database with its write-ahead log, while Caddy may be writing.
 func copyDatabase(t *testing.T, from, to string) {
 	t.Helper()
 	for _, suffix := range []string{"", "-wal"} {
@@ -202,7 +202,7 @@ func copyDatabase(t *testing.T, from, to string) {
 	}
 }
 
-// The file is still open. Only the end of Caddy writes to it.
+// Caddy still has the deleted file open, and writes to it only when it stops.
 func TestQueueWhoseDatabaseIsDeletedBeforeAStop(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, all)
@@ -243,7 +243,7 @@ func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
 	backend.hasAll(t, s.ids(), time.Minute)
 }
 
-// kept creates a database with pending events, and returns it and their names.
+// kept creates a database with pending events. It returns its path and the ids of the events.
 func kept(t *testing.T, events int) (db string, ids []string) {
 	t.Helper()
 	backend := newTaker(t, all)
@@ -270,10 +270,10 @@ func TestQueueWhoseDatabaseIsDamaged(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		damage func(t *testing.T, db string)
-		aside  bool // whether it is moved aside
+		aside  bool // whether the database is moved aside
 		says   string
-		all    bool // whether all of its events are delivered
-		keeps  bool // whether new ones are kept
+		all    bool // whether all events of the database are delivered
+		keeps  bool // whether new events are stored
 	}{
 		{"cut in half", func(t *testing.T, db string) {
 			edit(t, db, func(b []byte) []byte { return b[:len(b)/2] })
@@ -299,7 +299,7 @@ func TestQueueWhoseDatabaseIsDamaged(t *testing.T) {
 		}, false, "the database has the schema of another version: 99", false, false},
 		{"unreadable", func(t *testing.T, db string) {
 			require.NoError(t, os.Remove(db))
-			require.NoError(t, os.Mkdir(db, 0o700)) // root reads any file
+			require.NoError(t, os.Mkdir(db, 0o700)) // file permissions do not stop root
 		}, false, "is a directory", false, false},
 		{"whole", func(*testing.T, string) {}, false, "", true, true},
 	} {

@@ -19,12 +19,12 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// docBlock is a block of code in a Markdown file, with the heading that it is under.
+// docBlock is a block of code in a Markdown file, with the heading above it.
 type docBlock struct {
 	heading, language, text string
 }
 
-// docBlocks returns the blocks of a file that are in a language, in their order.
+// docBlocks returns the blocks of one language in a file, in their order.
 func docBlocks(t *testing.T, path, language string) (blocks []docBlock) {
 	t.Helper()
 	heading := ""
@@ -58,14 +58,14 @@ func newStatus(t *testing.T, code int32) (b *backend, status *atomic.Int32) {
 	return newTaker(t, func(string, int) int { return int(status.Load()) }), status
 }
 
-// operator is a shell in which the commands of docs/queue.md run, as the user that Caddy
-// runs as. There is no systemd here: the test stands in for it.
+// operator is a shell that runs the commands of docs/queue.md, as the user of Caddy. The test
+// replaces systemd.
 type operator struct {
 	t    *testing.T
 	dir  string
 	env  []string
 	vars string
-	hard atomic.Bool // whether a stop is one that systemd has lost its patience with
+	hard atomic.Bool // whether stop kills Caddy, like systemd after its timeout
 }
 
 func newOperator(t *testing.T, c *caddy) *operator {
@@ -103,7 +103,8 @@ func newOperator(t *testing.T, c *caddy) *operator {
 	return o
 }
 
-// command returns a script as it runs in the operator's shell, which keeps its variables.
+// command returns the command for a script in the operator's shell. The shell keeps its
+// variables.
 func (o *operator) command(script string) *exec.Cmd {
 	cmd := exec.Command("bash", "-c", "[ ! -f vars ] || . ./vars\n"+script+"\nstatus=$?\ndeclare -p db damaged 2>/dev/null >vars\nexit $status")
 	cmd.Dir, cmd.Env = o.dir, o.env
@@ -152,7 +153,7 @@ func TestQueueDocs(t *testing.T) {
 		t.Helper()
 		return o.run("caddy inkit-queue list --db " + db + " " + arguments)
 	}
-	id := "" // of the event that stands for the one in the text
+	id := "" // of the event that replaces the example in the text
 	waiting := func(resource string) {
 		t.Helper()
 		before := backend.idOf(resource)
@@ -161,12 +162,12 @@ func TestQueueDocs(t *testing.T) {
 		waitFor(t, "the attempt has failed", c.process, func() bool { return strings.Contains(list(""), id) })
 	}
 	var noisy []string
-	lost := 0 // of the events in the file that is damaged
+	lost := 0 // the number of events in the damaged file
 
 	steps := []struct {
 		heading string
 		before  func()
-		check   func(script string) // which runs the commands
+		check   func(script string) // runs the commands of the section, and checks the result
 	}{
 		{"Find one event", func() { waiting("doc_1") }, func(script string) {
 			out := o.run(replaceEach(t, script, exampleID, id))
@@ -258,7 +259,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Equal(t, "ok\n1\n", o.run("sqlite3 -readonly "+backups[0]+" 'PRAGMA integrity_check' 'SELECT count(*) FROM inkit_queue_events'"))
 		}},
 		{"Back up and restore", func() { waiting("doc_after") }, func(script string) {
-			o.hard.Store(true) // so that the log of the lost database is still there
+			o.hard.Store(true) // after a clean stop, the lost database has no write-ahead log
 			o.run(script)
 			o.hard.Store(false)
 			out := list("")
@@ -280,7 +281,7 @@ func TestQueueDocs(t *testing.T) {
 		}},
 		{"Move it to another disk", func() {
 			waiting("doc_moved")
-			c.configure(options, withOption("attempt_timeout 2s")) // so that leases are short
+			c.configure(options, withOption("attempt_timeout 2s")) // leases must be short
 			c.reload()
 		}, func(script string) {
 			var out strings.Builder
@@ -294,8 +295,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Contains(t, list(""), "doc_1")
 			assert.Contains(t, list(""), "doc_moved")
 			status.Store(http.StatusOK)
-			// now, and not after as long again as they have waited; one that is being
-			// delivered is an error
+			// do not wait for the next attempt; an event in delivery is an error of this command
 			_ = o.command("caddy inkit-queue retry " + backend.idOf("doc_1") + " " + id).Run()
 			waitFor(t, "both are delivered from there", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
 			assert.Positive(t, backend.of("doc_moved").taken)
@@ -365,7 +365,7 @@ func TestQueueDocs(t *testing.T) {
 	}
 }
 
-// damage overwrites the page of a database that contains a text with noise.
+// damage finds the page of a database that contains a text, and overwrites it with noise.
 func damage(t *testing.T, db, text string) {
 	t.Helper()
 	const page = 4096
@@ -380,7 +380,7 @@ func damage(t *testing.T, db, text string) {
 	require.NoError(t, os.WriteFile(db, content, 0o600))
 }
 
-// TestQueueDocsCaddyfiles loads each Caddyfile of docs/queue.md as it stands.
+// TestQueueDocsCaddyfiles loads each Caddyfile of docs/queue.md without changes.
 func TestQueueDocsCaddyfiles(t *testing.T) {
 	t.Parallel()
 	for i, block := range docBlocks(t, "../../docs/queue.md", "caddyfile") {

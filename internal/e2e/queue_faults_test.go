@@ -16,12 +16,12 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/pgtest"
-	_ "github.com/jackc/pgx/v5/stdlib" // to look into PostgreSQL
+	_ "github.com/jackc/pgx/v5/stdlib" // to read and change PostgreSQL
 	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 )
 
-// proxySite is queueSite without the queue.
+// proxySite returns the same site as queueSite, but without the queue.
 func proxySite(backend string) string {
 	return `
 http://{{addr}} {
@@ -33,7 +33,7 @@ http://{{addr}} {
 }`
 }
 
-// slowly sends the body of each request some time after its head.
+// slowly sends the body of each request some time after the header.
 type slowly struct{ *http.Transport }
 
 func (s slowly) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -53,8 +53,8 @@ func (b *lateBody) Read(p []byte) (int, error) {
 	return b.ReadCloser.Read(p)
 }
 
-// Requests that have begun before a reload reach the handlers of the old configuration
-// after Caddy has cleaned it up. With slow senders, there are some at each reload.
+// Requests that begin before a reload can reach the handlers of the old configuration after
+// their Cleanup. Slow senders cause such requests at each reload.
 func TestQueueReloadsRefuseNothing(t *testing.T) {
 	t.Parallel()
 	for _, state := range []string{"up", "down"} {
@@ -107,8 +107,8 @@ func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
 			if down {
 				backend.listen()
 			}
-			// Each queue delivers its events while it is configured. The pause after a failed probe
-			// is as long as the event's age.
+			// A queue delivers only while it is configured. The pause after a failed probe is as long
+			// as the age of its event.
 			ended := time.Now()
 			for i := 0; len(backend.missing(ids)) > 0 && time.Since(ended) < 3*time.Minute; i++ {
 				c.configure("grace_period 5s", sites[i%len(sites)])
@@ -125,7 +125,7 @@ func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
 	}
 }
 
-// changedOptions changes them with every third site.
+// changedOptions returns sites with other options after every third site.
 func changedOptions(backend string) (sites []string) {
 	for _, seconds := range []int{5, 4, 3} {
 		site := queueSite(backend, fmt.Sprintf("answer_after %ds\nconcurrency %d", seconds, 10+seconds))
@@ -134,7 +134,7 @@ func changedOptions(backend string) (sites []string) {
 	return sites
 }
 
-// This makes listing the database's folder slow.
+// Many files make a listing of the database's folder slow.
 func TestQueueBesideManyFiles(t *testing.T) {
 	backend := newTaker(t, all)
 	c := newQueueCaddy(t, backend.addr, "")
@@ -147,7 +147,7 @@ func TestQueueBesideManyFiles(t *testing.T) {
 	c.start()
 	s := newSender(t, c)
 	began := time.Now()
-	for i := 0; i < size(1500, 500) || time.Since(began) < time.Duration(size(12, 6))*time.Second; i++ { // in which the events are counted
+	for i := 0; i < size(1500, 500) || time.Since(began) < time.Duration(size(12, 6))*time.Second; i++ { // long enough for counts of the events
 		require.True(t, s.send(t.Context(), fmt.Sprint("beside-", i), 0))
 		time.Sleep(5 * time.Millisecond)
 	}
@@ -157,8 +157,8 @@ func TestQueueBesideManyFiles(t *testing.T) {
 	s.refusedNone(t)
 }
 
-// The clock of the database's times is set back or forward while Caddy runs, or before
-// it starts again after a kill.
+// The test sets the clock back or forward, by a shift of the times in the database. It does
+// this while Caddy runs, or before Caddy starts again after a kill.
 func TestQueueWhoseClockIsSet(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t, "fsync=off")
@@ -187,7 +187,7 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 					result, err := tx.Exec(fmt.Sprintf(`UPDATE inkit_queue_events SET due = due + %d, queued = queued + %d, lease = lease + %d`, by, by, by))
 					require.NoError(t, err)
 					require.NoError(t, tx.Commit())
-					_, _ = db.Exec(fmt.Sprintf(`UPDATE inkit_queue_backends SET probe = probe + %d`, by)) // if there is such a table
+					_, _ = db.Exec(fmt.Sprintf(`UPDATE inkit_queue_backends SET probe = probe + %d`, by)) // ignore the error if the table does not exist
 					n, err := result.RowsAffected()
 					require.NoError(t, err)
 					return int(n)
@@ -237,7 +237,7 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				}
 				backend.hasAll(t, kept, 10*time.Second)
 				require.True(t, s.send(t.Context(), "new", 0))
-				time.Sleep(3 * time.Second) // in which the slow ones are not to be attempted again
+				time.Sleep(3 * time.Second) // the slow events must not get a second attempt in this time
 				close(let)
 				doubles := backend.hasAll(t, s.ids(), 10*time.Second)
 				assert.Zero(t, doubles)
@@ -283,11 +283,11 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 	}
 }
 
-// While the backend is down, a database that fails for some seconds makes senders wait. It
-// refuses none of them, and the database has each event that was answered 2xx.
+// While the backend is down, a database that fails for some seconds makes senders wait. Caddy
+// refuses no sender, and the database has each event that was answered 2xx.
 func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 	t.Parallel()
-	// load sends events while the faults happen, and then has the backend take them
+	// load sends events during the faults. After the faults, the backend must get the events.
 	load := func(t *testing.T, backend *backend, c *caddy, faults func(accepted func(more int))) {
 		t.Helper()
 		ctx, cancel := context.WithCancel(t.Context())
@@ -369,6 +369,6 @@ func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 			c.logged("events are stored again")
 			accepted(50)
 		})
-		killHard(c) // the process that traces it
+		killHard(c) // here this also ends strace
 	})
 }

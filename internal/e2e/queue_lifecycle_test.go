@@ -102,7 +102,7 @@ func TestQueueOfACaddyThatStops(t *testing.T) {
 	assert.Empty(t, backend.missing([]string{"slow"}), "it had the grace period")
 	slow.Store(false)
 	c.start()
-	backend.hasAll(t, s.ids(), 5*time.Second) // and not after the lease of 32 s
+	backend.hasAll(t, s.ids(), 5*time.Second) // earlier than the end of the lease of 32 s
 	assert.Equal(t, 1, backend.of("slow").taken)
 	assert.Equal(t, 2, backend.of("hangs").attempts)
 }
@@ -133,7 +133,7 @@ func TestQueueOfTwoCaddysWhileTheFileIsLocked(t *testing.T) {
 	var up atomic.Bool
 	backend := newTaker(t, func(id string, attempt int) int {
 		if !up.Load() {
-			return http.StatusInternalServerError // of which each event has its own
+			return http.StatusInternalServerError // unlike 503, status 500 does not mark the backend as down
 		}
 		return all(id, attempt)
 	})
@@ -185,7 +185,7 @@ func TestQueueIsNotTouchedByValidate(t *testing.T) {
 	backend.hasAll(t, s.ids(), 20*time.Second)
 }
 
-// An event whose sender disconnects is still accepted.
+// After its sender disconnects, an event is still stored or delivered.
 func TestQueueOfASenderThatHangsUp(t *testing.T) {
 	t.Parallel()
 	var up atomic.Bool
@@ -229,7 +229,7 @@ func TestQueueThatIsFull(t *testing.T) {
 	assert.NotEqual(t, "0", c.metric(`caddy_inkit_queue_stored_total{queue="default",result="refused"}`))
 	assert.Len(t, c.list(t), kept, "no older event was dropped")
 
-	c.configure("", queueSite(backend.addr, "max_events 1")) // fewer than the pending events
+	c.configure("", queueSite(backend.addr, "max_events 1")) // more events are pending
 	c.stop(t, syscall.SIGTERM)
 	c.start()
 	up.Store(true)

@@ -20,9 +20,9 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// TestQueueOfManyEvents has a million events wait, or fewer.
+// TestQueueOfManyEvents has a million pending events, or fewer in a short run.
 func TestQueueOfManyEvents(t *testing.T) {
-	if !long { // when it measures more
+	if !long { // the long run measures time, and needs the machine alone
 		t.Parallel()
 	}
 	events := size(1_000_000, 5_000)
@@ -37,7 +37,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 		return http.StatusOK
 	}
 	c := queueCaddy(t, backend.addr, "max_events 2000000\nconcurrency 64\nhistory 0")
-	beside := queueCaddy(t, backend.addr, "") // to compare with
+	beside := queueCaddy(t, backend.addr, "") // for comparison: few events
 	<-newSender(t, beside).sendAll(t.Context(), "beside", 100)
 	s := newSender(t, c)
 	s.workers = 64
@@ -68,7 +68,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	})
 	ticks, ticksBeside := cpuTicks(t, c), cpuTicks(t, beside)
 	began := time.Now()
-	time.Sleep(time.Duration(size(20, 2)) * time.Second) // it is idle, but for a probe a second
+	time.Sleep(time.Duration(size(20, 2)) * time.Second) // Caddy is idle, except for one probe a second
 	seconds := 100 * time.Since(began).Seconds()
 	idle, idleBeside := float64(cpuTicks(t, c)-ticks)/seconds, float64(cpuTicks(t, beside)-ticksBeside)/seconds
 	beside.stop(t, syscall.SIGTERM)
@@ -77,9 +77,9 @@ func TestQueueOfManyEvents(t *testing.T) {
 	t.Logf("idle: %.2f %% of a core, and beside few events %.2f %%; %d events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
 		100*idle, 100*idleBeside, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
 	if long {
-		// A probe a second must load its code and data into the caches: 0.5 %
-		// of a core on a quiet machine, and up to 4 % on one whose neighbours fill them. That
-		// is the same with few events, but no two are alike. BenchmarkSQLite compares storing beside few and many.
+		// One probe a second takes 0.5 % of a core on a quiet machine. It takes up to 4 % if
+		// other processes fill the CPU caches. With few events it takes the same, but each
+		// measurement differs. BenchmarkSQLite compares storing with few and many events.
 		assert.Less(t, idle, max(0.01, 3*idleBeside))
 		assert.Less(t, idle, 0.1)
 		assert.LessOrEqual(t, many.Seconds(), 2*few.Seconds())
@@ -87,7 +87,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	assert.LessOrEqual(t, full-empty, int64(60<<20))
 
 	c.stop(t, syscall.SIGTERM)
-	// as if none had been attempted
+	// make all events due, as if no event had been attempted
 	execSQL(t, db, `UPDATE inkit_queue_events SET due = queued WHERE attempts > 0`)
 	up.Store(true)
 	began = time.Now()
@@ -106,7 +106,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 
 	enough := min(events, 100_000)
 	waitLong(t, "100,000 are delivered, or all", 5*time.Minute, c.process, func() bool {
-		time.Sleep(500 * time.Millisecond) // looking costs, too
+		time.Sleep(500 * time.Millisecond) // the query uses CPU, too
 		n, _ := strconv.ParseFloat(c.metric(`caddy_inkit_queue_attempts_total{queue="default",result="delivered"}`), 64)
 		return int(n) >= enough && (long || c.metric(pendingMetric) == "0" && len(c.list(t)) == 0)
 	})
@@ -119,7 +119,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	assert.LessOrEqual(t, c.status(t, "VmRSS")-empty, int64(60<<20))
 }
 
-// fill adds copies of an event that is there until there are as many as wanted.
+// fill copies an existing event until the database has the wanted number of events.
 func fill(t *testing.T, path string, events int) {
 	t.Helper()
 	db, err := sql.Open("sqlite", path)
@@ -152,7 +152,7 @@ func fileSize(t *testing.T, path string) int64 {
 	return info.Size()
 }
 
-// cpuTicks returns how long a Caddy has been at work, in hundredths of a second.
+// cpuTicks returns the CPU time of a Caddy, in hundredths of a second.
 func cpuTicks(t *testing.T, c *caddy) int64 {
 	t.Helper()
 	_, stat, _ := strings.Cut(readFile(t, filepath.Join("/proc", strconv.Itoa(c.cmd.Process.Pid), "stat")), ") ")

@@ -19,13 +19,13 @@ import (
 
 const once = "once *_CREATE_FINISHED"
 
-// sendOnce sends the same bytes to a Caddy, and asserts that it is answered 200.
+// sendOnce sends an event to a Caddy, and asserts that Caddy answers 200.
 func sendOnce(t *testing.T, c *caddy, id string) {
 	t.Helper()
 	assert.Equal(t, http.StatusOK, post(t, "http://"+c.addr+"/webhook", event(id), sign(secret, event(id))).status)
 }
 
-// A Caddy that is killed loses the history of its last second, and no more.
+// A killed Caddy loses only the history of its last second.
 func TestQueueHistoryAfterAKill(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, all)
@@ -45,7 +45,7 @@ func TestQueueHistoryAfterAKill(t *testing.T) {
 	for _, e := range c.list(t, "--state", "delivered") {
 		known[e.ResourceID] = true
 	}
-	var last time.Duration // before the kill, of the events that are missing
+	var last time.Duration // how long before the kill the oldest missing event was delivered
 	missing := 0
 	backend.mu.Lock()
 	defer backend.mu.Unlock()
@@ -60,8 +60,8 @@ func TestQueueHistoryAfterAKill(t *testing.T) {
 	assert.Less(t, last, 2*time.Second, "a second, and a transaction on a slow disk")
 }
 
-// One event that comes again and again arrives once: at the same instant, after it was
-// delivered, after a restart, and after kill -9 in an outage.
+// An event that the sender repeats is delivered once. It repeats the event at the same
+// time, after the delivery, after a restart, and after kill -9 in an outage.
 func TestQueueOnce(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, all)
@@ -103,7 +103,8 @@ func TestQueueOnce(t *testing.T) {
 	assert.Regexp(t, `(?m)^\S+  delivered  \d+s +DOCUMENT_CREATE_FINISHED  outage`, list)
 }
 
-// 200 events, each sent to two Caddys on one PostgreSQL at the same instant, are 200.
+// Each of 200 events is sent to two Caddys on one PostgreSQL at the same time, and arrives
+// once.
 func TestPostgresOnce(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)
@@ -132,7 +133,7 @@ func TestPostgresOnce(t *testing.T) {
 	}
 	assert.Equal(t, 200, attempts)
 
-	server.Kill() // a dead database: delivered all the same
+	server.Kill() // events are delivered even without the database
 	s := newSender(t, caddys[0])
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
@@ -143,7 +144,7 @@ func TestPostgresOnce(t *testing.T) {
 	assert.Equal(t, 1, strings.Count(caddys[0].output.String(), "cannot store events before their first attempt"))
 }
 
-// A pause outlives a reload, a restart and kill -9, and two Caddys on one database heed it.
+// A pause survives a reload, a restart and kill -9. It applies to both Caddys on one database.
 func TestPostgresPause(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)

@@ -29,10 +29,11 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// pageHash is of the password "demo", at a low cost: it is checked by each test.
+// pageHash is the hash of the password "demo". Its cost is low, because each request checks
+// it.
 const pageHash = "$2a$10$vbwNOEOi0sqCSIBQf3hzguQ1ssw.iSoooBQc/pNHC28vw7GZsB4y2"
 
-// pageSite returns the Caddyfile under a heading of docs/page.md, so that it runs here.
+// pageSite returns the Caddyfile under a heading of docs/page.md, adapted to the test.
 func pageSite(t *testing.T, heading string, replacements ...string) string {
 	t.Helper()
 	_, after, found := strings.Cut(readFile(t, "../../docs/page.md"), "\n### "+heading+"\n")
@@ -47,7 +48,7 @@ func pageSite(t *testing.T, heading string, replacements ...string) string {
 	return block
 }
 
-// pageCaddy starts a Caddy with a queue that keeps everything, and sites with its page.
+// pageCaddy starts a Caddy with a queue that cannot deliver, and sites with its page.
 func pageCaddy(t *testing.T, pages string) (c *caddy, s *sender) {
 	t.Helper()
 	c = newCaddy(t, "", queueSite(freeAddr(t), "answer_after 0s")+"\n"+pages)
@@ -55,7 +56,7 @@ func pageCaddy(t *testing.T, pages string) (c *caddy, s *sender) {
 	return c, newSender(t, c)
 }
 
-// visitor asks for pages.
+// visitor is a client that requests pages.
 type visitor struct {
 	client *http.Client
 	change func(*http.Request)
@@ -91,7 +92,7 @@ func plainVisitor(change func(*http.Request)) visitor {
 
 func withPassword(r *http.Request) { r.SetBasicAuth("ops", "demo") }
 
-// uses does what an operator does, at a URL that ends in a slash.
+// uses acts like an operator at a URL that ends in a slash.
 func (v visitor) uses(t *testing.T, at, user string) {
 	t.Helper()
 	status, page, header := v.do(t, http.MethodGet, at, nil)
@@ -157,12 +158,12 @@ func TestQueuePageWithAPassword(t *testing.T) {
 	plainVisitor(withPassword).uses(t, "http://"+front+"/a/", "ops")
 	status, _, _ := plainVisitor(withPassword).do(t, http.MethodGet, "http://"+under+"/", nil)
 	assert.Equal(t, 404, status)
-	for range 2 { // another configuration has the queue open still
+	for range 2 { // then the queue was opened by an earlier configuration
 		c.reload()
 		plainVisitor(withPassword).uses(t, "http://"+own+"/", "ops")
 	}
 
-	// across sites
+	// a request from another site
 	status, _, _ = plainVisitor(func(r *http.Request) {
 		withPassword(r)
 		r.Header.Set("Sec-Fetch-Site", "cross-site")
@@ -250,12 +251,12 @@ func TestQueuePageWithCertificates(t *testing.T) {
 	assert.Equal(t, 3, res.ProtoMajor, "HTTP/3")
 	third.uses(t, url, "CN=alice")
 	for _, stranger := range []visitor{with(nil, nil), with(other, otherKey)} {
-		_, err := stranger.client.Get(url) //nolint:bodyclose // there is none
+		_, err := stranger.client.Get(url) //nolint:bodyclose // there is no body
 		require.Error(t, err)
 	}
 }
 
-// issue makes a certificate, of a CA if there is one.
+// issue creates a certificate. ca signs it, or it signs itself if ca is nil.
 func issue(t *testing.T, name string, ca *x509.Certificate, caKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -276,7 +277,7 @@ func issue(t *testing.T, name string, ca *x509.Certificate, caKey *ecdsa.Private
 	return certificate, key
 }
 
-// Twenty visitors who reload all the time cost an event little.
+// Twenty visitors who constantly reload pages do not slow down events much.
 func TestQueuePageUnderVisitors(t *testing.T) {
 	backend := newTaker(t, all)
 	at := freeAddr(t)
@@ -314,7 +315,7 @@ func TestQueuePageUnderVisitors(t *testing.T) {
 				mu.Lock()
 				times = append(times, time.Since(began))
 				mu.Unlock()
-				select { // a person who holds down the key
+				select { // like a person who holds down the reload key
 				case <-time.After(100 * time.Millisecond):
 				case <-ctx.Done():
 				}

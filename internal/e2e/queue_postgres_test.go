@@ -41,7 +41,7 @@ func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
 	const options = "answer_after 100ms\nattempt_timeout 3s"
 	caddys := []*caddy{
 		pgCaddy(t, backend.addr, dsn, options),
-		pgCaddy(t, backend.addr, strings.Replace(dsn, server.Port, server.Bouncer(t), 1), options), // one of them behind a pooler
+		pgCaddy(t, backend.addr, strings.Replace(dsn, server.Port, server.Bouncer(t), 1), options), // this Caddy connects through a pooler
 	}
 	s := newSender(t, caddys...)
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
@@ -52,7 +52,7 @@ func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
 		before := len(s.ids())
 		waitFor(t, "events are accepted", nil, func() bool { return len(s.ids()) >= min(events, before+events/30) })
 		killHard(caddys[i%2])
-		if i%4 == 1 { // at once
+		if i%4 == 1 { // the server stops at the same time
 			server.Stop()
 			server.Run()
 		}
@@ -71,7 +71,7 @@ func TestPostgresThatFails(t *testing.T) {
 	var takes atomic.Bool
 	backend := newTaker(t, func(id string, attempt int) int {
 		if strings.HasPrefix(id, "kept") && !takes.Load() {
-			return http.StatusInternalServerError // so that it is in the database or nowhere
+			return http.StatusInternalServerError // so the event must be in the database
 		}
 		return sometimes(id, attempt)
 	})
@@ -163,7 +163,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	caddys := []*caddy{pgCaddy(t, backend.addr, dsn, ""), pgCaddy(t, backend.addr, dsn, "")}
 	s := newSender(t, caddys...)
 	down := time.Now()
-	for i := range 12 { // until both know
+	for i := range 12 { // until both Caddys know that the backend is down
 		s.send(t.Context(), fmt.Sprint("first-", i), i)
 	}
 	for _, c := range caddys {
@@ -178,10 +178,10 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	<-s.sendAll(t.Context(), "waiting", size(5_000, 500))
 	median := s.median()
 	t.Logf("the median of %d accepted: %v", len(s.times), median.Round(100*time.Microsecond))
-	if long { // and not with the race detector, beside other tests
+	if long { // the limit is too short with the race detector and parallel tests
 		assert.Less(t, median, 100*time.Millisecond)
 	}
-	time.Sleep(time.Until(down.Add(time.Duration(size(60, 8)) * time.Second))) // that long it is down
+	time.Sleep(time.Until(down.Add(time.Duration(size(60, 8)) * time.Second))) // the length of the outage
 	backend.mu.Lock()
 	times := slices.Clone(backend.times)
 	backend.most = 0
@@ -191,7 +191,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	assert.NotEmpty(t, times)
 	assert.LessOrEqual(t, most, 2)
 	up.Store(true)
-	backend.hasAll(t, s.ids(), 2*time.Minute) // one that was a probe waits for as long again as it has waited
+	backend.hasAll(t, s.ids(), 2*time.Minute) // after a failed probe, an event waits for as long as its age
 	most = backend.snapshot().most
 	t.Logf("%d attempts at most at a time", most)
 	assert.LessOrEqual(t, most, 2*16)
@@ -227,7 +227,7 @@ func TestPostgresRowThatIsLocked(t *testing.T) {
 	var rows int
 	require.NoError(t, tx.QueryRow(t.Context(), `SELECT count(*) FROM (SELECT id FROM inkit_queue_events WHERE resource_id LIKE 'locked%' FOR UPDATE) AS locked`).Scan(&rows))
 	require.Equal(t, 1, rows)
-	close(let) // it is delivered now, and cannot be deleted
+	close(let) // the event is delivered now, but Caddy cannot delete the row
 	c.logged("another program has locked these rows")
 	for i := range 5 {
 		assert.Equal(t, http.StatusOK, s.once(t, fmt.Sprintf("kept-%d", i)).status)
@@ -287,7 +287,7 @@ func TestPostgresExample(t *testing.T) {
 		waitFor(t, "Caddy answers", c.process, listening("localhost:"+port(c.addr)))
 		caddys = append(caddys, c)
 	}
-	// the README's way to send an event, to either
+	// the command of the README that sends an event, for each Caddy
 	_, curl, _ := strings.Cut(readFile(t, dir+"/README.md"), "BODY=")
 	curl, _, _ = strings.Cut(curl, "```")
 	for i, c := range caddys {
@@ -329,7 +329,7 @@ func TestPostgresThatIsNotThere(t *testing.T) {
 	assert.NotContains(t, c.output.String(), pgtest.Password)
 }
 
-// TestPostgresMove is a move from SQLite, as docs/postgres.md says.
+// TestPostgresMove moves events from SQLite, as in docs/postgres.md.
 func TestPostgresMove(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)
@@ -338,7 +338,7 @@ func TestPostgresMove(t *testing.T) {
 	c := newCaddy(t, "grace_period 5s", queueSite(backend.addr, "max_age 500ms\nattempt_timeout 2s"), "INKIT_QUEUE_DSN="+dsn)
 	c.start()
 	s := newSender(t, c)
-	s.once(t, "dead") // before the backend is known to be down
+	s.once(t, "dead") // this event must get an attempt, before the backend counts as down
 	waitFor(t, "one is dead", c.process, func() bool { return len(c.list(t, "--state", "dead")) == 1 })
 	c.configure("grace_period 5s", queueSite(backend.addr, ""))
 	c.reload()
@@ -384,7 +384,7 @@ func TestPostgresMove(t *testing.T) {
 	assert.Empty(t, out)
 }
 
-// TestPostgresMigrate has another role make the tables.
+// TestPostgresMigrate creates the tables with another role.
 func TestPostgresMigrate(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)

@@ -21,8 +21,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// sender sends events to Caddys in turn, and goes on to the next when one does not
-// take an event.
+// sender sends events to Caddys in turn. If a Caddy does not accept an event, it tries the
+// next Caddy.
 type sender struct {
 	urls    []string
 	client  *http.Client
@@ -31,7 +31,7 @@ type sender struct {
 	mu       sync.Mutex
 	tries    int // how many requests were sent
 	accepted []string
-	refused  []string // answered 5xx: the id and the answer
+	refused  []string // answered 5xx: the id and the response
 	times    []time.Duration
 }
 
@@ -45,7 +45,7 @@ func newSender(t *testing.T, caddys ...*caddy) *sender {
 	return s
 }
 
-// send sends an event until a Caddy takes it, or until ctx ends.
+// send sends an event until a Caddy accepts it, or until ctx ends.
 func (s *sender) send(ctx context.Context, id string, first int) bool {
 	for i := first; ctx.Err() == nil; i++ {
 		body := fmt.Appendf(nil, `{"event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"%s","sent":%d}`, id, i-first)
@@ -71,8 +71,8 @@ func (s *sender) send(ctx context.Context, id string, first int) bool {
 	return false
 }
 
-// refusedNone asserts that no event was answered 5xx. If the backend is up or the queue
-// can store the event, a 5xx is as bad as a loss.
+// refusedNone asserts that no event was answered 5xx. A 5xx is a fault if the backend is
+// up, or if the queue can store the event.
 func (s *sender) refusedNone(t *testing.T) {
 	t.Helper()
 	s.mu.Lock()
@@ -81,7 +81,7 @@ func (s *sender) refusedNone(t *testing.T) {
 	assert.Empty(t, s.refused[:min(10, len(s.refused))], "%d of %d requests were answered 5xx", len(s.refused), s.tries)
 }
 
-// sendAll sends n events, as many at a time as there are workers. done is closed at the end.
+// sendAll sends n events with all workers in parallel. done is closed at the end.
 func (s *sender) sendAll(ctx context.Context, name string, n int) (done chan struct{}) {
 	done = make(chan struct{})
 	var next atomic.Int64
@@ -108,7 +108,7 @@ func (s *sender) ids() []string {
 
 func (s *sender) median() time.Duration { return s.quantile(0.5) }
 
-// quantile returns the time within which a part of the events was accepted.
+// quantile returns the time in which this part of the events was accepted.
 func (s *sender) quantile(part float64) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -120,7 +120,7 @@ func quantile(times []time.Duration, part float64) time.Duration {
 	return times[int(part*float64(len(times)-1))]
 }
 
-// sometimes is a backend that often does not take an event at the first attempt.
+// sometimes makes a taker often refuse the first attempt at an event.
 func sometimes(id string, attempt int) int {
 	time.Sleep(2 * time.Millisecond)
 	if attempt == 1 && strings.HasSuffix(id, "3") {
@@ -151,7 +151,7 @@ func queueCaddy(t *testing.T, backend, options string) *caddy {
 	return c
 }
 
-// newQueueCaddy is queueCaddy without the start.
+// newQueueCaddy does the same as queueCaddy, but does not start Caddy.
 func newQueueCaddy(t *testing.T, backend, options string) *caddy {
 	t.Helper()
 	return newCaddy(t, "grace_period 5s", queueSite(backend, options))
@@ -177,7 +177,7 @@ http://{{addr}} {
 }`
 }
 
-// metric returns the value of a series, or nothing if it is not there.
+// metric returns the value of a series, or an empty string if the series does not exist.
 func (c *caddy) metric(series string) string {
 	c.t.Helper()
 	for line := range strings.Lines(c.get("http://" + c.admin + "/metrics")) {
@@ -261,11 +261,11 @@ func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 	assert.Less(t, time.Since(began), attemptTimeout+5*time.Second)
 }
 
-// TestQueueSyncsBeforeItAnswers looks at the system calls of Caddy.
+// TestQueueSyncsBeforeItAnswers checks the order of Caddy's system calls.
 func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 	t.Parallel()
 	needs(t, "strace")
-	// traced returns the calls from the moment when Caddy has answered the first
+	// traced returns the system calls of Caddy during use
 	traced := func(t *testing.T, use func(c *caddy)) string {
 		t.Helper()
 		backend := newTaker(t, all)
@@ -277,7 +277,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 		if strings.Contains(c.output.String(), "ptrace") {
 			t.Skip("processes may not be traced here")
 		}
-		for i := range 8 { // until the backend is known to be down
+		for i := range 8 { // until the backend counts as down
 			newSender(t, c).send(t.Context(), fmt.Sprint("first-", i), 0)
 		}
 		before := len(readFile(t, c.path("calls")))
@@ -287,7 +287,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 		require.NoError(t, err)
 		caddyPID, err := strconv.Atoi(strings.TrimSpace(string(children)))
 		require.NoError(t, err)
-		require.NoError(t, syscall.Kill(caddyPID, syscall.SIGTERM)) // and strace ends with it, and has written all
+		require.NoError(t, syscall.Kill(caddyPID, syscall.SIGTERM)) // strace writes all its output, and ends with Caddy
 		<-c.exited
 		return readFile(t, c.path("calls"))[before:]
 	}
@@ -302,7 +302,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 			}
 		})
 		answers, synced, ordered := 0, false, 0
-		syncing := make(map[string]bool) // by thread, a call that has not returned
+		syncing := make(map[string]bool) // threads with a sync call that has not returned
 		for line := range strings.Lines(calls) {
 			thread, call, _ := strings.Cut(line, " ")
 			call = strings.TrimSpace(call)
@@ -353,7 +353,7 @@ func TestQueueAsksADeadBackendSeldom(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, func(string, int) int { return http.StatusServiceUnavailable })
 	c := queueCaddy(t, backend.addr, "")
-	for i := range 5 { // one after the other, or else as many are in flight as there are senders
+	for i := range 5 { // parallel senders would cause more attempts before the backend counts as down
 		require.True(t, newSender(t, c).send(t.Context(), fmt.Sprint("first-", i), 0))
 	}
 	s := newSender(t, c)
@@ -401,7 +401,7 @@ func TestQueueOfEventsThatFail(t *testing.T) {
 	<-s.sendAll(t.Context(), "bad", 20)
 	<-s.sendAll(t.Context(), "never", 1)
 	var slowest time.Duration
-	for i := range size(200, 60) { // for as long as the bad ones are due again and again
+	for i := range size(200, 60) { // long enough for many retries of the bad events
 		id := fmt.Sprint("good-", i)
 		began := time.Now()
 		require.True(t, s.send(t.Context(), id, 0))
@@ -449,7 +449,7 @@ func TestQueueDrainsBesideLiveEvents(t *testing.T) {
 	assert.LessOrEqual(t, quantile(beside, 0.99), max(50*time.Millisecond, 2*quantile(alone, 0.99)))
 }
 
-// command runs a command of Caddy beside the one that runs.
+// command runs a command of Caddy while Caddy runs.
 func (c *caddy) command(args ...string) (stdout string, err error) {
 	c.t.Helper()
 	cmd := exec.Command(caddyPath, args...)

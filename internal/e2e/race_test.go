@@ -2,5 +2,5 @@
 
 package e2e
 
-// raceEnabled: under go test -race, Caddy is built and run with the race detector too.
+// raceEnabled is true under go test -race. Then Caddy is built with the race detector too.
 const raceEnabled = true

@@ -19,7 +19,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// postLater is post in another goroutine: the status comes when there is one, or 0.
+// postLater calls post in another goroutine. The channel gets the status, or 0 without a
+// response.
 func postLater(t *testing.T, url string, body []byte) (status chan int) {
 	t.Helper()
 	status = make(chan int, 1)
@@ -30,15 +31,15 @@ func postLater(t *testing.T, url string, body []byte) (status chan int) {
 	return status
 }
 
-// TestRecipeSignatureInLogs: with both filters, no log has a signature; and each of the
-// filters is needed, whether the proxy stands behind the guard or in a queue.
+// TestRecipeSignatureInLogs: with both filters, no log has a signature. Both filters are
+// necessary, with the proxy behind the guard and with the proxy in a queue.
 func TestRecipeSignatureInLogs(t *testing.T) {
 	t.Parallel()
 	const filter = "\t\tformat filter {\n\t\t\trequest>headers>Inkit-Signature delete\n\t\t}\n"
 	for _, tt := range []struct {
 		name                       string
-		queue, own, access, debug  bool // the parts in use: a queue, a filter of Caddy's own log, one of the access log, level DEBUG
-		inOwn, inFailure, inAccess bool // where the signature shows: Caddy's own log, while the queue has room, and when it has none
+		queue, own, access, debug  bool // the parts in use: a queue, a filter for Caddy's own log, a filter for the access log, level DEBUG
+		inOwn, inFailure, inAccess bool // where the signature appears: in Caddy's own log while the queue has room, in that log without room, in the access log
 	}{
 		{name: "a proxy, both filters", own: true, access: true},
 		{name: "a proxy, both filters, level DEBUG", own: true, access: true, debug: true},
@@ -86,7 +87,7 @@ func TestRecipeSignatureInLogs(t *testing.T) {
 				assert.Equal(t, tt.inOwn, strings.Contains(c.output.String(), signature), "Caddy's own log, while the queue has room")
 				assert.Equal(t, tt.debug, strings.Contains(c.output.String(), "upstream roundtrip"))
 				assert.NotContains(t, c.output.String(), "http.log.error")
-				status = http.StatusServiceUnavailable // now it has none
+				status = http.StatusServiceUnavailable // the queue has no room now
 			}
 			assert.Equal(t, status, post(t, webhookURL(c, "/webhook"), body, signature).status)
 			access := func() string {
@@ -103,10 +104,9 @@ func TestRecipeSignatureInLogs(t *testing.T) {
 	}
 }
 
-// TestRecipeSignatureInDatabase: with the recipe, no file of the database has the
-// signature while an event is pending and after it is delivered. The event arrives
-// without it. Without the line of the recipe, the database has it, and with the line,
-// Caddy's log still has it.
+// TestRecipeSignatureInDatabase: with the recipe, no file of the database has the signature,
+// while an event is pending and after its delivery. The backend does not get the signature.
+// Without the recipe, the database has the signature. In both cases, Caddy's log has it.
 func TestRecipeSignatureInDatabase(t *testing.T) {
 	t.Parallel()
 	const line = "\t\trequest_header -Inkit-Signature\n"
@@ -128,14 +128,14 @@ func TestRecipeSignatureInDatabase(t *testing.T) {
 			c := startCaddy(t, "\tlog access {\n\t\toutput stderr\n\t\tinclude http.log.access\n\t}\n"+options, strings.Replace(site, "{\n", "{\n\tlog\n", 1))
 			body := event("doc_in_the_database")
 			signature := sign(secret, body)
-			var want []string // in the request that the backend gets
+			var want []string // the expected signature in the backend's request
 			if !with {
 				want = []string{signature}
 			}
 			assert.Equal(t, 200, post(t, webhookURL(c, "/webhook"), body, signature).status)
 			assert.Equal(t, want, <-signatures, "in the first attempt")
 
-			// as in the files of a machine that died
+			// the test reads the files as they are after a crash
 			killHard(c)
 			database := func() (content string) {
 				files, err := filepath.Glob(c.path("queue/*"))
@@ -241,13 +241,14 @@ func TestRecipeRetryByStatus(t *testing.T) {
 	})
 }
 
-// TestRequestBuffers: a body is held for another try if it is smaller than they are.
+// TestRequestBuffers: the proxy keeps a body for a retry if the body is smaller than
+// request_buffers.
 func TestRequestBuffers(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		buffers         string
 		length          int
-		whole, answered int // how often the backend gets the complete body, and Caddy's answer
+		whole, answered int // how often the backend gets the complete body, and Caddy's status
 	}{
 		{"128KiB", 64 << 10, 2, 200},
 		{"64KiB", 64<<10 - 1, 2, 200},
@@ -478,7 +479,7 @@ func TestRecipeAddressesBehindAProxy(t *testing.T) {
 				"2001:db8::7":            200,
 				"203.0.113.9":            403,
 				"":                       403,
-				"192.0.2.7, 203.0.113.9": tt.forged, // the proxy saw the second
+				"192.0.2.7, 203.0.113.9": tt.forged, // the proxy added the second address
 			} {
 				req, err := http.NewRequest(http.MethodPost, webhookURL(c, "/webhook"), strings.NewReader(string(body)))
 				require.NoError(t, err)
@@ -495,7 +496,7 @@ func TestRecipeAddressesBehindAProxy(t *testing.T) {
 	}
 }
 
-// block returns a block of a language under a heading.
+// block returns the code block of a language under a heading.
 func block(t *testing.T, heading, language string) string {
 	t.Helper()
 	_, block, found := strings.Cut(section(t, heading), "```"+language+"\n")
@@ -504,7 +505,8 @@ func block(t *testing.T, heading, language string) string {
 	return block
 }
 
-// startFront starts nginx or HAProxy as the document has it, with replacements.
+// startFront starts nginx or HAProxy with the configuration of the document, with
+// replacements.
 func startFront(t *testing.T, program string, replacements ...string) (addr string) {
 	t.Helper()
 	needs(t, program)
@@ -539,7 +541,7 @@ func startNginx(t *testing.T, addr, config string) *process {
 	return p
 }
 
-// frontSite has two webhooks behind one Caddy: the backend of one of them has trouble.
+// frontSite returns a site with two webhooks. The backend of one webhook has trouble.
 func frontSite(good, bad string) string {
 	return `http://:{{port}} {
 	handle /healthz {
@@ -558,8 +560,9 @@ func frontSite(good, bad string) string {
 `
 }
 
-// TestRecipeInFront: nginx and HAProxy as the document has them lose no event and send
-// none twice, though one of two Caddys is dead, and though a backend has trouble.
+// TestRecipeInFront: nginx and HAProxy run with the configuration of the document. They lose
+// no event and send no event twice, even if one of two Caddys is dead, or a backend has
+// trouble.
 func TestRecipeInFront(t *testing.T) {
 	t.Parallel()
 	body := event("doc_1")
@@ -610,7 +613,7 @@ func TestRecipeInFront(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			end := make(chan struct{})
-			defer close(end) // before Caddy stops, which waits for it
+			defer close(end) // Caddy waits for these requests when it stops
 			good := newScripted(t, always(200))
 			bad := newScripted(t, func(int, *http.Request) int { <-end; return 200 })
 			site := frontSite(good.addr, bad.addr)
@@ -623,7 +626,7 @@ func TestRecipeInFront(t *testing.T) {
 			assert.Equal(t, tt.status, post(t, "http://"+front+"/good", body, sign(secret, body)).status)
 		})
 	}
-	// the document's warning
+	// the document warns of these cases
 	for _, tt := range []struct {
 		name, program string
 		replacements  []string
@@ -658,7 +661,7 @@ func TestRecipeInFront(t *testing.T) {
 	})
 }
 
-// TestReloadEndsTries: a reload ends the tries of reverse_proxy, and the queue continues.
+// TestReloadEndsTries: a reload ends the retries of reverse_proxy, but the queue continues.
 func TestReloadEndsTries(t *testing.T) {
 	t.Parallel()
 	require.Contains(t, section(t, "Reload"), "immediately answers 502")
@@ -697,7 +700,7 @@ func TestReloadEndsTries(t *testing.T) {
 	require.Len(t, b.records(), 1)
 }
 
-// TestWhatCaddyExpands: the two warnings under that heading.
+// TestWhatCaddyExpands checks the two warnings under the heading "What Caddy expands".
 func TestWhatCaddyExpands(t *testing.T) {
 	t.Parallel()
 	t.Run("templates", func(t *testing.T) {
@@ -717,7 +720,7 @@ func TestWhatCaddyExpands(t *testing.T) {
 	for _, tt := range []struct {
 		name, secret, value string
 		set                 bool
-		accepts             string // the secret that it then has; none if it does not load
+		accepts             string // the secret that Caddy then uses, or empty if the configuration does not load
 	}{
 		{"a value", "{$S}", "one", true, ""},
 		{"a value, in quotes", `"{$S}"`, "one", true, "one"},

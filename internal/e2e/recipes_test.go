@@ -22,7 +22,7 @@ func recipes(t *testing.T) string {
 	return readFile(t, "../../README.md") + "\n" + readFile(t, "../../docs/recipes.md")
 }
 
-// section returns the text under a heading, which must be unique in both.
+// section returns the text under a heading, which must be unique in both documents.
 func section(t *testing.T, heading string) string {
 	t.Helper()
 	parts := strings.Split(recipes(t), "\n### "+heading+"\n")
@@ -32,9 +32,9 @@ func section(t *testing.T, heading string) string {
 	return section
 }
 
-// recipe returns the Caddyfile under such a heading, split into its global options and
-// its site, with replacements made so that it runs here: the site is a port of its
-// own, and so on. Each replacement must be of use.
+// recipe returns the Caddyfile under a heading, split into its global options and its site.
+// The replacements adapt it to the test: for example, the site gets its own port. The
+// Caddyfile must have the old text of each replacement.
 func recipe(t *testing.T, heading string, replacements ...string) (options, site string) {
 	t.Helper()
 	replacements = append([]string{"example.com {", "http://:{{port}} {"}, replacements...)
@@ -216,8 +216,8 @@ func TestRecipeLogs(t *testing.T) {
 	}
 }
 
-// TestRecipeJSON has a Caddy that runs take the JSON. It must not ask for a certificate:
-// one of Caddy's own would be put among those that this machine trusts.
+// TestRecipeJSON loads the JSON into a running Caddy. The JSON must not request a
+// certificate, because Caddy would add its own CA to the trusted CAs of this machine.
 func TestRecipeJSON(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, good)
@@ -226,8 +226,8 @@ func TestRecipeJSON(t *testing.T) {
 	block, _, _ = strings.Cut(block, "```\n")
 	c := startCaddy(t, "", "http://:{{port}} {\n\terror 404\n}\n")
 	for _, replacement := range [][2]string{
-		{"{\n\t\"apps\"", `{"admin": {"listen": "` + c.admin + `"}, "apps"`},                                // or it is that of port 2019
-		{`"listen": [":443"]`, `"automatic_https": {"disable": true}, "listen": [":` + port(c.addr) + `"]`}, // and no certificate
+		{"{\n\t\"apps\"", `{"admin": {"listen": "` + c.admin + `"}, "apps"`},                                // otherwise the admin endpoint moves to port 2019
+		{`"listen": [":443"]`, `"automatic_https": {"disable": true}, "listen": [":` + port(c.addr) + `"]`}, // no certificate
 		{`"host": ["example.com"]`, `"host": ["127.0.0.1"]`},
 		{`"/var/lib/caddy/`, `"` + c.dir + `/`},
 		{"localhost:9000", b.addr},
@@ -248,8 +248,8 @@ func TestRecipeJSON(t *testing.T) {
 	assert.Equal(t, 404, post(t, webhookURL(c, "/webhok"), body, sign(secret, body)).status)
 	require.Len(t, b.records(), 1)
 	assert.Equal(t, body, b.records()[0].Body)
-	waitFor(t, "the database is open", c.process, func() bool { // an event that the backend takes at once does not wait for it
-		_, err := os.Stat(c.path("inkit_queue.db-reserve")) // which is made last
+	waitFor(t, "the database is open", c.process, func() bool { // the event above did not need the database
+		_, err := os.Stat(c.path("inkit_queue.db-reserve")) // Caddy creates this file last
 		return err == nil
 	})
 	for _, suffix := range []string{"", "-wal", "-shm", "-reserve"} {
@@ -328,7 +328,7 @@ func TestQuickStart(t *testing.T) {
 	})
 }
 
-// exampleSites returns example.Caddyfile so that it runs here, and where its page is.
+// exampleSites returns example.Caddyfile, adapted to the test, and the URL of its page.
 func exampleSites(t *testing.T) (options, sites, page string) {
 	t.Helper()
 	page = freeAddr(t)

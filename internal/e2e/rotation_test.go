@@ -21,7 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// secretFile is a file with a secret that is replaced as a whole, by a rename.
+// secretFile is a file with a secret. A rename replaces the file.
 type secretFile struct {
 	t    *testing.T
 	path string
@@ -39,7 +39,7 @@ func (f secretFile) replace(value string) {
 	require.NoError(f.t, os.Rename(writeFile(f.t, f.path+".new", value+"\n"), f.path))
 }
 
-// rotating is a site with secrets in files, on which 50 events a second arrive.
+// rotating is a site with secrets in files. It gets 50 events a second.
 type rotating struct {
 	t      *testing.T
 	c      *caddy
@@ -67,8 +67,8 @@ func (r *rotating) status(key, id string) int {
 	return got.status
 }
 
-// until sends 50 events a second that are signed with key until one gets status,
-// and returns how long that took.
+// until sends 50 events a second, signed with key. It stops when an event gets status, and
+// returns the time until then.
 func (r *rotating) until(key string, status int, limit time.Duration) time.Duration {
 	r.t.Helper()
 	began := time.Now()
@@ -119,8 +119,8 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 		t.Logf("refused after %v", took)
 		assert.Equal(t, 200, r.status("new", "doc"))
 	})
-	// The recipe: the new secret goes into the file that is not in use, and the one
-	// in use stays. Inkit signs with the new one when Caddy knows it.
+	// The recipe: write the new secret into the unused file, and keep the current secret. When
+	// Caddy knows the new secret, Inkit signs with it.
 	t.Run("with both listed, no event is refused", func(t *testing.T) {
 		t.Parallel()
 		files := []secretFile{newSecretFile(t, "secret_0"), newSecretFile(t, "unused")}
@@ -136,7 +136,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 				time.Sleep(2 * time.Second)
 				next := fmt.Sprintf("secret_%d", i+1)
 				files[(i+1)%2].replace(next)
-				r.until(next, 200, 2*time.Second) // one trial event, which is not counted
+				r.until(next, 200, 2*time.Second) // wait until Caddy accepts the new secret
 				current.Store(next)
 			}
 		}()
@@ -175,7 +175,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 			file := newSecretFile(t, "good")
 			r := newRotating(t, file)
 			breakIt(t, file.path)
-			for range 12 * 2 { // beyond the 10 s for which a previous value stays good
+			for range 12 * 2 { // longer than the 10 s for which Caddy accepts a previous value
 				time.Sleep(time.Second / 4)
 				assert.Equal(t, 200, r.status("good", "doc"))
 				assert.Equal(t, 401, r.status("", "doc"), "the empty key")
@@ -188,7 +188,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 	}
 }
 
-// TestRecipeSecretFiles uses files in the layouts of Docker, Kubernetes and systemd.
+// TestRecipeSecretFiles uses files with the layouts of Docker, Kubernetes and systemd.
 func TestRecipeSecretFiles(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, good)
@@ -204,7 +204,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 
 	t.Run("Docker", func(t *testing.T) {
 		t.Parallel()
-		// a file of its own that all may read, under the name of the secret
+		// Docker: one file per secret, with the name of the secret, readable for all users
 		dir := t.TempDir()
 		require.NoError(t, os.WriteFile(dir+"/inkit_webhook", []byte(secret), 0o444))
 		c := startCaddy(t, "", strings.Replace(site(t, "inkit_webhook {file./run/secrets/inkit_webhook}"), "/run/secrets", dir, 1))
@@ -213,8 +213,8 @@ func TestRecipeSecretFiles(t *testing.T) {
 	})
 	t.Run("Kubernetes", func(t *testing.T) {
 		t.Parallel()
-		// secret -> ..data/secret, ..data -> ..<time>: an update makes a new folder, and
-		// moves a new link over ..data
+		// Kubernetes: secret -> ..data/secret, ..data -> ..<time>. An update creates a new folder,
+		// and renames a new link to ..data
 		dir := t.TempDir()
 		update := func(version, value string) {
 			require.NoError(t, os.Mkdir(dir+"/.."+version, 0o755))
@@ -233,7 +233,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 	})
 	t.Run("systemd", func(t *testing.T) {
 		t.Parallel()
-		// a folder that only the service may open, whose path is in the environment
+		// systemd: a folder that only the service may open; the environment has its path
 		dir := t.TempDir() + "/caddy.service"
 		require.NoError(t, os.Mkdir(dir, 0o700))
 		require.NoError(t, os.WriteFile(dir+"/inkit_webhook", []byte(secret+"\n"), 0o400))
@@ -245,8 +245,8 @@ func TestRecipeSecretFiles(t *testing.T) {
 	})
 }
 
-// TestRecipeRotation runs a rotation with the Caddyfile, the files and the commands of
-// the recipe.
+// TestRecipeRotation runs a rotation with the Caddyfile, the files and the commands of the
+// recipe.
 func TestRecipeRotation(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, good)
@@ -256,7 +256,7 @@ func TestRecipeRotation(t *testing.T) {
 	command := func(block, line int, stdin string) {
 		t.Helper()
 		shown := strings.Split(blocks[block], "\n")[line]
-		// as the user of the test, and not as root and in Caddy's group
+		// the test runs the command as its own user, not as root
 		script := strings.NewReplacer("sudo ", "", " -o root -g caddy", fmt.Sprintf(" -g %d", os.Getgid()), "/etc/caddy/inkit", dir).Replace(shown)
 		cmd := exec.Command("sh", "-ec", script)
 		cmd.Stdin = strings.NewReader(stdin)
@@ -285,7 +285,7 @@ func TestRecipeRotation(t *testing.T) {
 	}
 	assert.Equal(t, 200, status("old_secret"))
 
-	// a bad paste changes nothing, and the log has the recipe's line
+	// an incorrectly pasted secret changes nothing, and the log has the line from the recipe
 	command(2, 0, " new_secret\n")
 	command(2, 1, "")
 	assert.Equal(t, 401, status("new_secret"))
@@ -307,8 +307,8 @@ func TestRecipeRotation(t *testing.T) {
 	assert.Equal(t, 200, status("new_secret"))
 }
 
-// TestRotationsUnderLoad rotates a secret without a second one beside it. The sender
-// changes over when the new one is there, as Inkit does in the best case.
+// TestRotationsUnderLoad rotates the only secret. The sender changes to the new secret when
+// the file has it. This is the best case for Inkit.
 func TestRotationsUnderLoad(t *testing.T) {
 	t.Parallel()
 	t.Run("60 events at once after each of 12 rotations", func(t *testing.T) {
@@ -409,8 +409,8 @@ func TestRotationsUnderLoad(t *testing.T) {
 	}
 }
 
-// hang returns a wrapper that runs a command with a file system that hangs after a file
-// was opened a number of times.
+// hang returns a wrapper for a command. After path was opened a number of times, further
+// opens hang, like opens on a dead file system.
 func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	t.Helper()
 	needs(t, "strace")
@@ -423,8 +423,8 @@ func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	}
 }
 
-// release ends the program that makes p's file system hang. Under strace, a process that
-// ended during a call exists until then.
+// release kills the tracer that makes the file system of p hang. Until then, a process that
+// was killed during a traced call still exists.
 func release(t *testing.T, p *process) {
 	t.Helper()
 	_, rest, _ := strings.Cut(readFile(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)), "\nTracerPid:")
@@ -451,7 +451,7 @@ func TestHungFileSystem(t *testing.T) {
 		c.start()
 		client := &http.Client{Timeout: time.Minute}
 		var slowest time.Duration
-		for range 40 { // each of which asks for a reload, the first of which never returns
+		for range 40 { // each event requests a reload of the secret, and the first reload never returns
 			body := event("doc")
 			began := time.Now()
 			got, err := send(t.Context(), client, webhookURL(c, "/"), body, int64(len(body)), sign("good", body))

@@ -1,15 +1,15 @@
-// Package delivery decides which event is attempted when. It knows neither Caddy nor SQL.
+// Package delivery decides when each event is attempted. It imports neither Caddy nor SQL.
 package delivery
 
 import "time"
 
 const (
-	// The wait before the next attempt is about the age of the event, as in Postfix, within
+	// As in Postfix, the wait before the next attempt is about the age of the event, within
 	// these bounds.
 	minBackoff = time.Second
 	maxBackoff = 5 * time.Minute
 
-	// jitter is the largest part that is added to a wait.
+	// jitter is the largest random addition, as a fraction of the wait.
 	jitter = 0.2
 )
 

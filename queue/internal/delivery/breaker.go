@@ -6,31 +6,31 @@ import (
 )
 
 const (
-	// After downAfter failed attempts in a row, of different events, the backend counts as
-	// down. probeInterval is the pause between two probes of it.
+	// The backend counts as down after downAfter failed attempts in a row at different
+	// events. probeInterval is the pause between two probes.
 	downAfter     = 5
 	probeInterval = time.Second
 
-	// If no event is pending for forgetAfter, a backend that is down counts as up. It is not
-	// 0, since the writer may not have stored the last event yet.
+	// If no event is pending for forgetAfter, a backend that is down counts as up. The time is
+	// not 0, because the writer may not have stored the last event yet.
 	forgetAfter = 15 * time.Second
 )
 
-// Breaker decides from the attempts of this process whether the backend is down. While it
-// is down, there is one attempt a second; when one succeeds, the number of attempts at a
-// time doubles from 1. Its times are monotonic: setting the clock changes nothing.
+// Breaker decides from the attempts of this process whether the backend is down. While the
+// backend is down, one attempt a second probes it. After a successful probe, the number of
+// parallel attempts doubles from 1. Changes of the system clock have no effect.
 type Breaker struct {
 	mu    sync.Mutex
 	down  bool
 	since time.Time
-	probe time.Time       // when the next probe may begin
-	empty time.Time       // since when no event is pending
-	lost  map[string]bool // the events in a row that did not reach the backend
-	ramp  int             // limit of attempts at a time, 0 for none
+	probe time.Time       // the time when the next probe may begin
+	empty time.Time       // the time since which no event is pending
+	lost  map[string]bool // the events of the failed attempts in a row
+	ramp  int             // limit of parallel attempts, 0 for no limit
 }
 
-// Reached records that an attempt has reached the backend. If the backend was down, it
-// returns for how long.
+// Reached records that an attempt has reached the backend. If the backend was down,
+// it also returns the length of the outage.
 func (b *Breaker) Reached(limit int) (down time.Duration, back bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -81,15 +81,15 @@ func (b *Breaker) DownSince() time.Time {
 	return b.since
 }
 
-// Allows reports whether one more attempt may begin beside those that are running.
+// Allows reports whether one more attempt may begin if this number is already running.
 func (b *Breaker) Allows(running int) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return !b.down && (b.ramp == 0 || running < b.ramp)
 }
 
-// Empty records whether no event is pending, and reports whether a backend that was down
-// counts as up from now on, because no event is left to probe it with.
+// Empty records whether no event is pending. It reports whether a backend that was down
+// counts as up from now on, because no event is left for a probe.
 func (b *Breaker) Empty(empty bool) (forgotten bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -105,14 +105,14 @@ func (b *Breaker) Empty(empty bool) (forgotten bool) {
 	return false
 }
 
-// look fills in the fields of a Look about the backend.
+// look fills in the fields of a Look that describe the backend.
 func (b *Breaker) look(l *Look) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	l.Down, l.Ramp, l.Probe = b.down, b.ramp, max(0, time.Until(b.probe))
 }
 
-// probing records that a probe begins. It ends by Reached or Unreached, or with its lease.
+// probing records that a probe begins. The probe ends with Reached, Unreached or its lease.
 func (b *Breaker) probing(lease time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -49,21 +49,21 @@ func TestPlan(t *testing.T) {
 		look Look
 		want Step
 	}{
-		{"nothing is pending", Look{Empty: true, Limit: 12}, Step{Wait: time.Second}},
-		{"the database cannot be asked", Look{Failed: true, Limit: 12}, Step{Wait: time.Second}},
+		{"no event is pending", Look{Empty: true, Limit: 12}, Step{Wait: time.Second}},
+		{"the database fails", Look{Failed: true, Limit: 12}, Step{Wait: time.Second}},
 		{"an event is due soon", Look{Wait: 300 * time.Millisecond, Limit: 12}, Step{Wait: 300 * time.Millisecond}},
-		{"an event is due in an hour: another process may store one", Look{Wait: time.Hour, Limit: 12}, Step{Wait: time.Second}},
+		{"an event is due in an hour, but another process may store an earlier event", Look{Wait: time.Hour, Limit: 12}, Step{Wait: time.Second}},
 		{"events are due", Look{Limit: 12}, Step{Claim: 12}},
-		{"events are due, and attempts are under way", Look{Limit: 12, Running: 5}, Step{Claim: 7}},
-		{"as many as may be are under way", Look{Limit: 12, Running: 12}, Step{Wait: time.Second}},
-		{"more than may be, since the limit is smaller now", Look{Limit: 1, Running: 12}, Step{Wait: time.Second}},
+		{"events are due, and attempts are running", Look{Limit: 12, Running: 5}, Step{Claim: 7}},
+		{"the number of running attempts is at the limit", Look{Limit: 12, Running: 12}, Step{Wait: time.Second}},
+		{"the number of running attempts is above a reduced limit", Look{Limit: 1, Running: 12}, Step{Wait: time.Second}},
 		{"the backend is down and was probed just now", Look{Limit: 12, Down: true, Probe: 400 * time.Millisecond}, Step{Wait: 400 * time.Millisecond}},
-		{"the probe has a lease of minutes", Look{Limit: 12, Down: true, Probe: 5 * time.Minute}, Step{Wait: time.Second}},
+		{"the running probe has a long lease", Look{Limit: 12, Down: true, Probe: 5 * time.Minute}, Step{Wait: time.Second}},
 		{"a probe is due", Look{Limit: 12, Down: true}, Step{Claim: 1, Newest: true}},
-		{"a probe is due, and an attempt goes on", Look{Limit: 12, Down: true, Running: 1}, Step{Wait: time.Second}},
-		{"a probe is due, and no event", Look{Limit: 12, Down: true, Wait: time.Minute}, Step{Wait: time.Second}},
-		{"the backend is back", Look{Limit: 12, Ramp: 1}, Step{Claim: 1, Newest: true}},
-		{"it has taken three", Look{Limit: 12, Ramp: 4, Running: 1}, Step{Claim: 3, Newest: true}},
+		{"a probe is due, and an attempt is running", Look{Limit: 12, Down: true, Running: 1}, Step{Wait: time.Second}},
+		{"a probe is due, but no event is due", Look{Limit: 12, Down: true, Wait: time.Minute}, Step{Wait: time.Second}},
+		{"the first probe succeeded", Look{Limit: 12, Ramp: 1}, Step{Claim: 1, Newest: true}},
+		{"three attempts succeeded", Look{Limit: 12, Ramp: 4, Running: 1}, Step{Claim: 3, Newest: true}},
 		{"the ramp is above the limit", Look{Limit: 3, Ramp: 8}, Step{Claim: 3, Newest: true}},
 	} {
 		t.Run(tt.name, func(t *testing.T) { assert.Equal(t, tt.want, Plan(tt.look)) })
@@ -74,7 +74,7 @@ func TestBreaker(t *testing.T) {
 	const found = ""
 	for _, tt := range []struct {
 		name     string
-		attempts []string // ids of events that did not reach the backend, or found
+		attempts []string // the id of an event that did not reach the backend, or found
 		down     bool
 		ramp     int
 	}{
@@ -83,13 +83,13 @@ func TestBreaker(t *testing.T) {
 		{"five different events", []string{"a", "b", "c", "d", "e"}, true, 0},
 		{"one event five times", []string{"a", "a", "a", "a", "a"}, false, 0},
 		{"four events many times", []string{"a", "b", "c", "d", "a", "b", "c", "d", "a", "b"}, false, 0},
-		{"five, with a success between them", []string{"a", "b", "c", "d", found, "e"}, false, 0},
-		{"five in a row after that", []string{"a", "b", found, "c", "d", "e", "a", "b"}, true, 0},
+		{"five events with a success between them", []string{"a", "b", "c", "d", found, "e"}, false, 0},
+		{"five in a row after a success", []string{"a", "b", found, "c", "d", "e", "a", "b"}, true, 0},
 		{"a probe that fails", []string{"a", "b", "c", "d", "e", "a"}, true, 0},
 		{"a probe that succeeds", []string{"a", "b", "c", "d", "e", found}, false, 1},
-		{"the next success", []string{"a", "b", "c", "d", "e", found, found}, false, 2},
-		{"the third", []string{"a", "b", "c", "d", "e", found, found, found}, false, 4},
-		{"the fifth has no limit any more", []string{"a", "b", "c", "d", "e", found, found, found, found, found}, false, 0},
+		{"a probe that succeeds, and the next success", []string{"a", "b", "c", "d", "e", found, found}, false, 2},
+		{"the third success", []string{"a", "b", "c", "d", "e", found, found, found}, false, 4},
+		{"the fifth success removes the limit", []string{"a", "b", "c", "d", "e", found, found, found, found, found}, false, 0},
 		{"down again while it recovers", []string{"a", "b", "c", "d", "e", found, found, "a", "b", "c", "d", "e"}, true, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -119,7 +119,7 @@ func TestBreakerForgetsABackendWithoutEvents(t *testing.T) {
 		}
 		assert.False(t, b.Empty(true))
 		time.Sleep(forgetAfter - time.Second)
-		assert.False(t, b.Empty(false), "an event has come")
+		assert.False(t, b.Empty(false), "an event has arrived")
 		assert.False(t, b.Empty(true))
 		time.Sleep(forgetAfter)
 		assert.True(t, b.Empty(true))
@@ -132,9 +132,9 @@ func TestLimits(t *testing.T) {
 	for limit, old := range map[int]int{1: 1, 2: 1, 3: 2, 4: 3, 8: 6, 16: 12} {
 		l := NewLimits()
 		l.Resize(limit)
-		assert.Equal(t, old, l.Old(t.Context(), 100), "old events of %d", limit)
+		assert.Equal(t, old, l.Old(t.Context(), 100), "places for old events with limit %d", limit)
 		for range limit - old {
-			assert.True(t, l.TryNew(), "the rest is for new events")
+			assert.True(t, l.TryNew(), "the other places are for new events")
 		}
 		assert.False(t, l.TryNew(), "the limit is strict")
 	}
@@ -156,7 +156,7 @@ func TestLimits(t *testing.T) {
 		}
 		gaveUp, giveUp := context.WithCancel(t.Context())
 		wait("a new event", func() bool { return l.New(t.Context()) })
-		wait("one that gives up", func() bool { return l.New(gaveUp) })
+		wait("a new event that gives up", func() bool { return l.New(gaveUp) })
 		wait("an old event", func() bool { return l.Old(t.Context(), 1) == 1 })
 		wait("another new event", func() bool { return l.New(t.Context()) })
 		giveUp()
@@ -175,14 +175,14 @@ func TestLimits(t *testing.T) {
 		for range 2 {
 			l.EndNew()
 			synctest.Wait()
-			assert.False(t, l.TryNew(), "a smaller limit holds when enough attempts have ended")
+			assert.False(t, l.TryNew(), "a smaller limit applies after enough attempts have ended")
 		}
 		l.EndNew()
 		assert.True(t, l.TryNew())
 	})
 }
 
-// source has due events, and records the claims.
+// source is a Source with due events, and records the claims.
 type source struct {
 	due    []*store.Record
 	claims []store.Claim

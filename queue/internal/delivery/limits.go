@@ -7,12 +7,12 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// most is the size of the semaphores. The part above the limit is never released.
+// most is the size of the semaphores. The places above the limit stay acquired.
 const most = 1 << 20
 
-// Limits bound the attempts at a time, first come, first served. Old events, stored by an
-// earlier request, get three quarters of them, so that new events do not wait behind a
-// backlog that hangs.
+// Limits bounds how many attempts run at the same time, first come, first served. Old
+// events, which the schedule attempts, get at most three quarters of the places: new events
+// do not wait behind a backlog of hanging attempts.
 type Limits struct {
 	all, old *semaphore.Weighted
 
@@ -31,7 +31,7 @@ func NewLimits() *Limits {
 // oldLimit returns the limit of attempts at old events.
 func oldLimit(limit int) int { return min(limit, max(1, limit*3/4)) }
 
-// Resize changes the number of attempts at a time. A smaller number applies once enough
+// Resize changes the number of parallel attempts. A smaller number applies once enough
 // running attempts have ended.
 func (l *Limits) Resize(limit int) {
 	limit = min(limit, most)
@@ -47,11 +47,11 @@ func resize(s *semaphore.Weighted, from, to int) {
 	case to > from:
 		s.Release(int64(to - from))
 	case to < from && !s.TryAcquire(int64(from-to)):
-		go func() { _ = s.Acquire(context.Background(), int64(from-to)) }() // waits for its turn
+		go func() { _ = s.Acquire(context.Background(), int64(from-to)) }() // may wait for attempts to end
 	}
 }
 
-// Limit returns the number of attempts at a time.
+// Limit returns the allowed number of parallel attempts.
 func (l *Limits) Limit() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -64,11 +64,11 @@ func (l *Limits) TryNew() bool { return l.all.TryAcquire(1) }
 // New waits for a place for an attempt at a new event.
 func (l *Limits) New(ctx context.Context) bool { return l.all.Acquire(ctx, 1) == nil }
 
-// EndNew gives that place back.
+// EndNew releases the place of an attempt at a new event.
 func (l *Limits) EndNew() { l.all.Release(1) }
 
-// Old waits for a place for an attempt at an old event, and takes more if they are free.
-// It returns how many it has taken: 0 if the context has ended.
+// Old waits for a place for an attempt at an old event, and takes more places if they are
+// free. It returns the number of taken places: 0 if the context has ended.
 func (l *Limits) Old(ctx context.Context, wanted int) (n int) {
 	if l.old.Acquire(ctx, 1) != nil {
 		return 0
@@ -86,7 +86,7 @@ func (l *Limits) Old(ctx context.Context, wanted int) (n int) {
 	return n
 }
 
-// EndOld gives n places back.
+// EndOld releases n places of attempts at old events.
 func (l *Limits) EndOld(n int) {
 	l.all.Release(int64(n))
 	l.old.Release(int64(n))

@@ -2,19 +2,19 @@ package delivery
 
 import "time"
 
-// pollInterval is how long an event may be due unnoticed if another process has stored or
-// released it.
+// pollInterval is the longest delay until the schedule notices a due event that another
+// process has stored or released.
 const pollInterval = time.Second
 
-// Look is the state of a queue from which the schedule decides.
+// Look is the state of a queue, from which Plan decides.
 type Look struct {
 	Failed  bool          // the query of the database failed
 	Empty   bool          // no event is pending
-	Wait    time.Duration // until the next one is due
+	Wait    time.Duration // until the next event is due
 	Down    bool          // the backend is down
 	Probe   time.Duration // until the next probe of the backend may begin
-	Ramp    int           // limit of attempts at a time after the backend was down, 0 for none
-	Limit   int           // limit of attempts at old events at a time
+	Ramp    int           // limit of parallel attempts after the backend was down, 0 for no limit
+	Limit   int           // limit of parallel attempts at old events
 	Running int           // running attempts at old events
 }
 
@@ -22,8 +22,8 @@ type Look struct {
 type Step struct {
 	Claim int
 
-	// Newest is for a backend that is or was down: an event that makes it hang looks like a
-	// dead backend and would be probed forever. New events are the least likely cause.
+	// Newest is for a backend that is or was down. An event that hangs the backend looks like
+	// an outage, and would be probed forever. New events are the least likely cause.
 	Newest bool
 
 	Wait time.Duration // ends early when an event is stored or finished

@@ -8,7 +8,7 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// LeaseMargin is the part of a lease after the end of its attempt.
+// LeaseMargin is how much longer a lease lasts than the timeout of its attempt.
 const LeaseMargin = 2 * time.Second
 
 // Source is the database with the stored events of a queue.
@@ -33,17 +33,17 @@ type Schedule struct {
 	Attempt func(r *store.Record, claimed time.Time, ended func())
 
 	// Forgotten is called when a backend that was down counts as up again, because no event
-	// is left to probe it with.
+	// is left for a probe.
 	Forgotten func()
 
-	// Woken receives Wake. It needs a buffer of one.
+	// Woken receives the signals of Wake. It needs a buffer of one.
 	Woken chan struct{}
 
 	running atomic.Int64
 }
 
-// Wake makes the schedule look again: an event may be due sooner, or an attempt may now
-// begin.
+// Wake makes the schedule check again, because an event may be due sooner, or an attempt
+// may begin now.
 func (s *Schedule) Wake() {
 	select {
 	case s.Woken <- struct{}{}:
@@ -63,7 +63,7 @@ func (s *Schedule) Run(ctx context.Context) {
 	}
 }
 
-// next begins the attempts that can begin, and returns how long to wait.
+// next begins the attempts that may begin now, and returns how long to wait.
 func (s *Schedule) next(ctx context.Context) time.Duration {
 	timeout := s.Timeout()
 	if timeout == 0 {
@@ -71,7 +71,7 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 	}
 	look := Look{Limit: oldLimit(s.Limits.Limit()), Running: int(s.running.Load())}
 	s.Breaker.look(&look)
-	if look.Down && look.Probe > 0 { // each new event wakes the schedule: spare the database
+	if look.Down && look.Probe > 0 { // each new event wakes the schedule: do not query the database each time
 		return min(look.Probe, pollInterval)
 	}
 	peek, err := s.Source.Peek()
@@ -87,12 +87,12 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 	if places == 0 {
 		return 0
 	}
-	if s.Breaker.Down() != look.Down { // it has changed during the wait for a place
+	if s.Breaker.Down() != look.Down { // the backend went down or came back during the wait for a place
 		s.Limits.EndOld(places)
 		return 0
 	}
 	claim := &store.Claim{Queue: s.Queue, Max: places, Lease: timeout + LeaseMargin, Newest: step.Newest}
-	records, _ := s.Source.Claim(claim) // after an error there are none
+	records, _ := s.Source.Claim(claim) // after an error, there are no records
 	s.Limits.EndOld(places - len(records))
 	if look.Down && len(records) > 0 {
 		s.Breaker.probing(claim.Lease)
@@ -106,7 +106,7 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 			s.Wake()
 		})
 	}
-	if len(records) == 0 { // there was an error, or another process was faster
+	if len(records) == 0 { // Claim failed, or another process was faster
 		return pollInterval
 	}
 	return 0

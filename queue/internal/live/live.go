@@ -1,5 +1,5 @@
-// Package live lists the queues of the running Caddy, for packages that must not import
-// the engine.
+// Package live gives access to the queues of the running Caddy, for packages that must not
+// import the engine.
 package live
 
 import (
@@ -11,8 +11,8 @@ import (
 // Queue is a queue of the running Caddy.
 type Queue struct {
 	Name      string
-	Database  string        // the key of its database, without credentials
-	History   time.Duration // how long the history stays, 0 for none
+	Database  string        // the key of the database, without credentials
+	History   time.Duration // how long the history keeps an event, 0 for no history
 	MaxEvents int
 
 	// Store returns the database, or nil with the reason why it is not open.
@@ -27,6 +27,6 @@ type Queue struct {
 
 // Queues is the app of inkit_queue.
 type Queues interface {
-	// Queues returns the queues of its configuration, none before the app has started.
+	// Queues returns the queues of the app's configuration, or nil before the app has started.
 	Queues() []Queue
 }

@@ -1,5 +1,5 @@
-// Package request is the stored form of a request: attempts use it, and operators can
-// print it.
+// Package request defines the stored form of a request. Attempts use the stored form, and
+// operators can print it.
 package request
 
 import (
@@ -16,12 +16,12 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// Request has the data of the sender's request that an attempt needs. Every attempt uses
-// it, even the first one, so that all attempts are the same.
+// Request has the data of the sender's request that an attempt needs. Even the first
+// attempt uses it, so that all attempts are the same.
 //
 // Some data is not stored: the captures of regular expressions, the certificates of
 // clients, and the placeholders of a map directive in front of the queue. Directives in
-// the deliver block work in each attempt.
+// the deliver block run in each attempt, so they can set such data.
 type Request struct {
 	Method     string      `json:"method"`
 	Target     Target      `json:"target"`   // after rewrites
@@ -33,8 +33,8 @@ type Request struct {
 	Local      *Address    `json:"local,omitempty"`
 	TLS        *Connection `json:"tls,omitempty"`
 
-	// Vars are the variables of the request with plain values. One of them is the address
-	// of the client.
+	// Vars has the variables of the request with plain values, for example the address of
+	// the client.
 	Vars map[string]any `json:"vars,omitempty"`
 
 	SecretName     string `json:"secret_name,omitempty"`
@@ -43,8 +43,8 @@ type Request struct {
 	Body []byte `json:"-"`
 }
 
-// Target has the parts of the URL of a request. A single text would not be enough: the path
-// may start with two slashes.
+// Target has the parts of the URL of a request. One string is not enough, because
+// the path may start with two slashes.
 type Target struct {
 	URI      string `json:"uri"`
 	Path     string `json:"path"`
@@ -80,15 +80,15 @@ type Connection struct {
 	CipherSuite uint16 `json:"cipher_suite"`
 	ServerName  string `json:"server_name,omitempty"`
 	Protocol    string `json:"protocol,omitempty"`
-	Early       bool   `json:"early,omitempty"` // early data, which can be replayed
+	Early       bool   `json:"early,omitempty"` // TLS early data, which an attacker can replay
 }
 
-// decoding reads the stored form. Unlike JSON, CBOR keeps a text that is not UTF-8, such as
-// a path with %FF or a header field of an old program, and the type of a number: a placeholder
-// shows 1000000 and not 1e+06.
+// decoding reads the stored form. Unlike JSON, CBOR keeps strings that are not UTF-8, such
+// as a path with %FF. It also keeps the type of a number, so a placeholder shows 1000000 and
+// not 1e+06.
 var decoding, _ = cbor.DecOptions{
 	UTF8: cbor.UTF8DecodeInvalid, IntDec: cbor.IntDecConvertSigned,
-	MaxArrayElements: math.MaxInt32, MaxMapPairs: math.MaxInt32, // net/http limits the fields
+	MaxArrayElements: math.MaxInt32, MaxMapPairs: math.MaxInt32, // net/http limits the number of fields
 }.DecMode()
 
 // Encode returns the stored form: the request as CBOR (RFC 8949), then the body.
@@ -97,7 +97,7 @@ func (r *Request) Encode() ([]byte, error) {
 	return append(head, r.Body...), err
 }
 
-// Decode returns the request of a record. A damaged one is an error.
+// Decode returns the request of a record, or an error if the record is damaged.
 func Decode(rec *store.Record) (*Request, error) {
 	if !bytes.Equal(rec.Checksum, rec.Sum()) {
 		return nil, errors.New("the checksum does not match")
@@ -105,13 +105,13 @@ func Decode(rec *store.Record) (*Request, error) {
 	r := &Request{Header: make(http.Header)}
 	body, err := decoding.UnmarshalFirst(rec.Request, r)
 	if err != nil {
-		return nil, errors.New("the stored request is not valid CBOR") // err would show a part of it
+		return nil, errors.New("the stored request is not valid CBOR") // err would show a part of the request
 	}
 	r.Body = body
 	return r, nil
 }
 
-// Redact removes the signature and credentials, which a replay would need.
+// Redact removes the signature and credentials, because they allow a replay.
 func (r *Request) Redact() {
 	for _, field := range []string{"Inkit-Signature", "Authorization", "Proxy-Authorization", "Cookie"} {
 		if _, ok := r.Header[field]; ok {
@@ -120,8 +120,8 @@ func (r *Request) Redact() {
 	}
 }
 
-// Printable replaces control characters, which a terminal would obey, except for those in
-// keep.
+// Printable replaces control characters and invisible characters, because they can control
+// a terminal. It keeps the characters in keep.
 func Printable(s string, keep ...rune) string {
 	return strings.Map(func(r rune) rune {
 		invisible := unicode.In(r, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector) || r == '\u2800'

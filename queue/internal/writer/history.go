@@ -8,8 +8,8 @@ import (
 
 const (
 	// History is written with the next transaction, or after historyPause. A transaction has
-	// at most maxHistory rows, so that no event waits for long. While the database fails, at
-	// most historyRoom rows wait, and the others are lost.
+	// at most maxHistory rows, so that no event waits for long. While the database fails,
+	// memory keeps at most historyRoom rows, and further rows are lost.
 	maxHistory   = 1000
 	historyPause = time.Second
 	historyRoom  = 100_000

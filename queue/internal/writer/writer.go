@@ -1,5 +1,5 @@
-// Package writer is the group commit of a database: one goroutine puts all waiting work
-// into one transaction. It does not import Caddy.
+// Package writer implements the group commit of a database: one goroutine puts all waiting
+// work into one transaction. It does not import Caddy.
 package writer
 
 import (
@@ -13,14 +13,14 @@ import (
 )
 
 const (
-	// maxBatch is how many events one transaction adds.
+	// maxBatch is how many events one transaction adds at most.
 	maxBatch = 500
 
-	// applyTimeout is how long a transaction may take.
+	// applyTimeout is the timeout of a transaction.
 	applyTimeout = 20 * time.Second
 
-	// After a failed transaction the writer pauses, twice as long each time, within these
-	// bounds. openPause is the pause between two tries to open the database.
+	// After a failed transaction the writer pauses. The pause doubles each time within these
+	// bounds. openPause is the pause before a retry to open the database.
 	minPause  = 50 * time.Millisecond
 	maxPause  = 500 * time.Millisecond
 	openPause = time.Second
@@ -33,8 +33,8 @@ var (
 	// ErrCalledBack is the error of an event that was delivered before it was stored.
 	ErrCalledBack = errors.New("delivered before it was written")
 
-	// ErrDuplicate is the error of an event of a type in once that was stored before.
-	// Record.First is the id of the first event, which is on the disk.
+	// ErrDuplicate is the error of a duplicate event of a type in once. Record.First is the id
+	// of the first event, which is on the disk.
 	ErrDuplicate = errors.New("stored before")
 )
 
@@ -56,16 +56,16 @@ type Writer struct {
 	closed        chan struct{}
 
 	mu       sync.Mutex
-	store    store.Store // nil until it is open
-	broken   error       // why the store is not open
+	store    store.Store // nil until the database is open
+	broken   error       // the reason why store is nil
 	failing  bool        // the last transaction that added events has failed
 	adds     []*Addition
 	finishes []store.Finish
 	claims   []*claim
 	history  []*store.Record
 
-	// attempting are the events that this process attempts, until the result is written. No
-	// claim returns them, even if the clock is set.
+	// attempting has the ids of the events that this process attempts, until the result is
+	// written. No claim returns these events, even if a changed clock makes them due.
 	attempting map[string]bool
 }
 
@@ -74,7 +74,7 @@ type Addition struct {
 	record   *store.Record
 	encode   func() ([]byte, error)
 	deadline time.Time
-	finish   *store.Finish // result of an attempt that ended during the write
+	finish   *store.Finish // the result of an attempt that ended during the write
 	state    state
 	err      error
 	done     chan struct{}
@@ -89,14 +89,14 @@ const (
 	ended
 )
 
-// NewAddition returns an addition for Writer.Add. If a transaction fails, the writer tries
-// again until the deadline, except on a full disk. It calls encode for the request of the
-// record before each try, and ended with the error of Err at the end. ended must not block.
+// NewAddition returns an addition for Writer.Add. If a transaction fails, the writer retries
+// until the deadline, except on a full disk. Each try calls encode to get the request of the
+// record. At the end, the writer calls ended with the error of Err. ended must not block.
 func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
 	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
 }
 
-// Done is closed when the event is on the disk, or is not going to be stored.
+// Done is closed when the event is on the disk, or when it will not be stored.
 func (a *Addition) Done() <-chan struct{} { return a.done }
 
 // Err returns nil if the event is on the disk. Call it after Done.
@@ -140,7 +140,7 @@ func (w *Writer) Store() (store.Store, error) {
 	return w.store, w.broken
 }
 
-// Failing reports whether the last try to write events failed.
+// Failing reports whether events cannot be stored, according to the last try.
 func (w *Writer) Failing() bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -198,8 +198,8 @@ func (w *Writer) endLocked(a *Addition, err error) {
 	a.ended(err)
 }
 
-// Claim leases events that are due. It leaves out events that this process is attempting,
-// and events whose result is not written yet. Call Finish for each claimed event.
+// Claim leases events that are due. It leaves out the events that this process attempts,
+// until their results are written. Call Finish for each claimed event.
 func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 	waits := &claim{c, make(chan error, 1)}
 	w.mu.Lock()
@@ -216,8 +216,8 @@ func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 	return c.Records, nil
 }
 
-// exclude removes events from a claim that this process attempts already, and registers the
-// others. It must run before the next transaction, which may end such an attempt.
+// exclude removes from a claim the events that this process already attempts, and registers
+// the others. It must run before the next transaction, which may end such an attempt.
 func (w *Writer) exclude(c *claim) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -254,13 +254,13 @@ func (w *Writer) run() {
 	}
 	if s, _ := w.Store(); s != nil {
 		w.write()
-		for w.write() && !w.remembered() { // the rest
+		for w.write() && !w.remembered() { // until all history is written
 		}
 		_ = s.Close()
 	}
 }
 
-// opened opens the database if it is not open, and reports whether it is.
+// opened opens the database if necessary, and reports whether the database is open.
 func (w *Writer) opened() bool {
 	if s, _ := w.Store(); s != nil {
 		return true
@@ -289,7 +289,7 @@ func (w *Writer) opened() bool {
 	return true
 }
 
-// expireLocked ends the additions whose deadline is over.
+// expireLocked ends the additions that have passed their deadline.
 func (w *Writer) expireLocked(err error) {
 	w.adds = slices.DeleteFunc(w.adds, func(a *Addition) bool {
 		if a.state == waiting && !time.Now().Before(a.deadline) {
@@ -349,7 +349,7 @@ func (w *Writer) write() bool {
 		w.observer.Failed(err)
 		w.failed(adds, &store.Batch{}, err)
 		adds, b.Add, b.History = nil, nil, nil
-		err = s.Apply(ctx, b) // finishing still works on a full disk
+		err = s.Apply(ctx, b) // on a full disk, finishing still works
 	}
 	if err != nil {
 		w.observer.Failed(err)
@@ -369,8 +369,8 @@ func (w *Writer) write() bool {
 	return err == nil && len(b.Left) == 0
 }
 
-// failed puts a batch back after its transaction has failed. On a full disk, its additions
-// are not tried again: their senders can try later.
+// failed puts a batch back after its transaction has failed. On a full disk, the writer does
+// not retry the additions: their senders can retry later.
 func (w *Writer) failed(adds []*Addition, b *store.Batch, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -382,7 +382,7 @@ func (w *Writer) failed(adds []*Addition, b *store.Batch, err error) {
 		switch {
 		case a.state == ended:
 			continue
-		case a.finish != nil: // the attempt has ended meanwhile
+		case a.finish != nil: // the attempt ended during the transaction
 			a.state = waiting
 			w.changeLocked(a, *a.finish)
 			a.finish = nil

@@ -14,7 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// database is a store with transactions that a test can let fail.
+// database is a store in memory. A test can slow down its transactions or make them fail.
 type database struct {
 	store.Store
 
@@ -38,7 +38,7 @@ func (d *database) Apply(_ context.Context, b *store.Batch) error {
 	return nil
 }
 
-// written returns the transactions that have succeeded.
+// written returns the successful transactions.
 func (d *database) written() []store.Batch {
 	synctest.Wait()
 	d.mu.Lock()
@@ -59,7 +59,7 @@ func event(id string) *store.Record {
 	return &store.Record{ID: id, Queue: "default", Lease: time.Minute, Attempts: 1}
 }
 
-// add adds an event whose sender waits for some time.
+// add adds an event with a sender that waits this long.
 func add(w *Writer, r *store.Record, wait time.Duration) *Addition {
 	encode := func() ([]byte, error) { return []byte("request"), nil }
 	a := NewAddition(r, encode, time.Now().Add(wait), func(error) {})
@@ -73,7 +73,7 @@ func TestWriter(t *testing.T) {
 		name string
 		do   func(t *testing.T, w *Writer, d *database)
 	}{
-		{"what waits goes into one transaction", func(t *testing.T, w *Writer, d *database) {
+		{"all waiting events go into one transaction", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{})
 			d.apply = func(*store.Batch) error { <-slow; return nil }
 			first := add(w, event("first"), time.Minute)
@@ -91,7 +91,7 @@ func TestWriter(t *testing.T) {
 			require.Len(t, d.written(), 2)
 			assert.Len(t, d.written()[1].Add, 10)
 		}},
-		{"an event whose transaction fails is tried again until it succeeds", func(t *testing.T, w *Writer, d *database) {
+		{"a failed transaction is retried until it succeeds", func(t *testing.T, w *Writer, d *database) {
 			until := time.Now().Add(3 * time.Second)
 			d.apply = func(*store.Batch) error {
 				if time.Now().Before(until) {
@@ -104,7 +104,7 @@ func TestWriter(t *testing.T) {
 			require.NoError(t, a.Err())
 			assert.False(t, w.Failing())
 		}},
-		{"and fails when the time of its sender is over", func(t *testing.T, w *Writer, d *database) {
+		{"an event fails when its sender stops waiting", func(t *testing.T, w *Writer, d *database) {
 			d.apply = func(*store.Batch) error { return broken }
 			began := time.Now()
 			a := add(w, event("a"), 5*time.Second)
@@ -113,7 +113,7 @@ func TestWriter(t *testing.T) {
 			assert.InDelta(t, 5*time.Second, time.Since(began), float64(time.Second))
 			assert.True(t, w.Failing())
 		}},
-		{"a full disk refuses at once, and still finishes", func(t *testing.T, w *Writer, d *database) {
+		{"a full disk refuses new events immediately, but stores results", func(t *testing.T, w *Writer, d *database) {
 			d.apply = func(b *store.Batch) error {
 				if len(b.Add) > 0 {
 					return store.ErrFull
@@ -130,7 +130,7 @@ func TestWriter(t *testing.T) {
 			require.NotEmpty(t, d.written())
 			assert.Equal(t, "delivered", d.written()[0].Finish[0].ID)
 		}},
-		{"an event that is delivered before it is written is called back", func(t *testing.T, w *Writer, d *database) {
+		{"an event that is delivered before its transaction is not written", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{})
 			d.apply = func(*store.Batch) error { <-slow; return nil }
 			add(w, event("other"), time.Minute)
@@ -142,7 +142,7 @@ func TestWriter(t *testing.T) {
 			synctest.Wait()
 			require.Len(t, d.written(), 1)
 		}},
-		{"an event that is delivered while its transaction fails is called back", func(t *testing.T, w *Writer, d *database) {
+		{"an event that is delivered during a failing transaction is not written", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{})
 			d.apply = func(*store.Batch) error { <-slow; return broken }
 			a := add(w, event("a"), time.Minute)
@@ -152,7 +152,7 @@ func TestWriter(t *testing.T) {
 			<-a.Done()
 			require.ErrorIs(t, a.Err(), ErrCalledBack)
 		}},
-		{"an event whose attempt fails while it is written is finished by the next transaction", func(t *testing.T, w *Writer, d *database) {
+		{"if an attempt fails during the transaction of its event, the next transaction has the result", func(t *testing.T, w *Writer, d *database) {
 			slow := make(chan struct{}, 1)
 			d.apply = func(*store.Batch) error { <-slow; return nil }
 			a := add(w, event("a"), time.Minute)
@@ -163,7 +163,7 @@ func TestWriter(t *testing.T) {
 			require.Len(t, d.written(), 2)
 			assert.Equal(t, "status 500", d.written()[1].Finish[0].LastError)
 		}},
-		{"history goes with the next transaction", func(t *testing.T, w *Writer, d *database) {
+		{"history is written with the next transaction", func(t *testing.T, w *Writer, d *database) {
 			w.Remember(event("delivered"))
 			add(w, event("a"), time.Minute)
 			synctest.Wait()
@@ -173,7 +173,7 @@ func TestWriter(t *testing.T) {
 			synctest.Wait()
 			assert.Len(t, d.written(), 1)
 		}},
-		{"or within a second, many rows in few transactions", func(t *testing.T, w *Writer, d *database) {
+		{"without another transaction, history is written within a second, many rows at a time", func(t *testing.T, w *Writer, d *database) {
 			for range 2 * maxHistory {
 				w.Remember(event("delivered"))
 			}
@@ -184,7 +184,7 @@ func TestWriter(t *testing.T) {
 			require.Len(t, d.written(), 2)
 			assert.Len(t, d.written()[1].History, maxHistory)
 		}},
-		{"history that cannot be written is tried again, and is bounded", func(t *testing.T, w *Writer, d *database) {
+		{"history that cannot be written is retried, and its size is bounded", func(t *testing.T, w *Writer, d *database) {
 			d.apply = func(*store.Batch) error { return broken }
 			for range historyRoom + maxHistory {
 				w.Remember(event("delivered"))
@@ -200,9 +200,9 @@ func TestWriter(t *testing.T) {
 				rows += len(b.History)
 			}
 			assert.Equal(t, historyRoom, rows)
-			assert.False(t, w.Failing(), "no event was refused")
+			assert.False(t, w.Failing(), "failed history does not count as a failure to store events")
 		}},
-		{"a full disk takes no history, and still finishes", func(t *testing.T, w *Writer, d *database) {
+		{"a full disk drops history, but stores results", func(t *testing.T, w *Writer, d *database) {
 			d.apply = func(b *store.Batch) error {
 				if len(b.History) > 0 {
 					return store.ErrFull
@@ -218,7 +218,7 @@ func TestWriter(t *testing.T) {
 			synctest.Wait()
 			assert.Len(t, d.written(), 1)
 		}},
-		{"the end writes all history", func(t *testing.T, w *Writer, d *database) {
+		{"Close writes all history", func(t *testing.T, w *Writer, d *database) {
 			for range 3 * maxHistory {
 				w.Remember(event("delivered"))
 			}
@@ -239,7 +239,7 @@ func TestWriter(t *testing.T) {
 			synctest.Wait()
 			assert.Len(t, d.written(), 1)
 		}},
-		{"a finish whose row is locked is tried again, and its event not claimed meanwhile", func(t *testing.T, w *Writer, d *database) {
+		{"a result for a locked row is retried, and its event is not claimed before it is written", func(t *testing.T, w *Writer, d *database) {
 			locked := true
 			d.apply = func(b *store.Batch) error {
 				if b.Left = nil; locked {
@@ -264,7 +264,7 @@ func TestWriter(t *testing.T) {
 			require.NoError(t, err)
 			assert.Len(t, records, 2)
 		}},
-		{"an event that a clock makes due during its attempt is not claimed, even if the attempt ends meanwhile", func(t *testing.T, w *Writer, d *database) {
+		{"an event in an attempt is not claimed, even if the clock makes it due and the attempt ends during the claim", func(t *testing.T, w *Writer, d *database) {
 			var during func()
 			d.apply = func(b *store.Batch) error {
 				for _, c := range b.Claims {
@@ -283,7 +283,7 @@ func TestWriter(t *testing.T) {
 				w.Finish(a, store.Finish{ID: "new"})
 				w.Finish(nil, store.Finish{ID: "old"})
 			}
-			late := &claim{&store.Claim{Queue: "default", Max: 2}, make(chan error)} // its goroutine is slow
+			late := &claim{&store.Claim{Queue: "default", Max: 2}, make(chan error)} // it receives the result late
 			w.mu.Lock()
 			w.claims = append(w.claims, late)
 			w.mu.Unlock()
@@ -310,7 +310,7 @@ func TestWriter(t *testing.T) {
 	}
 }
 
-// Nothing is written to a database that never was open, and the writer ends.
+// A writer closes even if its database never opens.
 func TestWriterThatNeverOpens(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		w := New("me", func(context.Context) (store.Store, error) { return nil, errors.New("there is no server") }, silent{})
