@@ -100,7 +100,7 @@ func (q *queue) begin(id string) error {
 	defer q.mu.Unlock()
 	switch {
 	case q.overdue[id]:
-		return errors.New("the last attempt has not ended yet")
+		return errors.New("the previous attempt has not ended yet")
 	case len(q.overdue) >= maxOverdue:
 		return errors.New("too many attempts have not ended yet")
 	}

@@ -39,7 +39,7 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 	h, d := new(Handler), helper.Dispenser
 	d.Next() // consume directive name
 	if d.NextArg() {
-		return nil, d.Err("inkit_queue: takes a block alone")
+		return nil, d.Err("inkit_queue: takes only a block")
 	}
 	seen := make(map[string]bool)
 	for d.NextBlock(0) {

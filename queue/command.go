@@ -55,7 +55,7 @@ func migrateCommand(o *origin) *cobra.Command {
 				printed += n
 			}
 			if err == nil && printed == 0 {
-				err = errors.New("no store of the configuration is in PostgreSQL")
+				err = errors.New("no queue of the configuration is in PostgreSQL")
 			}
 			return err
 		},

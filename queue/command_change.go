@@ -74,7 +74,7 @@ sends a deleted event of a type in once again, it is delivered.
 func idsOrFilter(filter *store.Filter) cobra.PositionalArgs {
 	return func(_ *cobra.Command, ids []string) error {
 		if given := !reflect.DeepEqual(filter, new(store.Filter)); given == (len(ids) > 0) {
-			return errors.New("takes either events by their ids, or a filter such as --state dead")
+			return errors.New("needs either the ids of events, or a filter such as --state dead")
 		}
 		return nil
 	}

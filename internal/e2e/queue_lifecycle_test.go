@@ -296,8 +296,8 @@ func TestQueueCommands(t *testing.T) {
 		{"an unknown id", "there is no event 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52", []string{"show", "019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52"}},
 		{"one to retry", "there is no event nothing", []string{"retry", "nothing"}},
 		{"one to drop", "there is no event nothing", []string{"drop", "nothing"}},
-		{"nothing to retry", "takes either events by their ids, or a filter such as --state dead", []string{"retry"}},
-		{"both", "takes either events by their ids, or a filter such as --state dead", []string{"retry", "--state", "dead", "x"}},
+		{"nothing to retry", "needs either the ids of events, or a filter such as --state dead", []string{"retry"}},
+		{"both", "needs either the ids of events, or a filter such as --state dead", []string{"retry", "--state", "dead", "x"}},
 		{"an unknown command", `unknown command "lists"`, []string{"lists"}},
 	} {
 		_, err := c.command(append(append([]string{"inkit-queue"}, tt.args...), db...)...)

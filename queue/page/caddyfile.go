@@ -21,7 +21,7 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 	h, d := new(Handler), helper.Dispenser
 	d.Next() // consume directive name
 	if d.NextArg() {
-		return nil, d.Err("inkit_queue_page: takes a block alone")
+		return nil, d.Err("inkit_queue_page: takes only a block")
 	}
 	for d.NextBlock(0) {
 		switch word := d.Val(); word {

@@ -21,7 +21,7 @@ func TestCaddyfile(t *testing.T) {
 		{"after a directive that rejects requests", "inkit_queue_page\nerror 404", `{"handler":"error","status_code":404},{"handler":"inkit_queue_page"}`, ""},
 		{"before a proxy", "reverse_proxy localhost:9000\ninkit_queue_page", `{"handler":"inkit_queue_page"},{"handler":"reverse_proxy","upstreams":[{"dial":"localhost:9000"}]}`, ""},
 
-		{"a word on the line", "inkit_queue_page ops", "", "inkit_queue_page: takes a block alone, at Caddyfile:2"},
+		{"a word on the line", "inkit_queue_page ops", "", "inkit_queue_page: takes only a block, at Caddyfile:2"},
 		{"an unknown option", "inkit_queue_page {\nrefresh 5s\n}", "", "inkit_queue_page: does not know the option refresh, at Caddyfile:3"},
 		{"user without a placeholder", "inkit_queue_page {\nuser\n}", "", "user: takes one placeholder of the request, such as {http.auth.user.id}, at Caddyfile:3"},
 		{"user with two placeholders", "inkit_queue_page {\nuser {http.auth.user.id} {http.auth.user.id}\n}", "", "user: takes one placeholder of the request, such as {http.auth.user.id}, at Caddyfile:3"},
