@@ -87,7 +87,7 @@ type Connection struct {
 // as a path with %FF. It also keeps the type of a number, so a placeholder shows 1000000 and
 // not 1e+06.
 var decoding, _ = cbor.DecOptions{
-	UTF8: cbor.UTF8DecodeInvalid, IntDec: cbor.IntDecConvertSignedOrError,
+	UTF8: cbor.UTF8DecodeInvalid, IntDec: cbor.IntDecConvertSignedOrFail,
 	MaxArrayElements: math.MaxInt32, MaxMapPairs: math.MaxInt32, // net/http limits the number of fields
 }.DecMode()
 
