@@ -53,8 +53,8 @@ func (r result) name() string {
 	return resultFailed
 }
 
-// attempt makes one attempt at an event, and calls done once: when the handlers return,
-// or endMargin after attempt_timeout.
+// attempt makes one attempt at an event. It calls done exactly once: when the handlers
+// return, but at the latest endMargin after attempt_timeout.
 func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done func(result)) {
 	if err := q.begin(rec.ID); err != nil {
 		done(result{err: err, unreachable: true})

@@ -94,13 +94,10 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 }
 
 func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
-	if !d.NextArg() {
-		return d.Err("store: takes the kind of a database")
+	if !d.NextArg() || !nameForm.MatchString(d.Val()) { // do not print it: a connection string can contain a password
+		return d.Err("store: needs the kind of the database first, such as sqlite or postgres")
 	}
 	kind := d.Val()
-	if !nameForm.MatchString(kind) { // it may be a connection string, which can contain a password: do not print it
-		return d.Err("store: takes the kind of a database first, such as sqlite or postgres")
-	}
 	module, err := caddyfile.UnmarshalModule(d, "inkit_queue.stores."+kind)
 	if err != nil {
 		return d.Errf("store: %v", err)

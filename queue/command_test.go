@@ -314,7 +314,7 @@ func TestCommandOnNoDatabase(t *testing.T) {
 	dir := t.TempDir()
 	none := filepath.Join(dir, "none.db")
 	_, err := run(t, "list", "--db", none)
-	require.EqualError(t, err, "sqlite "+none+": there is no such database: name it with --db")
+	require.EqualError(t, err, "sqlite "+none+": this database file does not exist: name another one with --db")
 	assert.NoFileExists(t, none)
 
 	other := filepath.Join(dir, "other.txt")

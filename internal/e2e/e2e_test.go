@@ -237,7 +237,7 @@ type caddy struct {
 
 // startCaddy runs Caddy with a Caddyfile. {{addr}} and {{port}} are the address and port
 // of the site, and {{dir}} is a folder for this Caddy. The global options set the
-// address of the admin API, followed by options.
+// address of the admin API, and contain the text of options.
 func startCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	t.Helper()
 	c := newCaddy(t, options, sites, env...)

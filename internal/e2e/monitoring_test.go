@@ -313,7 +313,7 @@ func TestDashboard(t *testing.T) {
 		`count(caddy_inkit_queue_events{queue="documents", state="pending"} == 5)`,
 		`count(caddy_inkit_queue_events{queue="mail", state="dead"} == 1)`,
 		`count(caddy_inkit_queue_oldest_age_seconds{queue="documents"} > 1)`,
-		// with fewer scrapes, the error of increase is more than a tenth, because it extrapolates
+		// increase() extrapolates: with fewer scrapes, its result is wrong by more than a tenth
 		`count(count_over_time(up[1m]) > 14)`)
 
 	// the required value of each line in a panel, by its legend; further lines are an error

@@ -45,7 +45,7 @@ func TestQueueHistoryAfterAKill(t *testing.T) {
 	for _, e := range c.list(t, "--state", "delivered") {
 		known[e.ResourceID] = true
 	}
-	var last time.Duration // how long before the kill the oldest missing event was delivered
+	var last time.Duration // from the delivery of the oldest missing event to the kill
 	missing := 0
 	backend.mu.Lock()
 	defer backend.mu.Unlock()

@@ -132,7 +132,7 @@ func sometimes(id string, attempt int) int {
 	return http.StatusOK
 }
 
-// firstHangs is a backend whose first attempt of each event lasts for that long, and fails.
+// firstHangs makes a backend let the first attempt at each event hang for timeout, and fail.
 func firstHangs(timeout time.Duration) func(id string, attempt int) int {
 	return func(_ string, attempt int) int {
 		if attempt == 1 {

@@ -43,7 +43,7 @@ func (e *Event) members() *[2]string {
 	if parsed := e.parsed.Load(); parsed != nil {
 		return parsed
 	}
-	// A map, because for a struct encoding/json would accept the names in any case.
+	// A map, because with a struct, encoding/json ignores upper and lower case in names.
 	var object map[string]json.RawMessage
 	_ = json.Unmarshal(e.Body, &object)
 	var members [2]string

@@ -118,7 +118,7 @@ func (h *Handler) Validate() error {
 }
 
 // errNobody means that no directive in front has set a user.
-var errNobody = errors.New("no user: a directive in front of inkit_queue_page must authenticate one")
+var errNobody = errors.New("no user: put a directive that authenticates users, such as basic_auth, before inkit_queue_page")
 
 // ServeHTTP serves the page. It never calls the next handler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {

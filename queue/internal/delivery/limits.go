@@ -10,9 +10,9 @@ import (
 // most is the size of the semaphores. The places above the limit stay acquired.
 const most = 1 << 20
 
-// Limits bounds how many attempts run at the same time, first come, first served. Old
-// events, which the schedule attempts, get at most three quarters of the places: new events
-// do not wait behind a backlog of hanging attempts.
+// Limits sets how many attempts run at the same time. The first to ask is the first to run.
+// Old events, which the schedule attempts, get at most three quarters of the places: new
+// events do not wait behind a backlog of hanging attempts.
 type Limits struct {
 	all, old *semaphore.Weighted
 

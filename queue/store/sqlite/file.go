@@ -45,7 +45,7 @@ type file struct {
 // openFile opens the file at a path and makes its schema.
 func openFile(ctx context.Context, path string, o store.Opening) (*file, error) {
 	if info, err := os.Stat(path); o.Existing && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
-		return nil, errors.New("there is no such database: name it with --db")
+		return nil, errors.New("this database file does not exist: name another one with --db")
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return nil, err

@@ -81,7 +81,7 @@ func (s *SQLite) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		s.Path = d.Val()
 	}
 	if d.NextArg() || d.NextBlock(d.Nesting()) {
-		return d.Err("store: sqlite takes a path at most")
+		return d.Err("store: sqlite takes at most one argument, the path")
 	}
 	return nil
 }

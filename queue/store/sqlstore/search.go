@@ -41,7 +41,8 @@ func (c *condition) add(part string, args ...any) {
 
 func (c *condition) String() string { return strings.Join(append(c.parts, "TRUE"), " AND ") }
 
-// in adds the condition that a column has one of these values, which may be none.
+// in adds the condition that a column has one of these values. Without values, no row
+// matches.
 func (c *condition) in(column string, values []string) {
 	args := make([]any, len(values))
 	for i, value := range values {
