@@ -27,10 +27,10 @@ func init() {
 // Postgres keeps the events of a queue in PostgreSQL. Several Caddys can share the database.
 //
 // Each Caddy stores the events that it receives, and delivers due events of all Caddys.
-// PostgreSQL must be version 12 or later. Caddy creates missing tables when the queue
-// starts. If its role is not allowed to create tables, run the SQL of
-// `caddy inkit-queue migrate` with another role. Caddy's role needs SELECT, INSERT, UPDATE and
-// DELETE on the tables.
+// PostgreSQL must be version 12 or later. When the queue starts, it creates missing tables.
+// If its role may not create tables, run the SQL of `caddy inkit-queue migrate` with another
+// role. The queue's role needs SELECT, INSERT, UPDATE and DELETE on the tables.
+//
 // If the connection string names several servers, Caddy uses the server that accepts writes.
 // A pooler such as pgbouncer works in transaction mode.
 type Postgres struct {

@@ -61,7 +61,7 @@ func (d *DB) query(s statement, n int) string {
 	return d.text(strings.Replace(s.text, "{rows}", rows, 1))
 }
 
-// prepare prepares a statement for n events: for SQLite, parsing takes as long as running.
+// prepare prepares a statement for n events: SQLite is as slow in parsing it as in running it.
 // Call it before the transaction, because a transaction uses the only connection.
 func (d *DB) prepare(ctx context.Context, s statement, n int) error {
 	for _, rows := range []int{min(n, d.Rows), n % d.Rows} {
