@@ -1,6 +1,5 @@
-// Package store is the interface between a queue and its database. The packages below
-// implement it: sqlite and postgres, each a module of Caddy, with the SQL that both share
-// in sqlstore.
+// Package store is the interface between a queue and its database. The Caddy modules sqlite
+// and postgres implement the interface. They share the SQL in sqlstore.
 package store
 
 import (
@@ -18,54 +17,54 @@ import (
 
 // The states of an event in a store.
 const (
-	Pending = "pending"   // waits for its next attempt, or is in one
-	Dead    = "dead"      // not attempted until an operator retries or drops it
-	History = "delivered" // deleted, except for a small row of the history
+	Pending = "pending"   // waits for an attempt, or an attempt is running
+	Dead    = "dead"      // not attempted again, unless an operator retries it
+	History = "delivered" // deleted: only a row of the history is left
 )
 
-// Latest is the longest time until an event may be due: the longest Retry-After and its
-// jitter, or attempt_timeout if that is longer. An event with a later due time was written
-// with a wrong clock, and is due now.
+// Latest is the longest wait before an event is due: the longest Retry-After plus its
+// jitter, or attempt_timeout if it is longer. A later due time comes from a wrong clock: the
+// event is due now.
 const Latest = 72 * time.Minute
 
-// Record is an event in a store. Operators read its columns; an attempt needs Request.
+// Record is an event in a store. Operators see its columns. An attempt sends Request.
 type Record struct {
-	ID         string // unique over all queues, in the order of time
+	ID         string // unique across all queues, and sorted by time
 	Queue      string
 	State      string
-	Received   time.Time // by the clock of the Caddy that received it
+	Received   time.Time // by the clock of the Caddy that received the event
 	Attempts   int       // how many attempts have begun
-	LastError  string    // of the last attempt that failed
-	EventType  string    // as inkit_webhook reads it: empty if the body is not Inkit's JSON
+	LastError  string    // the error of the last failed attempt
+	EventType  string    // the type in the body, empty if the body is not Inkit's JSON
 	ResourceID string
 	Request    []byte // the encoded request
-	Checksum   []byte // of ID and Request
+	Checksum   []byte // the checksum of ID and Request
 
-	// For Batch.Add: the time until the event is due and, if the owner of the batch is
-	// attempting it now, until other owners may attempt it.
+	// For Batch.Add: the wait before the event is due, and the lease if the batch's owner is
+	// attempting the event now. During the lease, other owners must not attempt the event.
 	Delay time.Duration
 	Lease time.Duration
 
-	// From a store, by its clock: the start of the event's age, the time of its next
-	// attempt, and the end of the lease of its running attempt.
+	// Set by a store, with the store's clock: when the event's age starts, when the next
+	// attempt is due, and when the lease of the running attempt ends.
 	Queued, Due, LeasedUntil time.Time
 
-	// Age is the age of the event when it was claimed.
+	// Age is the event's age at the time of the claim.
 	Age time.Duration
 
-	// In the history: when the backend accepted the event, and the status of its answer.
+	// Only in the history: when the backend accepted the event, and the status of the answer.
 	Finished time.Time
 	Status   int
 
-	// For Batch.Add, of an event of a type in once: its digest, and how long to remember
-	// it. If an earlier event has the same digest, Apply sets First to its id, and does
-	// not add the record.
+	// For Batch.Add, if once lists the event's type: the event's digest, and how long to
+	// remember it. If an earlier event has the same digest, Apply sets First to the id of
+	// the earlier event, and does not add the record.
 	Digest   []byte
 	Remember time.Duration
 	First    string
 }
 
-// Sum returns the checksum of ID and Request, which must not change in the store.
+// Sum returns the checksum of ID and Request. A record with another checksum is damaged.
 func (r *Record) Sum() []byte {
 	hash := sha256.New()
 	hash.Write([]byte(r.ID))
@@ -78,7 +77,7 @@ func (r *Record) Sum() []byte {
 type Finish struct {
 	ID, Queue string
 	Outcome   Outcome
-	After     time.Duration // for Later: the time until the next attempt is due
+	After     time.Duration // for Later: the wait before the next attempt
 	LastError string        // for Later and SetAside
 }
 
@@ -90,49 +89,49 @@ const (
 	Delivered Outcome = iota // the event is deleted
 	Later                    // the event is attempted again
 	SetAside                 // the event is dead
-	Released                 // Caddy stops: the event is due at once, for any owner
-	Unbegun                  // as Released, and the attempt does not count: it did not begin
+	Released                 // Caddy stops: the event is due now, for any owner
+	Unbegun                  // like Released, but the attempt did not begin and does not count
 )
 
-// Claim asks for events that are due. Store.Apply fills Records.
+// Claim asks for due events. Store.Apply fills Records.
 type Claim struct {
 	Queue   string
-	Max     int           // how many events at most
-	Lease   time.Duration // until other owners may attempt them
-	Newest  bool          // the newest events first, not those that are due the longest
+	Max     int           // the maximum number of events
+	Lease   time.Duration // how long other owners must not attempt the events
+	Newest  bool          // the newest events first, otherwise the earliest due events first
 	Records []*Record
 }
 
 // Batch is the work of one transaction.
 type Batch struct {
-	Owner   string // of the leases of Add and Claims
+	Owner   string // the owner of the leases in Add and Claims
 	Add     []*Record
 	Finish  []Finish
 	Claims  []*Claim
 	History []*Record // rows of the history
-	Copied  Rows      // of another store: existing rows do not change
+	Copied  Rows      // rows from another store: they do not replace existing rows
 
-	// Left are the finishes that Apply could not write, because another transaction has
-	// locked their rows. The caller tries again.
+	// Left has the finishes that Apply could not write because another transaction has
+	// locked their rows. The caller must try these finishes again.
 	Left []Finish
 }
 
-// Peek is a cheap look at a queue.
+// Peek is the part of a queue's state that a store reads fast, even with many events.
 type Peek struct {
 	Empty bool          // no event is pending
-	Wait  time.Duration // until the next event is due, 0 if one is due now
+	Wait  time.Duration // until the next event is due, 0 if an event is due now
 
-	Paused time.Time // start of the pause, zero if there is none
+	Paused time.Time // start of the pause, zero if the queue is not paused
 }
 
-// Count is the number of events of a queue in a state.
+// Count is the number of a queue's events in one state.
 type Count struct {
 	Queue, State string
 	Events       int
-	Oldest       time.Duration // the age of the oldest
+	Oldest       time.Duration // the age of the oldest event
 }
 
-// Filter selects events for operators. Empty fields select all.
+// Filter selects events for operators. An empty field selects all events.
 type Filter struct {
 	Queue    string
 	States   []string // nil for pending and dead
@@ -141,28 +140,28 @@ type Filter struct {
 	Error    string    // a part of the last error
 	Since    time.Time // received at this time or later
 	Until    time.Time // received before this time
-	IDs      []string  // only these, unless nil
-	Due      bool      // only pending events whose attempt is due
+	IDs      []string  // only events with these ids, nil for all events
+	Due      bool      // only pending events that are due now
 
 	After  string // start after this position: Page.Next, or an id
-	Newest bool   // the newest first, not the oldest
-	Limit  int    // how many at most, 0 for MaxPage
+	Newest bool   // the newest event first, otherwise the oldest first
+	Limit  int    // the maximum number of events, 0 for MaxPage
 }
 
-// MaxPage is how many events Search returns at most.
+// MaxPage is the maximum number of events that Search returns.
 const MaxPage = 500
 
 // Page is a part of the events that a filter selects.
 type Page struct {
 	Records []*Record // in the order of their ids
 
-	// Next is the position of the next page, empty at the end. A long search stops early,
-	// perhaps without a record, after it has read all events up to Next. TimeOf returns
-	// the time of Next.
+	// Next is the position of the next page. It is empty on the last page. A slow search
+	// stops early, perhaps without a record, after it has read all events up to Next.
+	// TimeOf returns the time of Next.
 	Next string
 }
 
-// TimeOf returns the time in an id or a position, zero if there is none.
+// TimeOf returns the time in an id or a position. It returns zero for an id without a time.
 func TimeOf(id string) time.Time {
 	parsed, err := uuid.Parse(id)
 	if err != nil || parsed.Version() != 7 {
@@ -171,7 +170,7 @@ func TimeOf(id string) time.Time {
 	return time.Unix(parsed.Time().UnixTime())
 }
 
-// Rows are rows of the table events, history, once or paused, as they are in a database.
+// Rows are unchanged rows of the table events, history, once or paused.
 type Rows struct {
 	Table string
 	Rows  [][]any // with the columns as in schema.sql
@@ -181,91 +180,91 @@ type Rows struct {
 type Status struct {
 	Size   int64 // in bytes
 	Queues []QueueStatus
-	Kept   [24]int // events of all queues that are pending or dead, by the hour in which they arrived
+	Kept   [24]int // pending and dead events of all queues, by their hour of arrival
 }
 
-// QueueStatus is the state of one queue. Its numbers of deliveries come from the history:
-// with a history of 0, they are 0.
+// QueueStatus is the state of one queue. Its numbers of deliveries come from the history.
+// If the history is off, these numbers are 0.
 type QueueStatus struct {
 	Queue         string
 	Pending, Dead int
 	Oldest        time.Duration // the age of the oldest pending event
-	Next          time.Duration // until the next attempt is due; 0 if one is due, or none is pending
-	Paused        time.Time     // start of the pause, zero if there is none
+	Next          time.Duration // until the next attempt is due, 0 if an attempt is due now or no event is pending
+	Paused        time.Time     // start of the pause, zero if the queue is not paused
 
-	LastHour, LastDay int     // delivered
-	Hours             [24]int // delivered an hour: the last one is the hour that ends now
-	Retries           int     // failed attempts at the events delivered in the last day
-	Failed            [24]int // likewise, an hour
-	Duplicates        int     // of all remembered keys
+	LastHour, LastDay int     // delivered events
+	Hours             [24]int // delivered events by hour: the last hour ends now
+	Retries           int     // failed attempts of the events that were delivered in the last day
+	Failed            [24]int // Retries by the hour of the delivery
+	Duplicates        int     // duplicates of all remembered events
 
-	// Errors are the most frequent last errors of pending and dead events, five at most.
-	// With many events, only the oldest and the newest count.
+	// Errors are the most frequent last errors of pending and dead events, at most five.
+	// If there are many events, only the oldest and the newest events count.
 	Errors []ErrorCount
 }
 
-// ErrorCount is the number of events with a last error.
+// ErrorCount is the number of events with the same last error.
 type ErrorCount struct {
 	Error  string `json:"error"`
 	Events int    `json:"events"`
 }
 
-// Keep is the limit of the history of a queue.
+// Keep limits the history of a queue.
 type Keep struct {
 	Queue string
 	For   time.Duration
-	Rows  int // 0 for no limit now
+	Rows  int // the maximum number of rows, 0 for no limit in this call
 }
 
 // Upkeep is the result of Store.Tidy.
 type Upkeep struct {
-	More         bool // there is more to tidy
-	DamagedFiles int  // damaged databases that were moved aside and are still there
+	More         bool // Tidy has more to do
+	DamagedFiles int  // damaged databases that were moved aside and still exist
 }
 
-// Store keeps events in a database. It repairs itself: a method returns an error only if
-// it fails after that. All methods may be called by several goroutines, but Apply by only
-// one goroutine of each owner. No error shows a part of an event, or credentials.
+// Store keeps events in a database. It repairs itself: a method returns an error only if it
+// fails after the repair. Several goroutines may call its methods, but for each owner, only
+// one goroutine may call Apply. Errors show no part of an event, and no credentials.
 type Store interface {
-	// Apply writes all of a batch except Left, or nothing. Without an error, the batch is
-	// on the disk. After a connection error, it may be. Adding an existing event changes
-	// nothing. A finish of an event with the lease of another owner changes nothing,
-	// unless it is Delivered.
+	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch
+	// is on the disk. After a connection error, the batch may be on the disk. Adding an
+	// existing event changes nothing. If another owner has the lease of an event, a finish
+	// changes the event only if it is Delivered.
 	Apply(ctx context.Context, b *Batch) error
 
-	// Due fills Records with due events without a lease, after Apply has failed with why:
-	// events of a read-only database must be delivered too. It returns why if another
-	// process could attempt the same events.
+	// Due fills Records with due events, but sets no lease: events in a read-only database
+	// must be delivered too. Callers use it after Apply has failed with the error why. If
+	// another process could attempt the same events, Due returns why.
 	Due(ctx context.Context, c *Claim, why error) error
 
-	// Peek changes nothing. It is as fast with many events as with few.
+	// Peek reads the state of a queue. It is as fast with many events as with few.
 	Peek(ctx context.Context, queue string) (Peek, error)
 
-	// Counts returns a count for each queue and state that has events. Its time grows with
-	// their number.
+	// Counts returns a count for each queue and state with events. It is slower with more
+	// events.
 	Counts(ctx context.Context) ([]Count, error)
 
-	// Search returns a page of the events that the filter selects. They have their requests
-	// only if withRequest is true, and events of the history never have one. It takes about
-	// half a second at most.
+	// Search returns a page of the events that the filter selects. The events have their
+	// requests only if withRequest is true. Events of the history never have a request. A
+	// search stops after about half a second.
 	Search(ctx context.Context, filter Filter, withRequest bool) (Page, error)
 
-	// ReadRows returns the page of a table after another page, in the order of its primary key.
-	// With idle, it leaves out events with a running attempt.
+	// ReadRows returns the next page of a table after a given page, sorted by primary key. If
+	// idle is true, it leaves out events with a running attempt.
 	ReadRows(ctx context.Context, after Rows, idle bool) (Rows, error)
 
 	// Status returns the state of all queues in the database, and of the named queues.
 	Status(ctx context.Context, queues ...string) (Status, error)
 
-	// Pause pauses a queue, or ends the pause, and reports whether that is a change.
+	// Pause starts or ends the pause of a queue. It reports whether the queue has changed.
 	Pause(ctx context.Context, queue string, paused bool) (changed bool, err error)
 
-	// Retry makes events pending and due, with an age of 0, except events with a running
-	// attempt, and returns how many.
+	// Retry makes events pending and due, with an age of 0. It leaves out events with a
+	// running attempt. It returns the number of changed events.
 	Retry(ctx context.Context, filter Filter) (int, error)
 
-	// Drop deletes events with their keys, and returns how many. If one of them is sent
-	// again, it is stored.
+	// Drop deletes events and their keys, and returns the number of deleted events. If Inkit
+	// sends a dropped event again, the queue stores it.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
 	// Tidy does a small part of the upkeep: it deletes expired history and keys, and gives
@@ -277,7 +276,7 @@ type Store interface {
 
 // The errors that callers of a store distinguish.
 var (
-	// ErrFull means that there is no space for more events. Deleting still works.
+	// ErrFull means that the disk has no space for more events. Deleting events still works.
 	ErrFull = errors.New("no space is left for the database")
 
 	// ErrLocked means that another process is writing, or has not ended its transaction.
@@ -289,32 +288,31 @@ var (
 
 // Opening has the settings for Open.
 type Opening struct {
-	Logger *zap.Logger // for repairs by the store; required
+	Logger *zap.Logger // logs repairs by the store; required
 
-	// Command is true for a command of an operator, which may run beside Caddy: the store
-	// waits longer for locks, and repairs nothing.
+	// Command is true for an operator's command. Caddy may run at the same time, so the
+	// store waits longer for locks, and repairs nothing.
 	Command bool
 
-	// Existing makes a missing database an error. Otherwise Open makes one.
+	// If Existing is true, a missing database is an error. Otherwise Open creates it.
 	Existing bool
 }
 
-// Opener is a module of the namespace inkit_queue.stores.
+// Opener is a module in the namespace inkit_queue.stores.
 type Opener interface {
-	// Key identifies the database, so that queues can share it. It has no credentials.
+	// Key identifies the database, so that queues can share it. It contains no credentials.
 	Key() string
 
-	// Open opens the database, and makes a missing schema.
+	// Open opens the database, and creates the schema if it is missing.
 	Open(ctx context.Context, o Opening) (Store, error)
 
-	// Migration returns the SQL of the schema for an operator to run. It is empty for a
-	// database that needs no operator.
+	// Migration returns the SQL that an operator can run to create the schema. It is empty
+	// if the database needs no operator.
 	Migration() string
 }
 
-// Each calls f for all matching events, a page at a time. No read of the database is open
-// while f runs: f may wait for a terminal or write elsewhere, and the log of SQLite does
-// not grow.
+// Each calls f with each page of matching events. While f runs, no read of the database is
+// open. So f may be slow, for example wait for a terminal, and SQLite's log does not grow.
 func Each(ctx context.Context, s Store, filter Filter, withRequest bool, f func(page []*Record) error) error {
 	for {
 		page, err := s.Search(ctx, filter, withRequest)
@@ -332,7 +330,7 @@ func Each(ctx context.Context, s Store, filter Filter, withRequest bool, f func(
 	}
 }
 
-// Merge returns the page of a filter from its pages in several tables or databases.
+// Merge makes one page from a filter's pages of several tables or databases.
 func Merge(f Filter, parts ...Page) (all Page) {
 	order := func(a, b string) int {
 		if f.Newest {
@@ -343,7 +341,7 @@ func Merge(f Filter, parts ...Page) (all Page) {
 	for _, part := range parts {
 		all.Records = append(all.Records, part.Records...)
 		if part.Next != "" && (all.Next == "" || order(part.Next, all.Next) < 0) {
-			all.Next = part.Next // all parts are searched up to this one
+			all.Next = part.Next // all parts are complete up to this position
 		}
 	}
 	slices.SortStableFunc(all.Records, func(a, b *Record) int { return order(a.ID, b.ID) })
@@ -358,10 +356,10 @@ func Merge(f Filter, parts ...Page) (all Page) {
 }
 
 // Copy copies all rows of a store, and calls copied with the ids of each page of events.
-// With idle, it leaves out events with a running attempt. It does not change existing rows.
-// An end of ctx takes effect between two pages.
+// If idle is true, it leaves out events with a running attempt. It does not change existing
+// rows. If ctx ends, Copy stops before the next page.
 func Copy(ctx context.Context, to, from Store, idle bool, copied func(ids []string) error) error {
-	for _, table := range []string{"paused", "once", "history", "events"} { // with its key, an event is dropped from the source
+	for _, table := range []string{"paused", "once", "history", "events"} { // events last: copied may drop an event and its key from the source
 		for page := (Rows{Table: table}); ; {
 			var err error
 			if page, err = from.ReadRows(ctx, page, idle); err != nil {

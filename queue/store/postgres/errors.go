@@ -14,12 +14,12 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// lost are the codes (SQLSTATE) of a server that no longer accepts writes: it stops, it
-// starts, or it has become a standby.
+// lost has the codes (SQLSTATE) of a server that does not accept writes: the server stops,
+// starts, or is now a standby.
 var lost = []string{"25006", "57P01", "57P02", "57P03"}
 
-// wrap translates an error of the driver. If one connection is lost, it closes them all,
-// since they lead to the same server.
+// wrap translates an error of the driver. If one connection is lost, it closes all
+// connections, because they lead to the same server.
 func (s *database) wrap(err error) error {
 	if err == nil || errors.Is(err, store.ErrVersion) {
 		return err
@@ -41,7 +41,7 @@ func timedOut(err error) bool {
 	return errors.Is(err, context.DeadlineExceeded) || pgconn.Timeout(err)
 }
 
-// sqlState returns the code of an error of the server, "" for other errors.
+// sqlState returns the SQLSTATE of an error from the server, "" for other errors.
 func sqlState(err error) string {
 	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
 		return pgErr.Code
@@ -49,7 +49,7 @@ func sqlState(err error) string {
 	return ""
 }
 
-// hints explain the codes that operators meet.
+// hints explains common codes to operators.
 var hints = map[string]string{
 	"28P01": "wrong password, or none",
 	"28000": "the role is unknown, or pg_hba.conf does not let it in from here",
@@ -59,9 +59,9 @@ var hints = map[string]string{
 	"08P01": "a pooler or the server refuses the connection",
 }
 
-// describe returns the driver's own text, after a hint for the errors that operators meet.
-// The text of a failed connection shows host, role and database, but not the password. The
-// text of a refused value is left out: it could show a part of an event.
+// describe returns the driver's text. For common errors, a hint comes first. If a connection
+// failed, the text shows host, role and database, but not the password. If the server refused
+// a value, describe leaves out the text: the text could show a part of an event.
 func describe(err error) string {
 	state := sqlState(err)
 	if strings.HasPrefix(state, "22") || strings.HasPrefix(state, "23") {
@@ -90,7 +90,7 @@ func connectionHint(err error) string {
 		return "the server's certificate is for another name"
 	case noHost:
 		return "the host of the server is not known, or cannot be looked up"
-	case opErr != nil && opErr.Op == "remote error": // an alert of TLS
+	case opErr != nil && opErr.Op == "remote error": // a TLS alert from the server
 		return "the server refuses TLS, or the client's certificate"
 	case errors.Is(err, pgconn.ErrReadOnlyConnection):
 		return hints["25006"]

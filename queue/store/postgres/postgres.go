@@ -24,24 +24,24 @@ func init() {
 	caddy.RegisterModule(Postgres{})
 }
 
-// Postgres keeps the events of a queue in PostgreSQL, which several Caddys can share.
+// Postgres keeps the events of a queue in PostgreSQL. Several Caddys can share the database.
 //
-// Each Caddy stores events, and delivers due events of all Caddys. PostgreSQL must be
-// version 12 or later. Missing tables are made when the queue starts. If the role may not
-// make tables, run the SQL of `caddy inkit-queue migrate` with another role. The
-// role needs SELECT, INSERT, UPDATE and DELETE on the tables.
+// Each Caddy stores the events that it receives, and delivers due events of all Caddys.
+// PostgreSQL must be version 12 or later. When the queue starts, it creates missing tables.
+// If its role may not create tables, run the SQL of `caddy inkit-queue migrate` with another
+// role. The queue's role needs SELECT, INSERT, UPDATE and DELETE on the tables.
 //
-// With several servers in the connection string, the one that accepts writes is used. A
-// pooler such as pgbouncer may be in between, in transaction mode.
+// If the connection string names several servers, Caddy uses the server that accepts writes.
+// A pooler such as pgbouncer works in transaction mode.
 type Postgres struct {
-	// The connection string in the form of libpq, such as
-	// `postgres://inkit@db1,db2/inkit?sslmode=verify-full`. Either one placeholder and
-	// nothing else, or a text without placeholders. A placeholder is resolved again for
+	// The connection string in the format of libpq, such as
+	// `postgres://inkit@db1,db2/inkit?sslmode=verify-full`. It is either one placeholder and
+	// nothing else, or a text without placeholders. Caddy resolves a placeholder again for
 	// each new connection. Required.
 	DSN string `json:"dsn,omitempty"`
 
-	// The schema of the tables. A missing schema is made. Default: the first existing one
-	// in the role's search path.
+	// The schema of the tables. Caddy creates a missing schema. Default: the first existing
+	// schema in the role's search path.
 	Schema string `json:"schema,omitempty"`
 }
 
@@ -72,8 +72,8 @@ func (p *Postgres) Validate() error {
 //		schema <name>
 //	}
 //
-// On the line of store, only a placeholder is allowed. Errors show no word of the input:
-// it may be a part of the connection string.
+// The line of store allows only a placeholder. Errors show no word of the input: each word
+// may be a part of the connection string.
 func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume the name of the store
 	if d.NextArg() {
@@ -102,7 +102,7 @@ func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// Key is of store.Opener. The value of a placeholder does not change it.
+// Key implements store.Opener. The value of a placeholder does not change the key.
 func (p *Postgres) Key() string {
 	hash := sha256.Sum256([]byte(p.DSN + "\x00" + p.Schema))
 	return fmt.Sprintf("postgres %x", hash[:6])
@@ -119,17 +119,17 @@ func (p *Postgres) Migration() string {
 }
 
 const (
-	// answerTimeout is how long a transaction may take, so that one hanging connection
-	// does not block the others.
+	// answerTimeout limits the time of a transaction, so that a hanging connection does not
+	// block the other transactions.
 	answerTimeout = 5 * time.Second
 
-	// connectTimeout is how long one server may take to accept a connection, so that there
-	// is time for the next server. The connection string can change it.
+	// connectTimeout limits the time of connecting to one server, so that time is left for
+	// the next server. The connection string can change this limit.
 	connectTimeout = 2 * time.Second
 
-	// maxConnections is the size of the pool. The connection string can change it. Two to
-	// four connections are in use, but a hanging one stays for 15 s more, until the driver
-	// has closed it.
+	// maxConnections is the size of the pool. The connection string can change this
+	// size. A store uses two to four connections. A hanging connection stays in the pool for
+	// 15 s more, until the driver has closed it.
 	maxConnections = 20
 )
 
@@ -176,12 +176,12 @@ func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) 
 	return config, nil
 }
 
-// knownFailures are messages of the driver without a part of the connection string.
+// knownFailures matches messages of the driver that show no part of the connection string.
 var knownFailures = regexp.MustCompile("`: (failed to configure TLS|failed to read service|invalid port|invalid connect_timeout|" +
 	`could not match \d+ port numbers to \d+ hosts|unknown target_session_attrs|unknown channel_binding|invalid require_auth)`)
 
-// parseFailure returns why a connection string cannot be parsed. Unlike err, it shows no
-// part of the string.
+// parseFailure returns the reason why parsing failed. Unlike err, the reason shows no part
+// of the connection string.
 func parseFailure(err error) string {
 	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
 		return "names a file that cannot be read: " + pathErr.Err.Error()

@@ -27,8 +27,8 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	// Parallel tests mostly wait for a server, so there may be more of them than processors.
-	// -parallel on the command line overrides this.
+	// Parallel tests mostly wait for a server, so run more tests than the machine has
+	// processors. -parallel on the command line overrides this number.
 	if err := flag.Set("test.parallel", "24"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -51,7 +51,7 @@ func TestPostgresIsAStore(t *testing.T) {
 			}
 		})
 	}
-	t.Run("alone", func(t *testing.T) { suite(t, server.Port, "") })
+	t.Run("without a pooler", func(t *testing.T) { suite(t, server.Port, "") })
 	t.Run("behind pgbouncer in transaction mode", func(t *testing.T) { suite(t, server.Bouncer(t), "") })
 }
 
@@ -77,7 +77,7 @@ func limitedDSN(server *pgtest.Server, database, role string) string {
 	return strings.Replace(server.DSN(database), "postgres:"+pgtest.Password, role+":"+pgtest.Password, 1)
 }
 
-// limited makes a role, and returns its connection string.
+// limited creates a role, and returns its connection string.
 func limited(t *testing.T, server *pgtest.Server, database, role string) string {
 	t.Helper()
 	server.Exec(t, database, "CREATE ROLE "+role+" LOGIN PASSWORD '"+pgtest.Password+"'")
@@ -116,22 +116,22 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 		"a server without TLS": {func(*testing.T) string {
 			return strings.Replace(server.DSN("postgres"), "disable", "require", 1)
 		}, "server refused TLS connection", nil},
-		"a server that is read-only": {func(t *testing.T) string {
+		"a read-only server": {func(t *testing.T) string {
 			name := made(t)
 			server.Exec(t, name, "ALTER DATABASE "+name+" SET default_transaction_read_only = on")
 			return server.DSN(name)
 		}, "the server is read-only, as a standby is", nil},
-		"a role that may not make tables": {func(t *testing.T) string {
+		"a role without the right to create tables": {func(t *testing.T) string {
 			name := server.NewDatabase(t)
 			return limited(t, server, name, "maker")
 		}, `permission denied for schema public (SQLSTATE 42501): the role may not make the tables: run the SQL of caddy inkit-queue migrate`, nil},
-		"a role without rights": {func(t *testing.T) string {
+		"a role without the right to delete": {func(t *testing.T) string {
 			name := made(t)
 			dsn := limited(t, server, name, "reader")
 			server.Exec(t, name, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader", "GRANT INSERT, UPDATE, DELETE ON inkit_queue_history, inkit_queue_once, inkit_queue_paused TO reader", "GRANT INSERT, UPDATE ON inkit_queue_events TO reader")
 			return dsn
 		}, "the role lacks the right to DELETE on inkit_queue_events", nil},
-		"a table that is missing": {func(t *testing.T) string {
+		"a missing table": {func(t *testing.T) string {
 			return server.DSN(made(t, "DROP TABLE inkit_queue_events"))
 		}, "the table inkit_queue_events is missing", nil},
 		"a schema of an older version": {func(t *testing.T) string {
@@ -143,14 +143,14 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 		"a schema without a version": {func(t *testing.T) string {
 			return server.DSN(made(t, "DELETE FROM inkit_queue_schema"))
 		}, "no rows in result set", nil},
-		"a table that a crash would empty": {func(t *testing.T) string {
+		"an unlogged table": {func(t *testing.T) string {
 			return server.DSN(made(t, "ALTER TABLE inkit_queue_events SET UNLOGGED"))
 		}, "the table inkit_queue_events is unlogged: a crash of the server would empty it", nil},
-		"an encoding that cannot have every text": {func(t *testing.T) string {
+		"an encoding other than UTF8": {func(t *testing.T) string {
 			server.Exec(t, "postgres", "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
 			return server.DSN("latin")
 		}, "the database has the encoding LATIN1, and must have UTF8", nil},
-		"a search path that leads nowhere": {func(t *testing.T) string {
+		"a search path without an existing schema": {func(t *testing.T) string {
 			name := server.NewDatabase(t)
 			server.Exec(t, name, "ALTER DATABASE "+name+" SET search_path = nowhere")
 			return server.DSN(name)
@@ -168,8 +168,8 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 	}
 }
 
-// proxy forwards messages between a client and the server, until the client has sent as
-// many as it may: from then on it drops all messages of that connection.
+// proxy forwards messages between a client and the server. After the client has sent its
+// allowed number of messages, the proxy drops all further messages of that connection.
 type proxy struct {
 	net.Listener
 	server string
@@ -240,8 +240,8 @@ func (p *proxy) dsn(dsn string) string {
 	return strings.Replace(dsn, ":"+p.server+"/", ":"+port+"/", 1)
 }
 
-// A connection without answers must be given up at any message, and the next transaction
-// must succeed on another connection.
+// The server may stop answering after any message. The store must then give up the
+// connection, and the next transaction must succeed on another connection.
 func TestPostgresConnectionThatHangs(t *testing.T) {
 	t.Parallel()
 	const giveUp = 5*time.Second + 1500*time.Millisecond // a timeout, and a margin
@@ -249,7 +249,7 @@ func TestPostgresConnectionThatHangs(t *testing.T) {
 	name := server.NewDatabase(t)
 	require.NoError(t, openPostgres(t, opener(server.DSN(name))).Close())
 
-	t.Run("while it is opened", func(t *testing.T) {
+	t.Run("while opening", func(t *testing.T) {
 		t.Parallel()
 		for may := range 20 {
 			p := newProxy(t, server.Port, may)
@@ -280,7 +280,7 @@ func TestPostgresConnectionThatHangs(t *testing.T) {
 				Claims: []*store.Claim{{Queue: id, Max: 1, Lease: time.Minute}},
 			})
 		}},
-		{"in a look", func(s store.Store, id string) error {
+		{"in a peek", func(s store.Store, id string) error {
 			_, err := s.Peek(context.Background(), "default")
 			return err
 		}},
@@ -294,7 +294,7 @@ func TestPostgresConnectionThatHangs(t *testing.T) {
 		for may := range says {
 			t.Run(fmt.Sprint(tt.what, " after ", may), func(t *testing.T) {
 				t.Parallel()
-				name := server.NewDatabase(t) // no other transaction has locked its rows
+				name := server.NewDatabase(t) // a new database, so that no other transaction locks its rows
 				p := newProxy(t, server.Port, 1000)
 				s := openPostgres(t, opener(p.dsn(server.DSN(name))))
 				p.may.Store(int64(may))
@@ -318,7 +318,7 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 		for _, port := range []string{server.Port, bouncer} {
 			t.Run(fmt.Sprintf("%s on the server, by port %s", configured, port), func(t *testing.T) {
 				name := server.NewDatabase(t)
-				// no transaction waits for the missing standby: its triggers undo the transaction
+				// triggers undo each transaction, so that no transaction waits for the missing standby
 				server.Exec(t, name, "ALTER DATABASE "+name+" SET synchronous_commit = "+configured,
 					"SET synchronous_commit = local; "+(&postgres.Postgres{}).Migration(),
 					`CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RAISE EXCEPTION ''it is %'', current_setting(''synchronous_commit''); END'`,
@@ -332,7 +332,7 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 		}
 	}
 
-	t.Run("nobody is told of what no standby has confirmed", func(t *testing.T) {
+	t.Run("a commit that no standby has confirmed is an error", func(t *testing.T) {
 		name := server.NewDatabase(t)
 		server.Exec(t, name, "SET synchronous_commit = local; "+(&postgres.Postgres{}).Migration())
 		s := openPostgres(t, opener(server.DSN(name)))
@@ -341,7 +341,7 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 		assert.Less(t, time.Since(began), 6*time.Second)
 		failed := make(chan error)
 		go func() { failed <- add(s, newRecord("b")) }()
-		for err := error(nil); err == nil; { // the wait of the first one may be ended before this one waits
+		for err := error(nil); err == nil; { // this may cancel the wait of a before b waits, so repeat it
 			server.Query(t, name, `SELECT count(*)::text FROM (SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query = 'commit') c`)
 			select {
 			case err = <-failed:
@@ -349,7 +349,7 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 			case <-time.After(10 * time.Millisecond):
 			}
 		}
-		// both events are stored, though: any process may deliver them
+		// both events are stored anyway: any process may deliver them
 		assert.Equal(t, "2", server.Query(t, name, "SELECT count(*)::text FROM inkit_queue_events"))
 	})
 }
@@ -376,7 +376,7 @@ func TestPostgresCredentialsThatChange(t *testing.T) {
 	assert.NotContains(t, key, file)
 }
 
-// The documented ways to connect by TLS, and to give a password.
+// The documented settings for TLS and passwords work.
 func TestPostgresConnecting(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
 	name := server.NewDatabase(t)
@@ -401,22 +401,22 @@ func TestPostgresConnecting(t *testing.T) {
 	trusted := " sslmode=verify-full sslrootcert=" + authority.File
 	for name, tt := range map[string]struct {
 		dsn  string
-		want string // an error; none if it is empty
+		want string // the error, empty if connecting works
 	}{
-		"a client's certificate":           {address + " user=certified" + trusted + " sslcert=" + certificate + " sslkey=" + key, ""},
-		"no certificate of the client's":   {address + " user=certified" + trusted, "the role is unknown, or pg_hba.conf does not let it in from here"},
-		"a certificate that nobody knows":  {address + " user=certified" + trusted + " sslcert=" + foreign + " sslkey=" + foreignKey, "the server refuses TLS, or the client's certificate"},
-		"a certificate for another role":   {address + " user=known" + trusted + " sslcert=" + certificate + " sslkey=" + key, "wrong password, or none: "},
-		"an authority that is not trusted": {address + " user=certified sslmode=verify-full sslrootcert=" + pgtest.NewAuthority(t).File, "the server's certificate is from an authority that is not trusted"},
-		"a certificate for another name":   {strings.Replace(address, "127.0.0.1", "localhost", 1) + " user=known" + trusted, "the server's certificate is for another name"},
-		"the authority alone": {strings.Replace(address, "127.0.0.1", "localhost", 1) + " user=known sslmode=verify-ca sslrootcert=" + authority.File +
+		"a client certificate":                           {address + " user=certified" + trusted + " sslcert=" + certificate + " sslkey=" + key, ""},
+		"no client certificate":                          {address + " user=certified" + trusted, "the role is unknown, or pg_hba.conf does not let it in from here"},
+		"a client certificate from an unknown authority": {address + " user=certified" + trusted + " sslcert=" + foreign + " sslkey=" + foreignKey, "the server refuses TLS, or the client's certificate"},
+		"a client certificate for another role":          {address + " user=known" + trusted + " sslcert=" + certificate + " sslkey=" + key, "wrong password, or none: "},
+		"a server certificate from an unknown authority": {address + " user=certified sslmode=verify-full sslrootcert=" + pgtest.NewAuthority(t).File, "the server's certificate is from an authority that is not trusted"},
+		"a server certificate for another name":          {strings.Replace(address, "127.0.0.1", "localhost", 1) + " user=known" + trusted, "the server's certificate is for another name"},
+		"another name with sslmode verify-ca": {strings.Replace(address, "127.0.0.1", "localhost", 1) + " user=known sslmode=verify-ca sslrootcert=" + authority.File +
 			" password=" + pgtest.Password, ""},
-		"no TLS where the server insists":          {address + " user=known sslmode=disable password=" + pgtest.Password, "pg_hba.conf does not let it in from here"},
-		"a file of passwords":                      {address + " user=known" + trusted + " passfile=" + passwords, ""},
-		"a file of passwords that is not there":    {address + " user=known" + trusted + " passfile=" + passwords + ".none", "wrong password, or none: "},
-		"a service":                                {"service=inkit servicefile=" + services + trusted + " password=" + pgtest.Password, ""},
-		"two servers of which the first is away":   {strings.Replace(address, "host=127.0.0.1 port=", "host=127.0.0.1,127.0.0.1 port=1,", 1) + " user=known" + trusted + " passfile=" + anywhere, ""},
-		"a certificate of the client's and no TLS": {address + " user=certified sslmode=disable sslcert=" + certificate + " sslkey=" + key, "pg_hba.conf does not let it in from here"},
+		"no TLS, although the server requires it":   {address + " user=known sslmode=disable password=" + pgtest.Password, "pg_hba.conf does not let it in from here"},
+		"a password file":                           {address + " user=known" + trusted + " passfile=" + passwords, ""},
+		"a missing password file":                   {address + " user=known" + trusted + " passfile=" + passwords + ".none", "wrong password, or none: "},
+		"a service file":                            {"service=inkit servicefile=" + services + trusted + " password=" + pgtest.Password, ""},
+		"two servers, and only the second one runs": {strings.Replace(address, "host=127.0.0.1 port=", "host=127.0.0.1,127.0.0.1 port=1,", 1) + " user=known" + trusted + " passfile=" + anywhere, ""},
+		"a client certificate without TLS":          {address + " user=certified sslmode=disable sslcert=" + certificate + " sslkey=" + key, "pg_hba.conf does not let it in from here"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, err := opener(tt.dsn).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -431,7 +431,7 @@ func TestPostgresConnecting(t *testing.T) {
 			assert.NoError(t, s.Close())
 		})
 	}
-	t.Run("the variables of libpq", func(t *testing.T) {
+	t.Run("the environment variables of libpq", func(t *testing.T) {
 		for name, value := range map[string]string{
 			"PGHOST": "127.0.0.1", "PGPORT": server.Port, "PGDATABASE": name, "PGUSER": "known",
 			"PGPASSFILE": passwords, "PGSSLMODE": "verify-full", "PGSSLROOTCERT": authority.File,
@@ -442,7 +442,7 @@ func TestPostgresConnecting(t *testing.T) {
 	})
 }
 
-// A role with only the documented rights.
+// A role needs only the documented rights.
 func TestPostgresRoleWithFourRights(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
 	limited(t, server, "postgres", "runner")
@@ -480,7 +480,7 @@ func TestPostgresSchemaIsMadeOnce(t *testing.T) {
 	assert.Equal(t, server.Query(t, made, columns), server.Query(t, printed, columns), "what migrate prints is what is made")
 }
 
-// A row that another transaction has locked delays no other row, and is finished later.
+// A row that another transaction has locked delays no other row. A later batch finishes it.
 func TestPostgresLockedRow(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
 	name := server.NewDatabase(t)
@@ -532,6 +532,6 @@ func TestPostgresDiskFull(t *testing.T) {
 	for i := range n {
 		require.NoError(t, s.Apply(t.Context(), &store.Batch{Owner: "me", Finish: []store.Finish{{ID: fmt.Sprint(i), Queue: "default", Outcome: store.Delivered}}}), "deleting works")
 	}
-	server.Exec(t, "small", "DROP TABLE filler", "VACUUM inkit_queue_events") // this takes some space too
+	server.Exec(t, "small", "DROP TABLE filler", "VACUUM inkit_queue_events") // these statements need some space too
 	require.NoError(t, add(s, newRecord("again")))
 }

@@ -24,25 +24,25 @@ const (
 	busyTimeout        = 4 * time.Second
 	commandBusyTimeout = 30 * time.Second
 
-	// rowsPerStatement is how many events a statement adds: more are no faster.
+	// rowsPerStatement is how many events a statement adds. More events are no faster.
 	rowsPerStatement = 8
 
-	// reserveSize is the space that is freed when the disk is full: the size of the
-	// write-ahead log, since all of it may have to be copied into the file.
+	// reserveSize is the space to free when the disk is full. It equals the size of the
+	// write-ahead log, because SQLite may have to copy the whole log into the file.
 	reserveSize = 1 << 20
 )
 
-// file is an open database file. It detects damage, and healing repairs it.
+// file is an open database file. It only detects damage: healing repairs the file.
 type file struct {
 	sqlstore.DB
-	path string      // without symbolic links: SQLite puts its log beside the real file
+	path string      // without symbolic links: SQLite puts its log next to the real file
 	main os.FileInfo // of the opened file
-	log  os.FileInfo // of its write-ahead log
+	log  os.FileInfo // of the write-ahead log
 
 	room room
 }
 
-// openFile opens the file at a path and makes its schema.
+// openFile opens the file at a path and creates its schema.
 func openFile(ctx context.Context, path string, o store.Opening) (*file, error) {
 	if info, err := os.Stat(path); o.Existing && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
 		return nil, errors.New("this database file does not exist: name another one with --db")
@@ -104,17 +104,17 @@ func real(path string) string {
 
 func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) *sql.DB {
 	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds())}, pragmas...)
-	// the first statement connects, and fails if anything does
+	// this Open never fails: the first statement connects, and returns the error
 	db, _ := sql.Open("sqlite", path+"?_txlock=immediate&_pragma="+strings.Join(pragmas, "&_pragma="))
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
 	return db
 }
 
-// prepare makes the schema, unless the file has other tables. If the schema exists, it only
-// reads, so that a command does not wait for the writes of Caddy.
+// prepare creates the schema, unless the file has other tables. If the schema exists, it
+// only reads: a command must not wait while Caddy writes.
 func (f *file) prepare(ctx context.Context) error {
-	exists, err := f.exists(ctx, f.Write) // the first read opens the log, or makes it for a copy without one
+	exists, err := f.exists(ctx, f.Write) // the first read opens the log, and creates a missing log
 	switch {
 	case err != nil:
 		_, statErr := os.Stat(f.room.reserve)
@@ -126,7 +126,7 @@ func (f *file) prepare(ctx context.Context) error {
 		return wrap(f.CheckVersion(ctx, f.Read))
 	}
 	return f.InTx(ctx, func(tx *sql.Tx) error {
-		exists, err := f.exists(ctx, tx) // another process may have made it meanwhile
+		exists, err := f.exists(ctx, tx) // another process may have created it since the first check
 		if err != nil {
 			return err
 		}
@@ -144,8 +144,8 @@ func (f *file) exists(ctx context.Context, db sqlstore.Querier) (bool, error) {
 	return ours > 0, err
 }
 
-// Apply is of store.Store. It adds nothing while the disk is full, so that there is space
-// to finish the events in the database.
+// Apply implements store.Store. While the disk is full, it adds nothing: the store needs the
+// remaining space to finish the events in the database.
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 	if len(b.Add)+len(b.History)+len(b.Copied.Rows) > 0 && !f.room.isThere() {
 		return store.ErrFull
@@ -153,12 +153,12 @@ func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 	err := f.DB.Apply(ctx, b)
 	if errors.Is(err, store.ErrFull) {
 		f.room.giveUp()
-		_, _ = f.Write.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`) // empties the log into the file
+		_, _ = f.Write.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`) // moves the log into the file
 	}
 	return err
 }
 
-// Tidy is of store.Store: it gives free space back to the disk, a part at a time.
+// Tidy implements store.Store. It gives free space back to the disk in small parts.
 func (f *file) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err error) {
 	const pages = 256
 	if _, err = f.DB.Tidy(ctx, keep); err != nil {
@@ -191,13 +191,13 @@ func isFile(path string, opened os.FileInfo) bool {
 	return err == nil && os.SameFile(info, opened)
 }
 
-// room is a reserve file that is deleted when the disk is full.
+// room is the reserve file. The store deletes it when the disk is full.
 type room struct {
-	reserve string // its path
+	reserve string // the path of the reserve file
 
 	mu    sync.Mutex
 	full  bool      // the file is deleted
-	retry time.Time // when to try to make it again
+	retry time.Time // when to try to create the file again
 }
 
 // make writes the file if it is missing, and reports whether it exists now.
@@ -216,7 +216,7 @@ func (r *room) make() bool {
 	return err == nil
 }
 
-// isThere reports whether there is space to add events. Once a second, it tries make.
+// isThere reports whether the disk has space to add events. If not, it tries make once a second.
 func (r *room) isThere() bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -234,8 +234,8 @@ func (r *room) giveUp() {
 	_ = os.Remove(r.reserve)
 }
 
-// errDamaged means that the file cannot be read as a database. A store never returns it:
-// healing moves the file aside.
+// errDamaged means that SQLite cannot read the file as a database. healing moves such a file
+// aside.
 var errDamaged = errors.New("the database is damaged")
 
 // wrap translates an error of SQLite.
@@ -251,7 +251,7 @@ func wrap(err error) error {
 	return err
 }
 
-// isCode reports whether err is an SQLite error with this code or an extension of it.
+// isCode reports whether err is an SQLite error with this code or one of its extended codes.
 func isCode(err error, code int) bool {
 	sqliteErr, ok := errors.AsType[*sqlite.Error](err)
 	return ok && (sqliteErr.Code() == code || sqliteErr.Code()&0xff == code)

@@ -14,24 +14,24 @@ import (
 	"go.uber.org/zap"
 )
 
-// rescueTimeout is how long copying the events of a deleted file may take.
+// rescueTimeout limits the time to copy the events of a deleted file.
 const rescueTimeout = time.Minute
 
-// healing is a store in a file that may be damaged, deleted or replaced while it is open.
-// A damaged file is moved aside, and an empty one takes its place. The events of a file
-// that was deleted or replaced are copied into the one that is at its path now, while the
-// process still has the old one open.
+// healing is a store that repairs its file. If the file is damaged, healing moves it aside
+// and opens an empty file. If another process has deleted or replaced the open file, healing
+// copies the events into the file that is now at the path. This works because the process
+// still has the old file open.
 type healing struct {
 	path    string
 	opening store.Opening
 
-	// mu is read-locked while the file is in use, and locked while another file takes its
-	// place.
+	// mu is read-locked while a method uses the file, and write-locked while healing replaces
+	// the file.
 	mu   sync.RWMutex
-	file *file // nil if opening another one has failed
+	file *file // nil if healing could not open a new file
 }
 
-// open opens the file, and moves a damaged one aside.
+// open opens the file. If the file is damaged, it moves the file aside and opens an empty file.
 func (h *healing) open(ctx context.Context) error {
 	f, err := openFile(ctx, h.path, h.opening)
 	if errors.Is(err, errDamaged) && !h.opening.Command {
@@ -46,7 +46,7 @@ func (h *healing) open(ctx context.Context) error {
 	return err
 }
 
-// moveAside renames a damaged database and its log to a name with the time.
+// moveAside renames a damaged database and its log. The new names contain the time.
 func (h *healing) moveAside(why error) error {
 	path := real(h.path)
 	name := path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
@@ -61,8 +61,8 @@ func (h *healing) moveAside(why error) error {
 	return nil
 }
 
-// use calls f with the file. If the file is damaged, it calls f again with the one that
-// takes its place.
+// use calls f with the file. If the file is damaged, it replaces the file and calls f with
+// the new file.
 func (h *healing) use(ctx context.Context, f func(*file) error) error {
 	used, err := h.try(f)
 	if used == nil || errors.Is(err, errDamaged) {
@@ -74,7 +74,7 @@ func (h *healing) use(ctx context.Context, f func(*file) error) error {
 	return err
 }
 
-// try calls f with the file, if it is open, and returns it.
+// try calls f with the open file, and returns the file. Without an open file, it returns nil.
 func (h *healing) try(f func(*file) error) (*file, error) {
 	h.mu.RLock()
 	defer h.mu.RUnlock()
@@ -84,7 +84,7 @@ func (h *healing) try(f func(*file) error) (*file, error) {
 	return h.file, f(h.file)
 }
 
-// with is use for a function with a result.
+// with is like use, for a function with a result.
 func with[T any](ctx context.Context, h *healing, f func(*file) (T, error)) (result T, err error) {
 	err = h.use(ctx, func(file *file) (err error) {
 		result, err = f(file)
@@ -93,8 +93,8 @@ func with[T any](ctx context.Context, h *healing, f func(*file) (T, error)) (res
 	return result, err
 }
 
-// heal replaces a file that is damaged, or was deleted or replaced, unless another
-// goroutine has done so.
+// heal opens a file in place of old, which is damaged, deleted or replaced. It does nothing
+// if another goroutine has already done this.
 func (h *healing) heal(ctx context.Context, old *file, damage error) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -113,8 +113,8 @@ func (h *healing) heal(ctx context.Context, old *file, damage error) error {
 	return h.open(ctx)
 }
 
-// rescue copies the events of a file that is no longer at its path into the file that is
-// there now, or into a new one.
+// rescue is for an open file that is no longer at its path. It copies the events into the
+// file that is now at the path, and creates a missing file.
 func (h *healing) rescue(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rescueTimeout)
 	defer cancel()
@@ -133,7 +133,7 @@ func (h *healing) rescue(ctx context.Context) error {
 		return err
 	}
 	copied := 0
-	// by the open connection: another one would open the new file
+	// read through the open connection: a new connection would open the new file
 	from := &sqlstore.DB{Dialect: old.Dialect, Read: old.Write, Write: old.Write}
 	err = store.Copy(ctx, h.file, from, false, func(ids []string) error {
 		copied += len(ids)
@@ -149,9 +149,9 @@ func (h *healing) rescue(ctx context.Context) error {
 	return nil
 }
 
-// leave prepares for another file at the path, and reports whether there is or can be one.
-// It copies the log into the file, wherever that is now. Then it deletes the log: SQLite
-// would use it for the other file.
+// leave prepares to open another file at the path. It copies the log into the old file, and
+// deletes the log: SQLite would use this log for the new file. It reports false if the old
+// file is still at the path.
 func (f *file) leave(ctx context.Context) (moved bool, err error) {
 	var busy, pages, copied int
 	err = f.Write.QueryRowContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`).Scan(&busy, &pages, &copied)
@@ -174,8 +174,8 @@ func (f *file) leave(ctx context.Context) (moved bool, err error) {
 
 // The methods of store.Store.
 
-// Apply copies the events when the file is no longer at its path: nobody would find the
-// transaction in the old file.
+// Apply copies the events if the file is no longer at its path. Otherwise, the transaction
+// would be lost with the old file.
 func (h *healing) Apply(ctx context.Context, b *store.Batch) error {
 	var moved *file
 	err := h.use(ctx, func(f *file) error {
@@ -234,7 +234,7 @@ func (h *healing) Tidy(ctx context.Context, keep []store.Keep) (store.Upkeep, er
 	return with(ctx, h, func(f *file) (store.Upkeep, error) { return f.Tidy(ctx, keep) })
 }
 
-// Close copies the events if the file was deleted since the last transaction.
+// Close copies the events if the file was deleted after the last transaction.
 func (h *healing) Close() error {
 	h.mu.Lock()
 	defer h.mu.Unlock()

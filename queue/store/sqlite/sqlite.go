@@ -1,4 +1,4 @@
-// Package sqlite keeps the events of a queue in a file of SQLite.
+// Package sqlite keeps the events of a queue in an SQLite file.
 package sqlite
 
 import (
@@ -26,20 +26,20 @@ func init() {
 	})
 }
 
-// SQLite before 3.51.3 can damage a database that two processes write to. This line does
-// not compile with it.
+// Before version 3.51.3, SQLite can damage a database if two processes write to it. This
+// line does not compile with an older version.
 const _ = uint(sqlite3.SQLITE_VERSION_NUMBER - 3_051_003)
 
 // SQLite keeps the events of a queue in a file on this machine.
 //
-// A missing file or folder is made, and only Caddy's user can read it. Several queues,
-// and several processes on the machine, can share one file. It must not be on a network
-// file system. Beside it are SQLite's write-ahead log (`-wal`), the index of the log
-// (`-shm`), and a reserve of a megabyte (`-reserve`). The reserve is deleted when the
-// disk is full, since deleting events takes space too.
+// Caddy creates a missing file or folder. Only Caddy's user can read it. Several queues,
+// and several processes on the machine, can share one file. The file must not be on a
+// network file system. Next to the file are SQLite's write-ahead log (`-wal`), the index of
+// the log (`-shm`), and a reserve of 1 MB (`-reserve`). Caddy deletes the reserve when the
+// disk is full, because deleting events needs space too.
 type SQLite struct {
-	// The path of the file. Placeholders such as `{env.NAME}` are replaced when the
-	// configuration is loaded. A relative path starts at Caddy's working directory.
+	// The path of the file. Caddy replaces placeholders such as `{env.NAME}` when it
+	// loads the configuration. A relative path starts at Caddy's working directory.
 	// Default: `inkit_queue.db` in Caddy's data directory.
 	Path string `json:"path,omitempty"`
 }
@@ -64,7 +64,7 @@ func (s *SQLite) Provision(caddy.Context) (err error) {
 	return err
 }
 
-// Validate refuses a path that the driver would cut.
+// Validate refuses a path with a question mark: the driver would cut the path there.
 func (s *SQLite) Validate() error {
 	if strings.Contains(s.Path, "?") {
 		return errors.New("path: must not contain a question mark")
@@ -86,26 +86,26 @@ func (s *SQLite) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// Key is of store.Opener.
+// Key implements store.Opener.
 func (s *SQLite) Key() string { return "sqlite " + s.Path }
 
-// Migration is of store.Opener. A process that may write the file makes its schema.
+// Migration implements store.Opener. It is empty, because Open can always create the schema.
 func (*SQLite) Migration() string { return "" }
 
-// Open is of store.Opener. It refuses a file that is not a database of this module, and
-// moves a damaged one aside.
+// Open implements store.Opener. It refuses a file that is not a database of this module. It
+// moves a damaged database aside.
 func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error) {
 	h := &healing{path: s.Path, opening: o}
 	if err := h.open(ctx); err != nil {
 		return nil, err
 	}
-	if o.Command { // repairs nothing: Caddy may be running
+	if o.Command { // a command repairs nothing: Caddy may be running
 		return h.file, nil
 	}
 	return h, nil
 }
 
-// Same reports whether two stores, both opened for commands, are in one file.
+// Same reports whether two stores use the same file. Both must be opened for commands.
 func Same(a, b store.Store) bool {
 	one, isFile := a.(*file)
 	other, isFileToo := b.(*file)

@@ -31,15 +31,15 @@ func TestSQLiteIsAStore(t *testing.T) {
 	})
 }
 
-// A power cut leaves a write-ahead log that is cut anywhere. Events acknowledged before
-// the cut are stored.
+// After a power cut, the write-ahead log can end anywhere. Events that were acknowledged
+// before this point are stored.
 func TestSQLiteLogThatIsCut(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "running.db")
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
 	defer s.Close()
-	var acked []int64 // for each event, how long the log was when it was acknowledged
+	var acked []int64 // for each event, the length of the log when the event was acknowledged
 	for i := range 40 {
 		request := make([]byte, i*37%3000)
 		require.NoError(t, s.Apply(t.Context(), &store.Batch{Owner: "me", Add: []*store.Record{{

@@ -13,10 +13,10 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// tidyStep is how many rows one statement of Tidy deletes.
+// tidyStep is the maximum number of rows that one statement of Tidy deletes.
 const tidyStep = 500
 
-// columns are the columns of the tables that store.Copy copies, the primary key first.
+// columns has the columns of each table that store.Copy copies. The primary key comes first.
 var columns = map[string][]string{
 	"events":  {"id", "queue", "state", "received", "queued", "due", "lease", "owner", "attempts", "last_error", "event_type", "resource_id", "request", "checksum"},
 	"history": {"id", "queue", "event_type", "resource_id", "received", "finished", "attempts", "status"},
@@ -33,7 +33,7 @@ func insert(table string) statement {
 	}
 }
 
-// ReadRows is of store.Store.
+// ReadRows implements store.Store.
 func (d *DB) ReadRows(ctx context.Context, after store.Rows, idle bool) (store.Rows, error) {
 	page, all, key, c := store.Rows{Table: after.Table}, columns[after.Table], 1, new(condition)
 	if page.Table == "once" {
@@ -56,7 +56,7 @@ func (d *DB) ReadRows(ctx context.Context, after store.Rows, idle bool) (store.R
 	return page, d.Wrap(err)
 }
 
-// historyRows returns the rows of delivered events.
+// historyRows returns the rows of the history for delivered events.
 func historyRows(history []*store.Record) (rows [][]any) {
 	for _, r := range history {
 		rows = append(rows, []any{r.ID, r.Queue, label(r.EventType), label(r.ResourceID), r.Received.UnixMilli(), r.Finished.UnixMilli(), r.Attempts, r.Status})
@@ -64,8 +64,8 @@ func historyRows(history []*store.Record) (rows [][]any) {
 	return rows
 }
 
-// once writes the keys of new events, and returns the events to store. An event whose key
-// exists already is a duplicate of the first event.
+// once writes the keys of new events, and returns the events to store. If a key
+// already exists, its event is a duplicate of the first event.
 func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) ([]*store.Record, error) {
 	same := make(map[string][]*store.Record) // events of this batch by queue and digest
 	for _, r := range added {
@@ -76,7 +76,7 @@ func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) ([]*st
 		}
 	}
 	rows := make([][]any, 0, len(same))
-	for _, key := range slices.Sorted(maps.Keys(same)) { // two transactions must not wait for each other
+	for _, key := range slices.Sorted(maps.Keys(same)) { // sorted, so that two transactions cannot deadlock
 		r := same[key][0]
 		rows = append(rows, []any{r.Queue, r.Digest, r.ID, r.Remember.Milliseconds(), len(same[key]) - 1})
 	}
@@ -96,7 +96,7 @@ func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) ([]*st
 	return slices.DeleteFunc(slices.Clone(added), func(r *store.Record) bool { return r.First != "" }), nil
 }
 
-// keyOver says that a key counts no longer: its time is over, and its event has gone.
+// keyOver is the condition for a key that no longer counts: it has expired, and its event is gone.
 const keyOver = `o.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = o.id)`
 
 var addKeys = statement{
@@ -109,7 +109,7 @@ var addKeys = statement{
 	RETURNING queue, digest, id`,
 }
 
-// Pause is of store.Store.
+// Pause implements store.Store.
 func (d *DB) Pause(ctx context.Context, queue string, paused bool) (changed bool, err error) {
 	query := `DELETE FROM {schema}inkit_queue_paused WHERE queue = $1`
 	if paused {
@@ -123,7 +123,7 @@ func (d *DB) Pause(ctx context.Context, queue string, paused bool) (changed bool
 	return changed, err
 }
 
-// Tidy is of store.Store. It deletes a few rows at a time, so that no event waits long.
+// Tidy implements store.Store. It deletes a few rows at a time, so that no event waits long.
 func (d *DB) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err error) {
 	for _, k := range keep {
 		until := time.Now().Add(-k.For).UnixMilli()
@@ -145,7 +145,7 @@ func (d *DB) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err e
 		WHERE e.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = e.id)`))
 }
 
-// deleteAll repeats a statement that deletes, a step at a time.
+// deleteAll repeats a DELETE until it deletes fewer than tidyStep rows.
 func (d *DB) deleteAll(ctx context.Context, query string, args ...any) error {
 	for n := tidyStep; n == tidyStep; {
 		err := d.InTx(ctx, func(tx *sql.Tx) (err error) {

@@ -9,8 +9,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// Due is of store.Store. If another process may still write, it may deliver the same
-// events: then Due returns why. On a full disk, no process can write.
+// Due implements store.Store. It returns why if another process may still write: the other
+// process may deliver the same events. On a full disk, no process can write.
 func (d *DB) Due(ctx context.Context, c *store.Claim, why error) error {
 	if errors.Is(why, store.ErrLocked) || d.Skip != "" && !errors.Is(why, store.ErrFull) {
 		return why
@@ -27,7 +27,7 @@ func (d *DB) Due(ctx context.Context, c *store.Claim, why error) error {
 	return errors.Join(why, err)
 }
 
-// Peek is of store.Store.
+// Peek implements store.Store.
 func (d *DB) Peek(ctx context.Context, queue string) (p store.Peek, err error) {
 	var first, last, paused sql.NullInt64
 	var now int64
@@ -42,7 +42,7 @@ func (d *DB) Peek(ctx context.Context, queue string) (p store.Peek, err error) {
 	p.Empty = !first.Valid
 	p.Wait = time.Duration(max(0, first.Int64-now)) * time.Millisecond
 	if last.Int64-now > store.Latest.Milliseconds() {
-		p.Wait = 0 // a clock was wrong: the next claim corrects it
+		p.Wait = 0 // a clock was wrong: the next claim corrects the due time
 	}
 	if paused.Valid {
 		p.Paused = time.UnixMilli(paused.Int64)
@@ -50,7 +50,7 @@ func (d *DB) Peek(ctx context.Context, queue string) (p store.Peek, err error) {
 	return p, nil
 }
 
-// Counts is of store.Store.
+// Counts implements store.Store.
 func (d *DB) Counts(ctx context.Context) (counts []store.Count, err error) {
 	var c store.Count
 	var oldest int64

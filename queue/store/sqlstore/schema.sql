@@ -1,5 +1,5 @@
--- Times are milliseconds since 1970, by the clock of the database or, in SQLite, of the
--- machine. docs/queue.md explains the columns.
+-- Times are milliseconds since 1970. PostgreSQL uses the clock of its server, and SQLite uses
+-- the clock of the machine. docs/queue.md explains the columns.
 CREATE TABLE {schema}inkit_queue_events (
 	id          TEXT    NOT NULL PRIMARY KEY,
 	queue       TEXT    NOT NULL,
@@ -17,16 +17,16 @@ CREATE TABLE {schema}inkit_queue_events (
 	checksum    {bytes} NOT NULL
 );
 
--- The pending events in the order in which they are due. It also answers how many there
--- are, and since when.
+-- The pending events, sorted by due time. This index also counts the events and finds the
+-- oldest event.
 CREATE INDEX inkit_queue_due ON {schema}inkit_queue_events (queue, due, queued) WHERE state = 'pending';
 
--- The dead events in the order of time, for searches. It also answers how many there are.
+-- The dead events, sorted by time, for searches. This index also counts the events.
 CREATE INDEX inkit_queue_dead ON {schema}inkit_queue_events (id, queue, queued) WHERE state = 'dead';
 
 CREATE INDEX inkit_queue_resource ON {schema}inkit_queue_events (resource_id, id) WHERE resource_id <> '';
 
--- What is left of an event that was delivered.
+-- One row for each delivered event, without the request.
 CREATE TABLE {schema}inkit_queue_history (
 	id          TEXT    NOT NULL PRIMARY KEY,
 	queue       TEXT    NOT NULL,
@@ -42,8 +42,8 @@ CREATE INDEX inkit_queue_finished ON {schema}inkit_queue_history (queue, finishe
 
 CREATE INDEX inkit_queue_history_resource ON {schema}inkit_queue_history (resource_id, id) WHERE resource_id <> '';
 
--- The keys of events that are stored once: the SHA-256 of the body, and the id of the
--- first event.
+-- The keys of events that are stored only once. A key has the SHA-256 of the body and the id
+-- of the first event.
 CREATE TABLE {schema}inkit_queue_once (
 	queue      TEXT    NOT NULL,
 	digest     {bytes} NOT NULL,
@@ -59,7 +59,7 @@ CREATE INDEX inkit_queue_once_expires ON {schema}inkit_queue_once (expires);
 
 CREATE INDEX inkit_queue_duplicates ON {schema}inkit_queue_once (queue, duplicates) WHERE duplicates > 0;
 
--- The queues that are paused, and since when.
+-- The paused queues, and the start of each pause.
 CREATE TABLE {schema}inkit_queue_paused (
 	queue TEXT   NOT NULL PRIMARY KEY,
 	since BIGINT NOT NULL

@@ -14,8 +14,8 @@ import (
 )
 
 const (
-	// searchStep is how many rows one statement reads, and searchTime is the limit of one
-	// search. Then it returns its position.
+	// searchStep is how many rows one statement reads. After searchTime, a search stops and
+	// returns its position.
 	searchStep = 5000
 	searchTime = 200 * time.Millisecond
 
@@ -29,7 +29,7 @@ type condition struct {
 	args  []any
 }
 
-// add adds a part, in which each %d is replaced by the number of an argument.
+// add adds a part. It replaces each %d by the number of an argument.
 func (c *condition) add(part string, args ...any) {
 	numbers := make([]any, len(args))
 	for i, arg := range args {
@@ -41,8 +41,7 @@ func (c *condition) add(part string, args ...any) {
 
 func (c *condition) String() string { return strings.Join(append(c.parts, "TRUE"), " AND ") }
 
-// in adds the condition that a column has one of these values. Without values, no row
-// matches.
+// in adds the condition that a column has one of the values. Without values, no row matches.
 func (c *condition) in(column string, values []string) {
 	args := make([]any, len(values))
 	for i, value := range values {
@@ -51,7 +50,7 @@ func (c *condition) in(column string, values []string) {
 	c.add(column+" IN (NULL"+strings.Repeat(", $%d", len(values))+")", args...)
 }
 
-// idAt returns the first id of a time.
+// idAt returns the smallest id with a time.
 func idAt(t time.Time) string {
 	var id uuid.UUID
 	ms := max(0, t.UnixMilli())
@@ -61,8 +60,8 @@ func idAt(t time.Time) string {
 	return id.String()
 }
 
-// position adds the bounds of ids: from the times of a filter, since ids have an index, from
-// its position, and until the end of a step, if there is one.
+// position adds the bounds of ids: the times of a filter, because ids have an index, the
+// position of the filter, and the end of a step unless it is empty.
 func (c *condition) position(f store.Filter, end string) {
 	if !f.Since.IsZero() {
 		c.add("id >= $%d", idAt(f.Since.Add(-idMargin)))
@@ -82,7 +81,7 @@ func (c *condition) position(f store.Filter, end string) {
 	}
 }
 
-// order is the order of a search.
+// order returns the ORDER BY of a search.
 func order(f store.Filter) string {
 	if f.Newest {
 		return " ORDER BY id DESC"
@@ -90,14 +89,14 @@ func order(f store.Filter) string {
 	return " ORDER BY id"
 }
 
-// where returns the condition of a filter in a table: state is the one for its states.
+// where returns the condition of a filter in a table. state is the part for the filter's states.
 func where(f store.Filter, state, end string) *condition {
 	c := new(condition)
 	c.add(state)
 	if f.Queue != "" && f.Due {
 		c.add("queue = $%d", f.Queue)
 	} else if f.Queue != "" {
-		c.add("queue || '' = $%d", f.Queue) // no index, so that the rows come in the order of their ids
+		c.add("queue || '' = $%d", f.Queue) // avoids an index of queues: the database must read the rows in the order of their ids
 	}
 	if f.Due {
 		c.add("state = 'pending' AND due <= {now}")
@@ -130,10 +129,10 @@ const (
 	events  = "inkit_queue_events"
 	history = "inkit_queue_history"
 
-	isDead = "state = 'dead'" // has an index
+	isDead = "state = 'dead'" // the condition of an index
 )
 
-// tables returns the tables of a filter, each with the condition for its states.
+// tables returns the tables that a filter searches, each with the condition for the states.
 func tables(f store.Filter) map[string]string {
 	found := make(map[string]string)
 	pending := f.States == nil || slices.Contains(f.States, store.Pending)
@@ -152,7 +151,7 @@ func tables(f store.Filter) map[string]string {
 	return found
 }
 
-// Search is of store.Store.
+// Search implements store.Store.
 func (d *DB) Search(ctx context.Context, f store.Filter, withRequest bool) (store.Page, error) {
 	if f.Limit <= 0 || f.Limit > store.MaxPage {
 		f.Limit = store.MaxPage
@@ -169,11 +168,11 @@ func (d *DB) Search(ctx context.Context, f store.Filter, withRequest bool) (stor
 	return store.Merge(f, parts...), nil
 }
 
-// searchTable searches one table. Without an index for the filter, it reads searchStep rows
-// at a time, until it has found enough or the time is over.
+// searchTable searches one table. If no index fits the filter, it reads searchStep rows at a
+// time, until it has enough records or reaches the time limit.
 func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filter, withRequest bool, limit time.Duration) (page store.Page, err error) {
 	began := time.Now()
-	indexed := f.IDs != nil || f.Resource != "" || f.Due || // or each row matches
+	indexed := f.IDs != nil || f.Resource != "" || f.Due || // or every row matches
 		f.Queue == "" && f.Type == "" && f.Error == "" && (state == "TRUE" || state == isDead)
 	for {
 		end := ""
@@ -201,8 +200,8 @@ func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filte
 	}
 }
 
-// stepEnd returns the last id of the rows that the next statement reads, or "" if it reads
-// all remaining rows.
+// stepEnd returns the id of the last row that the next statement reads, or "" if the
+// statement reads all remaining rows.
 func (d *DB) stepEnd(ctx context.Context, table, state string, f store.Filter) (id string, err error) {
 	c := new(condition)
 	c.position(f, "")
@@ -222,7 +221,7 @@ const (
 	historyColumns = `id, queue, 'delivered', received, 0, 0, NULL, attempts, '', event_type, resource_id, finished, status, `
 )
 
-// searchRows returns the rows up to end that a filter selects.
+// searchRows returns the rows that a filter selects, up to the id end.
 func (d *DB) searchRows(ctx context.Context, table, state string, f store.Filter, end string, withRequest bool) (found []*store.Record, err error) {
 	c := where(f, state, end)
 	columns := eventColumns
@@ -256,7 +255,7 @@ func (d *DB) searchRows(ctx context.Context, table, state string, f store.Filter
 	return found, err
 }
 
-// Retry is of store.Store.
+// Retry implements store.Store.
 func (d *DB) Retry(ctx context.Context, f store.Filter) (n int, err error) {
 	state, ok := tables(f)[events]
 	if !ok {
@@ -272,7 +271,7 @@ func (d *DB) Retry(ctx context.Context, f store.Filter) (n int, err error) {
 	return n, err
 }
 
-// Drop is of store.Store.
+// Drop implements store.Store.
 func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
 	err = d.InTx(ctx, func(tx *sql.Tx) (err error) {
 		for table, state := range tables(f) {
@@ -290,7 +289,7 @@ func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
 		if f.IDs == nil || n > 0 || !slices.Contains(f.States, store.History) {
 			return nil
 		}
-		c := new(condition) // the key of a delivered event may outlive its history
+		c := new(condition) // a key may stay longer than its event's history
 		c.in("id", f.IDs)
 		n, err = d.exec(ctx, tx, `DELETE FROM {schema}inkit_queue_once WHERE `+c.String()+
 			` AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS e WHERE e.id = inkit_queue_once.id)`, c.args...)

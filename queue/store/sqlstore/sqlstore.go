@@ -1,4 +1,4 @@
-// Package sqlstore is the SQL that the stores share: one schema, and a Dialect for the
+// Package sqlstore has the SQL that the stores share: one schema, and a Dialect for the
 // few differences between databases.
 package sqlstore
 
@@ -24,32 +24,32 @@ var schema string
 // {schema}, {now} and {skip} in the statements of this package.
 type Dialect struct {
 	Bytes     string         // the column type for bytes
-	Clustered string         // makes a table that is stored in its primary key
-	Schema    string         // the prefix of table names, with its dot
+	Clustered string         // makes the primary key store the rows of a table
+	Schema    string         // the prefix of table names, including the dot
 	Rows      int            // how many events one statement adds or finishes
-	Plain     bool           // arguments are ? in rows of VALUES: the driver of SQLite is slow with many $1
-	Now       string         // the clock in milliseconds, the same throughout a statement
+	Plain     bool           // write ? instead of $1 in rows of VALUES: the driver of SQLite is slow with many $1
+	Now       string         // the time in milliseconds, constant during a statement
 	Skip      string         // makes a SELECT skip locked rows; empty if no row can be locked
 	Begin     string         // the first statement of a transaction that writes, or empty
-	Tx        *sql.TxOptions // of a transaction that writes
+	Tx        *sql.TxOptions // the options of a transaction that writes
 	More      string         // statements after schema.sql
 	Size      string         // a SELECT of the size of the database in bytes
 
-	// Wrap translates an error of the driver into those of package store.
+	// Wrap translates an error of the driver into an error of package store.
 	Wrap func(error) error
 }
 
-// DB is a store that does not repair its database: the packages that embed it do that.
+// DB is a store that does not repair its database. The packages that embed DB repair it.
 type DB struct {
 	Dialect
 	Write, Read *sql.DB
 
-	prepared sync.Map // of prepared, if Plain
+	prepared sync.Map // *sql.Stmt by prepared, if Plain
 }
 
 func (d *DB) text(query string) string {
 	for _, part := range [][2]string{{"{bytes}", d.Bytes}, {"{clustered}", d.Clustered}, {"{schema}", d.Schema}, {"{now}", d.Now}, {"{skip}", d.Skip}} {
-		query = strings.ReplaceAll(query, part[0], part[1]) // making a Replacer would take longer
+		query = strings.ReplaceAll(query, part[0], part[1]) // faster than a strings.Replacer
 	}
 	return query
 }
@@ -99,10 +99,10 @@ func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query
 	return rows.Err()
 }
 
-// SchemaSQL returns the statements that make the schema.
+// SchemaSQL returns the statements that create the schema.
 func (d *DB) SchemaSQL() string { return d.text(schema + d.More) }
 
-// Migrate makes the schema if it is missing. The caller locks out other processes.
+// Migrate creates the schema if it is missing. The caller must lock out other processes.
 func (d *DB) Migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
 	if exists {
 		return d.CheckVersion(ctx, tx)
@@ -129,7 +129,7 @@ func (d *DB) CheckVersion(ctx context.Context, db Querier) error {
 	return nil
 }
 
-// Close is of store.Store.
+// Close implements store.Store.
 func (d *DB) Close() error {
 	return errors.Join(d.Read.Close(), d.Write.Close())
 }

@@ -12,15 +12,15 @@ import (
 )
 
 const (
-	// errorRows is how many of the oldest and of the newest events Status reads for their
-	// last errors. maxErrors is how many errors it returns.
+	// Status reads the last errors of the errorRows oldest and the errorRows newest events. It
+	// returns the maxErrors most frequent errors of each queue.
 	errorRows = 10_000
 	maxErrors = 5
 
 	hour = int64(time.Hour / time.Millisecond)
 )
 
-// Status is of store.Store.
+// Status implements store.Store.
 func (d *DB) Status(ctx context.Context, queues ...string) (status store.Status, err error) {
 	if err := d.Read.QueryRowContext(ctx, d.text(d.Size)).Scan(&status.Size); err != nil {
 		return status, d.Wrap(err)
@@ -47,7 +47,7 @@ func (d *DB) Status(ctx context.Context, queues ...string) (status store.Status,
 		}
 	}
 	for _, table := range []string{"history", "once", "paused"} {
-		for queue := ""; ; of(queue) { // jumps from queue to queue: there are few queues and many rows
+		for queue := ""; ; of(queue) { // one query per queue is faster than reading all rows
 			var next sql.NullString
 			if err := d.Read.QueryRowContext(ctx, d.text(`SELECT min(queue) FROM {schema}inkit_queue_`+table+` WHERE queue > $1`), queue).Scan(&next); err != nil {
 				return status, d.Wrap(err)
@@ -115,8 +115,8 @@ func (d *DB) statusOfErrors(ctx context.Context, of func(string) *store.QueueSta
 		GROUP BY queue, last_error ORDER BY count(*) DESC, last_error`, errorRows))
 }
 
-// statusOfHours counts the events that are kept by the time in their ids, for which there
-// is an index.
+// statusOfHours counts pending and dead events by the time in their ids, because ids have an
+// index.
 func (d *DB) statusOfHours(ctx context.Context, status *store.Status) error {
 	now := time.Now()
 	for i := range status.Kept {

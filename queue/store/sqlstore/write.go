@@ -11,8 +11,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// statement is a statement for many events. Its text has {rows} where row is repeated for
-// each of them. In a row, each ? is an argument.
+// statement is a statement for many events. In text, {rows} stands for one row per event. In
+// row, each ? is an argument.
 type statement struct{ row, text string }
 
 // prepared is the key of a prepared statement for a number of events.
@@ -61,8 +61,8 @@ func (d *DB) query(s statement, n int) string {
 	return d.text(strings.Replace(s.text, "{rows}", rows, 1))
 }
 
-// prepare prepares a statement for n events: SQLite takes as long to parse one as to run
-// it. It runs before the transaction, which uses the only connection.
+// prepare prepares a statement for n events: SQLite is as slow in parsing it as in running it.
+// Call it before the transaction, because a transaction uses the only connection.
 func (d *DB) prepare(ctx context.Context, s statement, n int) error {
 	for _, rows := range []int{min(n, d.Rows), n % d.Rows} {
 		if rows == 0 || !d.Plain {
@@ -87,7 +87,7 @@ func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (
 		args := slices.Concat(some...)
 		var result sql.Result
 		if stmt, ok := d.prepared.Load(prepared{s, len(some)}); ok {
-			result, err = tx.StmtContext(ctx, stmt.(*sql.Stmt)).ExecContext(ctx, args...) //nolint:sqlclosecheck // it ends with the transaction
+			result, err = tx.StmtContext(ctx, stmt.(*sql.Stmt)).ExecContext(ctx, args...) //nolint:sqlclosecheck // the transaction closes it
 		} else {
 			result, err = tx.ExecContext(ctx, d.query(s, len(some)), args...)
 		}
@@ -103,7 +103,7 @@ func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (
 	return changed, nil
 }
 
-// Apply is of store.Store.
+// Apply implements store.Store.
 func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 	b.Left = nil
 	addHistory, addCopied := insert("history"), insert(b.Copied.Table)
@@ -159,13 +159,13 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 }
 
 // plain returns a text that every database accepts: UTF-8 without NUL. Otherwise one event
-// would make its whole batch fail each time.
+// would make each batch with it fail.
 func plain(text string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
 }
 
-// label returns the stored form of a type or a resource id. It cuts a long one, which has no
-// space in an index of PostgreSQL.
+// label returns the stored form of a type or a resource id. It cuts a long text,
+// because an index of PostgreSQL has no space for it.
 func label(text string) string {
 	const longest = 256 // bytes
 	if text = plain(text); len(text) > longest {
@@ -202,8 +202,8 @@ func finishRows(b *store.Batch) (delivered, others [][]any) {
 	return delivered, others
 }
 
-// left finds the finishes that were not written, because another transaction has locked
-// their rows: their events are still there, with the lease of this owner.
+// left finds the finishes that Apply could not write because another transaction has locked
+// their rows. Their events still exist, and this owner still has the lease.
 func (d *DB) left(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 	if d.Skip == "" {
 		return nil
@@ -246,7 +246,7 @@ func finishRow(f store.Finish) []any {
 }
 
 func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
-	// Events with a due time that only a wrong clock can give are due now.
+	// Only a wrong clock gives such a late due time: these events are due now.
 	_, err := d.exec(ctx, tx, `
 		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
 			SELECT e.id FROM {schema}inkit_queue_events AS e
@@ -255,7 +255,7 @@ func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.C
 	if err != nil {
 		return err
 	}
-	if claim.Newest { // first look at the last arrivals: sorting all due events takes long
+	if claim.Newest { // first look at the last arrivals: sorting all due events is slow
 		err := d.claimFrom(ctx, tx, owner, claim,
 			`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT 16 + 4 * $2) AS n CROSS JOIN {schema}inkit_queue_events AS e WHERE e.id = n.id AND`, `e.id DESC`)
 		if err != nil || len(claim.Records) > 0 {

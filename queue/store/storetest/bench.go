@@ -10,12 +10,12 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// benchSize is how many events a transaction of Measure has.
+// benchSize is the number of events in each transaction of Measure.
 const benchSize = 16
 
 var benchID int
 
-// newBatch returns n events to add, of 800 bytes.
+// NewBatch returns a batch that adds n events of 800 bytes.
 func NewBatch(n int) *store.Batch {
 	batch := &store.Batch{Owner: "me"}
 	for range n {
@@ -32,7 +32,7 @@ func Apply(b *testing.B, s store.Store, batch *store.Batch) {
 	require.NoError(b, s.Apply(context.Background(), batch))
 }
 
-// Deliver delivers n events, and returns the batch to write for that.
+// Deliver writes the finishes in before, claims n events, and returns their finishes.
 func Deliver(b *testing.B, s store.Store, n int, before []store.Finish) []store.Finish {
 	b.Helper()
 	claim := &store.Claim{Queue: "default", Max: n, Lease: time.Minute}
@@ -57,7 +57,7 @@ func Measure(b *testing.B, name string, s store.Store) {
 		var finish []store.Finish
 		for b.Loop() {
 			finish = Deliver(b, s, benchSize, finish)
-			Apply(b, s, NewBatch(benchSize)) // keeps the number of events
+			Apply(b, s, NewBatch(benchSize)) // keeps the number of pending events constant
 		}
 		Apply(b, s, &store.Batch{Owner: "me", Finish: finish})
 	})

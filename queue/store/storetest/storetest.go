@@ -1,4 +1,4 @@
-// Package storetest tests a store of inkit_queue with any database.
+// Package storetest is the test suite for every store of inkit_queue.
 package storetest
 
 import (
@@ -50,8 +50,8 @@ func open(t *testing.T, db Database) store.Store {
 	return s
 }
 
-// record returns an event like those of the queue, with values that a database could
-// change.
+// record returns an event like the events of a queue. A wrong column type or encoding would
+// change its values.
 func record(id string) *store.Record {
 	request := make([]byte, 256)
 	for i := range request {
@@ -88,7 +88,7 @@ func add(t *testing.T, s store.Store, all ...*store.Record) {
 	apply(t, s, &store.Batch{Add: all})
 }
 
-// claim returns the ids of the events that an owner gets.
+// claim claims due events for an owner, and returns their ids.
 func claim(t *testing.T, s store.Store, owner string, limit int, lease time.Duration) []string {
 	t.Helper()
 	c := &store.Claim{Queue: "default", Max: limit, Lease: lease}
@@ -139,7 +139,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		t.Run(name, func(t *testing.T) { f(t, open(t, newDatabase(t))) })
 	}
 
-	test("an event comes back as it was added", func(t *testing.T, s store.Store) {
+	test("a claimed event has the values that were added", func(t *testing.T, s store.Store) {
 		add(t, s, record("a"))
 		c := &store.Claim{Queue: "default", Max: 10, Lease: time.Minute}
 		apply(t, s, &store.Batch{Claims: []*store.Claim{c}})
@@ -162,18 +162,18 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, want.Checksum, row.Checksum)
 		assert.WithinDuration(t, time.Now().Add(time.Minute), row.LeasedUntil, 30*time.Second)
 	})
-	test("what is durable is there when it is opened again", func(t *testing.T, s store.Store) {
+	test("a store with events can be closed", func(t *testing.T, s store.Store) {
 		add(t, s, records(3, nil)...)
 		require.NoError(t, s.Close())
 	})
-	t.Run("a store that is opened again has what was in it", func(t *testing.T) {
+	t.Run("a store that is opened again still has its events", func(t *testing.T) {
 		db := newDatabase(t)
 		s := open(t, db)
 		add(t, s, records(3, nil)...)
 		require.NoError(t, s.Close())
 		assert.Equal(t, map[string]int{"default pending": 3}, counts(t, open(t, db)))
 	})
-	test("texts that no database takes are kept as far as they are texts", func(t *testing.T, s store.Store) {
+	test("invalid characters in texts are replaced", func(t *testing.T, s store.Store) {
 		r := record("a")
 		r.EventType, r.ResourceID = "a\x00b", "\xff\xfe"
 		add(t, s, r, record("b"))
@@ -184,10 +184,10 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		row := find(t, s, "a")
 		assert.Equal(t, []string{"a\uFFFDb", "\uFFFD", "status 500: \uFFFD(\uFFFD"}, []string{row.EventType, row.ResourceID, row.LastError})
 	})
-	test("a resource id as long as a body is cut, and found", func(t *testing.T, s store.Store) {
+	test("a very long resource id is cut, and a search finds it", func(t *testing.T, s store.Store) {
 		long := make([]byte, 60_000)
 		for i := range long {
-			long[i] = 'a' + byte(rand.IntN(26)) // so that no database can compress it
+			long[i] = 'a' + byte(rand.IntN(26)) // random, so that no database can compress the text
 		}
 		r := record("a")
 		r.ResourceID, r.EventType = string(long), string(long)
@@ -199,18 +199,18 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, []string{"a", "b"}, ids(page.Records))
 		assert.Len(t, page.Records[0].ResourceID, 256)
 	})
-	test("claims give the events that are due, those first that are due for the longest", func(t *testing.T, s store.Store) {
+	test("a claim gets only due events, the earliest due event first", func(t *testing.T, s store.Store) {
 		add(t, s, records(3, func(i int, r *store.Record) { r.Delay = time.Hour })...)
 		assert.Empty(t, claim(t, s, "me", 10, time.Minute))
 		for i := range 3 {
 			add(t, s, record(fmt.Sprint("due-", i)))
-			time.Sleep(2 * time.Millisecond) // the clock has milliseconds
+			time.Sleep(2 * time.Millisecond) // the clock counts milliseconds
 		}
 		assert.Equal(t, []string{"due-0", "due-1"}, claim(t, s, "me", 2, time.Minute))
 		assert.Equal(t, []string{"due-2"}, claim(t, s, "me", 2, time.Minute))
 		assert.Empty(t, claim(t, s, "me", 2, time.Minute))
 	})
-	test("claims give the events of their queue alone", func(t *testing.T, s store.Store) {
+	test("a claim gets only events of its queue", func(t *testing.T, s store.Store) {
 		add(t, s, records(4, func(i int, r *store.Record) { r.Queue = []string{"default", "other"}[i%2] })...)
 		other := &store.Claim{Queue: "other", Max: 10, Lease: time.Minute}
 		mine := &store.Claim{Queue: "default", Max: 1, Lease: time.Minute}
@@ -218,7 +218,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, []string{"event-00001", "event-00003"}, ids(other.Records))
 		assert.Len(t, mine.Records, 1)
 	})
-	test("a lease keeps others away until it ends", func(t *testing.T, s store.Store) {
+	test("other owners get no event before its lease ends", func(t *testing.T, s store.Store) {
 		r := record("live")
 		r.Lease, r.Attempts = 3*time.Second, 1 // added during its first attempt
 		add(t, s, r, record("due"))
@@ -233,7 +233,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, 2, find(t, s, "due").Attempts)
 	})
 
-	test("what is delivered is deleted, whoever delivers it", func(t *testing.T, s store.Store) {
+	test("a delivered event is deleted, also without the lease", func(t *testing.T, s store.Store) {
 		add(t, s, records(3, nil)...)
 		claim(t, s, "me", 2, time.Minute)
 		finish(t, s, "me", store.Finish{ID: "event-00000", Outcome: store.Delivered})
@@ -241,7 +241,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		finish(t, s, "me", store.Finish{ID: "event-00002", Outcome: store.Delivered}, store.Finish{ID: "none", Outcome: store.Delivered})
 		assert.Empty(t, counts(t, s))
 	})
-	test("what is to be attempted later is due then", func(t *testing.T, s store.Store) {
+	test("an event for a later attempt is due at that time", func(t *testing.T, s store.Store) {
 		add(t, s, record("a"))
 		claim(t, s, "me", 1, time.Minute)
 		finish(t, s, "me", store.Finish{ID: "a", Outcome: store.Later, After: time.Hour, LastError: "status 500"})
@@ -254,7 +254,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		require.NoError(t, err)
 		assert.InDelta(t, time.Hour, p.Wait, float64(time.Minute))
 	})
-	test("what is dead stays, and is claimed no more", func(t *testing.T, s store.Store) {
+	test("a dead event stays, and no claim gets it", func(t *testing.T, s store.Store) {
 		add(t, s, record("a"))
 		claim(t, s, "me", 1, time.Minute)
 		finish(t, s, "me", store.Finish{ID: "a", Outcome: store.SetAside, LastError: "too old"})
@@ -262,7 +262,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Empty(t, claim(t, s, "me", 1, time.Minute))
 		assert.Equal(t, "too old", find(t, s, "a").LastError)
 	})
-	test("what is released is due at once, and keeps its last error", func(t *testing.T, s store.Store) {
+	test("a released event is due now, and keeps its last error", func(t *testing.T, s store.Store) {
 		add(t, s, record("a"))
 		claim(t, s, "me", 1, time.Minute)
 		finish(t, s, "me", store.Finish{ID: "a", Outcome: store.Later, LastError: "status 500"})
@@ -275,7 +275,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, 2, find(t, s, "a").Attempts, "an attempt that has not begun does not count")
 		assert.Equal(t, []string{"a"}, claim(t, s, "other", 1, time.Minute))
 	})
-	test("whoever has lost a lease has no say", func(t *testing.T, s store.Store) {
+	test("an owner without the lease cannot change the event", func(t *testing.T, s store.Store) {
 		add(t, s, record("a"))
 		claim(t, s, "slow", 1, 0)
 		assert.Equal(t, []string{"a"}, claim(t, s, "fast", 1, time.Hour))
@@ -287,7 +287,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 			assert.WithinDuration(t, time.Now().Add(time.Hour), row.LeasedUntil, time.Minute)
 		}
 	})
-	test("many in one batch", func(t *testing.T, s store.Store) {
+	test("many events in one batch", func(t *testing.T, s store.Store) {
 		all := records(2003, func(i int, r *store.Record) { r.Lease = time.Minute })
 		add(t, s, all...)
 		assert.Equal(t, map[string]int{"default pending": 2003}, counts(t, s))
@@ -299,7 +299,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, map[string]int{"default pending": 1203, "default dead": 400}, counts(t, s))
 		assert.Equal(t, "1996", find(t, s, "event-01996").LastError)
 	})
-	test("all of a batch or nothing", func(t *testing.T, s store.Store) {
+	test("a failed batch changes nothing", func(t *testing.T, s store.Store) {
 		add(t, s, record("a"), record("b"))
 		c := &store.Claim{Queue: "default", Max: 1, Lease: time.Minute}
 		without := record("d")
@@ -315,7 +315,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.NotNil(t, find(t, s, "a"))
 		add(t, s, record("c"))
 	})
-	test("an event that is there already", func(t *testing.T, s store.Store) {
+	test("adding an existing event changes nothing", func(t *testing.T, s store.Store) {
 		add(t, s, record("a"))
 		finish(t, s, "me", store.Finish{ID: "a", Outcome: store.SetAside, LastError: "status 404"})
 		again := record("a")
@@ -346,7 +346,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, store.Peek{}, peek())
 	})
 	for _, shift := range []time.Duration{10 * time.Hour, -10 * time.Hour} {
-		t.Run(fmt.Sprintf("a clock that was wrong by %v delays nothing", shift), func(t *testing.T) {
+		t.Run(fmt.Sprintf("a clock that was wrong by %v delays no event", shift), func(t *testing.T) {
 			db := newDatabase(t)
 			s := open(t, db)
 			add(t, s, record("waits"), record("leased"))
@@ -367,7 +367,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 			assert.Empty(t, claim(t, s, "other", 10, time.Minute), "nothing twice at once")
 		})
 	}
-	test("the newest first", func(t *testing.T, s store.Store) {
+	test("newest events first", func(t *testing.T, s store.Store) {
 		add(t, s, records(6, func(i int, r *store.Record) {
 			if i == 5 {
 				r.Delay = time.Hour
@@ -383,7 +383,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, []string{"event-00000", "event-00001"}, newest(10))
 		assert.Empty(t, newest(10))
 	})
-	test("the newest first, if the last ones are of another queue", func(t *testing.T, s store.Store) {
+	test("newest events first, if the last events are in another queue", func(t *testing.T, s store.Store) {
 		add(t, s, records(1, nil)...)
 		add(t, s, records(1100, func(i int, r *store.Record) { r.ID, r.Queue = fmt.Sprintf("later-%05d", i), "other" })...)
 		c := &store.Claim{Queue: "default", Max: 1, Lease: time.Minute, Newest: true}
@@ -420,7 +420,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 		assert.Equal(t, []string{"event-00003", "event-00005"}, get(store.Filter{Queue: "other", After: "event-00001"}))
 		assert.Empty(t, get(store.Filter{IDs: []string{}}))
 	})
-	test("retry gives a fresh age", func(t *testing.T, s store.Store) {
+	test("retry resets the age", func(t *testing.T, s store.Store) {
 		add(t, s, records(3, nil)...)
 		claim(t, s, "me", 2, time.Minute)
 		finish(t, s, "me", store.Finish{ID: "event-00000", Outcome: store.SetAside, LastError: "too old"})
@@ -448,13 +448,13 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 
 	memory(t, newDatabase)
 
-	t.Run("two on one database store and deliver, and no event twice", func(t *testing.T) {
+	t.Run("two stores on one database claim no event twice", func(t *testing.T) {
 		db := newDatabase(t)
 		stores := []store.Store{open(t, db), open(t, db)}
 		const events = 600
 		var mu sync.Mutex
 		claimed := make(map[string]int)
-		apply := func(s store.Store, b *store.Batch) error { // on a slow disk, the other store may write for long
+		apply := func(s store.Store, b *store.Batch) error { // on a slow disk, the other store may write for a long time
 			for deadline := time.Now().Add(time.Minute); ; {
 				if err := s.Apply(context.Background(), b); !errors.Is(err, store.ErrLocked) || time.Now().After(deadline) {
 					return err
@@ -497,7 +497,7 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 			assert.Equal(t, 1, n, id)
 		}
 	})
-	t.Run("a schema of another version is left alone", func(t *testing.T) {
+	t.Run("a schema of another version is refused", func(t *testing.T) {
 		db := newDatabase(t)
 		require.NoError(t, open(t, db).Close())
 		db.Exec(t, `UPDATE inkit_queue_schema SET version = 99`)
