@@ -57,8 +57,8 @@ const (
 // The next handler gets a verified request with exactly the signed bytes and their
 // length, and a proxy can send it more than once. The handler removes the sender's
 // fields about the connection (`Connection`, `Upgrade`, `Expect` and the like). If no
-// handler takes the event, an error with HTTP status 404 is returned, where Caddy
-// itself would answer 200.
+// handler takes the event, an error with HTTP status 404 is returned. Otherwise Caddy
+// would answer 200.
 //
 // The next handler never sees a rejected request. The checks run in this order, and the
 // first failure sets the outcome and the HTTP status of the error: the method is POST
@@ -244,7 +244,7 @@ func (h *Handler) reject(w http.ResponseWriter, r *http.Request, body []byte, er
 	case http.StatusUnauthorized:
 		header["Www-Authenticate"] = []string{signatureField} // RFC 9110, 15.5.2
 	}
-	if err != ErrSignatureMismatch && !endBody(w, r, !why.broken) && r.ProtoMajor == 1 { // before a mismatch, the body was read completely
+	if err != ErrSignatureMismatch && !endBody(w, r, !why.broken) && r.ProtoMajor == 1 { // with a mismatch, the whole body has already been read
 		header["Connection"] = []string{"close"} // otherwise net/http waits for the rest of a short body
 	}
 	setBody(r, 0)

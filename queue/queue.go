@@ -15,7 +15,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// queue delivers the events that have one queue name in one database. It outlives the
+// queue delivers all events of one queue name in one database. It outlives the
 // handlers of a configuration. The first attached handler delivers until it is detached,
 // because during a reload the new configuration may still fail.
 type queue struct {

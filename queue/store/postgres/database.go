@@ -156,7 +156,7 @@ func (s *database) makeTables(ctx context.Context, schema string) error {
 			err = s.Migrate(ctx, tx, exists)
 		}
 		if !exists && sqlState(err) == "42501" {
-			return fmt.Errorf("%w: the role may not make the tables: run the SQL of caddy inkit-queue migrate", err)
+			return fmt.Errorf("%w: the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate", err)
 		}
 		return err
 	})

@@ -84,7 +84,7 @@ func (h *healing) try(f func(*file) error) (*file, error) {
 	return h.file, f(h.file)
 }
 
-// with is like use, for a function with a result.
+// with does the same as use, and returns the result of f.
 func with[T any](ctx context.Context, h *healing, f func(*file) (T, error)) (result T, err error) {
 	err = h.use(ctx, func(file *file) (err error) {
 		result, err = f(file)

@@ -99,8 +99,8 @@ func (d *DB) statusOfMemory(ctx context.Context, q *store.QueueStatus) error {
 		SELECT coalesce(sum(duplicates), 0) FROM {schema}inkit_queue_once WHERE queue = $1 AND duplicates > 0`), q.Queue).Scan(&q.Duplicates)
 }
 
-// statusOfErrors fills in the most frequent last errors of the oldest and the newest
-// events.
+// statusOfErrors reads the last errors of the oldest and of the newest events, and fills in
+// the most frequent of these errors.
 func (d *DB) statusOfErrors(ctx context.Context, of func(string) *store.QueueStatus) error {
 	var queue string
 	var e store.ErrorCount
