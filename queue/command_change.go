@@ -112,8 +112,8 @@ func (o *origin) change(ctx context.Context, ids []string, filter store.Filter, 
 	return err
 }
 
-// eachID calls f for each id, in one database after the other, until f returns 1. It
-// returns an error for each id for which f always returns 0.
+// eachID calls f for each id with one database after the other, until f returns 1 for this
+// id. It returns an error for each id for which f returns 0 with every database.
 func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, store.Filter) (int, error)) error {
 	unchanged := make(map[string]error)
 	for _, id := range ids {

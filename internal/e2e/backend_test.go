@@ -90,7 +90,8 @@ func (b *backend) close() {
 	_ = b.server.Close()
 }
 
-// record reads a request, records it if it is complete, and returns how many there are.
+// record reads a request, and records it if it is complete. It returns the body and the
+// number of recorded requests.
 func (b *backend) record(r *http.Request) (body []byte, n int) {
 	body, err := io.ReadAll(r.Body)
 	if err != nil {

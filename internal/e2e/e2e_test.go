@@ -54,13 +54,9 @@ func TestMain(m *testing.M) {
 }
 
 func run(m *testing.M) int {
-	// Parallel tests mostly wait, so there can be more tests than processors. In a long run
-	// they work more. -parallel on the command line overrides this number.
-	parallel := size(8, 12)
-	if raceEnabled {
-		parallel = 8
-	}
-	if err := flag.Set("test.parallel", strconv.Itoa(parallel)); err != nil {
+	// Parallel tests mostly wait, so there can be more tests than processors. -parallel on
+	// the command line overrides this number.
+	if err := flag.Set("test.parallel", "8"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}

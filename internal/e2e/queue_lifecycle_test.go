@@ -305,7 +305,7 @@ func TestQueueCommands(t *testing.T) {
 		require.ErrorContains(t, err, tt.says, tt.name)
 	}
 	_, err := c.command("inkit-queue", "list", "--db", c.path("nothing.db"))
-	require.ErrorContains(t, err, "sqlite "+c.path("nothing.db")+": there is no such database")
+	require.ErrorContains(t, err, "sqlite "+c.path("nothing.db")+": this database file does not exist")
 	assert.NoFileExists(t, c.path("nothing.db"))
 	c.stop(t, syscall.SIGTERM)
 	assert.Empty(t, c.list(t), "and without a Caddy that runs")

@@ -33,6 +33,8 @@ type sender struct {
 	accepted []string
 	refused  []string // answered 5xx: the id and the response
 	times    []time.Duration
+	last     time.Time     // when an event was last accepted
+	gap      time.Duration // the longest time between two accepted events
 }
 
 func newSender(t *testing.T, caddys ...*caddy) *sender {
@@ -58,6 +60,10 @@ func (s *sender) send(ctx context.Context, id string, first int) bool {
 			s.mu.Lock()
 			s.accepted = append(s.accepted, id)
 			s.times = append(s.times, time.Since(began))
+			if !s.last.IsZero() {
+				s.gap = max(s.gap, time.Since(s.last))
+			}
+			s.last = time.Now()
 			s.mu.Unlock()
 			return true
 		}

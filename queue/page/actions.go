@@ -96,8 +96,8 @@ func (q question) Counted() string {
 	return strconv.Itoa(q.Count)
 }
 
-// drop asks the user to confirm. The form sends back the number of events. If another
-// number matches then, for example because last errors have changed, drop asks again.
+// drop asks the user to confirm. The form sends back the number of events. If the filter
+// then selects another number of events, for example with other last errors, drop asks again.
 func (v *visit) drop() error {
 	s, f, ok, err := v.selection()
 	switch {

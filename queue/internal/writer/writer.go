@@ -35,7 +35,7 @@ var (
 
 	// ErrDuplicate is the error of a duplicate event of a type in once. Record.First is the id
 	// of the first event, which is on the disk.
-	ErrDuplicate = errors.New("stored before")
+	ErrDuplicate = errors.New("already stored")
 )
 
 // Observer gets the results of transactions. It is called without a lock of the writer,
