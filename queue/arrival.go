@@ -40,8 +40,7 @@ type arrival struct {
 	began    time.Time
 	deadline time.Time // for the response to the sender
 
-	durable <-chan struct{} // closed when storing ends, nil before storing begins
-	refused bool            // too many events are pending
+	storing bool // store was called
 }
 
 func newArrival(q *queue, h *Handler, r *request.Request, record *store.Record) *arrival {
@@ -111,9 +110,9 @@ func (a *arrival) begins() bool {
 // storeOnce stores an event of a type in once before its first attempt, and reports whether
 // the attempt may begin. A duplicate gets no attempt. If storing fails, the attempt begins.
 func (a *arrival) storeOnce() bool {
-	if durable := a.store(); durable != nil {
+	if !a.q.isFull(a.h) {
 		select {
-		case <-durable:
+		case <-a.store():
 			if err := a.addition.Err(); err == nil || errors.Is(err, writer.ErrDuplicate) {
 				return err == nil
 			}
@@ -174,17 +173,17 @@ func (a *arrival) waitForPlace(storing bool) bool {
 	return a.q.limits.New(ctx)
 }
 
-// store begins to store the event, and returns a channel that is closed when storing
-// ends. It returns nil if too many events are pending.
+// store begins to store the event, or refuses it if too many events are pending. It returns
+// a channel that is closed when storing ends.
 func (a *arrival) store() <-chan struct{} {
 	switch {
-	case a.durable != nil || a.refused:
-	case a.q.db.pending(a.q.name) >= a.h.MaxEvents:
-		a.refused = true
-		a.q.refused(a.h)
+	case a.storing:
+	case a.q.isFull(a.h):
+		a.q.db.writer.Refuse(a.addition, errFull)
+		a.q.warnFull(a.h)
 	default:
 		a.q.db.writer.Add(a.addition)
-		a.durable = a.addition.Done()
 	}
-	return a.durable
+	a.storing = true
+	return a.addition.Done()
 }

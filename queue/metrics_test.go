@@ -111,7 +111,8 @@ func TestEventsAreCounted(t *testing.T) {
 	})
 }
 
-// Slow counts are rare. Between two counts, the metrics show the changes by this process.
+// Slow counts are rare. Between two counts, and during a count, the metrics show the changes
+// by this process.
 func TestMetricsBetweenTwoCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
@@ -124,9 +125,9 @@ func TestMetricsBetweenTwoCounts(t *testing.T) {
 		})})
 		defer c.stop(t)
 		c.queue().db.opened(t)
-		time.Sleep(opener.counting + 2*countInterval) // the first count has ended, and the next count begins in two minutes
+		time.Sleep(countInterval + time.Second) // the first count has read no event, and has not ended
 		serve(t, c.handlers[0], post(body))
-		time.Sleep(countInterval)
+		time.Sleep(opener.counting + countInterval) // and the next count begins in two minutes
 		synctest.Wait()
 		assert.InDelta(t, 1, seriesOf(t, "between")["events pending"], 0)
 		serve(t, c.handlers[0], post(body))
@@ -186,6 +187,30 @@ func TestRefusedByAnOldCount(t *testing.T) {
 		assert.Equal(t, 503, serve(t, c.handlers[0], post(body)).status)
 		time.Sleep(opener.counting + countInterval + time.Second)
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+	})
+}
+
+// An event that is not stored, because max_events are pending, counts as refused even if the
+// backend accepts it later.
+func TestRefusedEventCountsOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var slow atomic.Bool
+		c := start(t, &Handler{Name: "full", MaxEvents: 1, StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			if slow.Load() {
+				time.Sleep(200 * time.Millisecond)
+				return status(200)(w, r, next)
+			}
+			return status(500)(w, r, next)
+		})})
+		defer c.stop(t)
+		c.queue().db.opened(t)
+		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		slow.Store(true)
+		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		series := seriesOf(t, "full")
+		assert.InDelta(t, 1, series["stored_total stored"], 0)
+		assert.InDelta(t, 1, series["stored_total refused"], 0)
+		assert.InDelta(t, 0, series["stored_total delivered"], 0)
 	})
 }
 

@@ -215,9 +215,13 @@ func (q *queue) forgetDown() {
 	q.metrics.down.Set(0)
 }
 
-// refused counts an event that is not stored because too many are pending.
-func (q *queue) refused(h *Handler) {
-	q.metrics.stored[resultRefused].Inc()
+// errFull means that max_events are pending.
+var errFull = errors.New("too many events are pending")
+
+func (q *queue) isFull(h *Handler) bool { return q.db.pending(q.name) >= h.MaxEvents }
+
+// warnFull logs that events are not stored, and requests a count.
+func (q *queue) warnFull(h *Handler) {
 	q.db.countSoon()
 	if q.refusedLog.may() {
 		h.logger.Error("cannot store events: max_events are pending", zap.String("queue", q.name), zap.Int("max_events", h.MaxEvents))
@@ -248,6 +252,8 @@ func (q *queue) noteStored(err error, took time.Duration) {
 		q.metrics.storeSeconds.Observe(took.Seconds())
 	case errors.Is(err, writer.ErrCalledBack):
 		q.metrics.stored[resultDelivered].Inc()
+	case errors.Is(err, errFull):
+		q.metrics.stored[resultRefused].Inc()
 	case errors.Is(err, writer.ErrDuplicate):
 		q.metrics.stored[resultDuplicate].Inc()
 	default:

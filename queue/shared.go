@@ -49,8 +49,9 @@ type database struct {
 	mu      sync.Mutex
 	queues  map[string]*queue
 	counts  map[countKey]store.Count
-	ignored map[string]bool // queues without a configuration that warn has logged
-	damaged int             // files that were moved aside
+	changes map[countKey]int // while a count is running, the changes since its start
+	ignored map[string]bool  // queues without a configuration that warn has logged
+	damaged int              // files that were moved aside
 }
 
 type countKey struct{ queue, state string }
@@ -178,17 +179,17 @@ func (d *database) Written(b *store.Batch) {
 		if r.First != "" {
 			continue
 		}
-		d.changeLocked(r.Queue, store.Pending, 1)
+		d.changeLocked(countKey{r.Queue, store.Pending}, 1)
 		woken[r.Queue] = woken[r.Queue] || r.Lease == 0
 	}
 	for _, f := range b.Finish {
 		switch {
 		case left[f.ID]:
 		case f.Outcome == store.Delivered:
-			d.changeLocked(f.Queue, store.Pending, -1)
+			d.changeLocked(countKey{f.Queue, store.Pending}, -1)
 		case f.Outcome == store.SetAside:
-			d.changeLocked(f.Queue, store.Pending, -1)
-			d.changeLocked(f.Queue, store.Dead, 1)
+			d.changeLocked(countKey{f.Queue, store.Pending}, -1)
+			d.changeLocked(countKey{f.Queue, store.Dead}, 1)
 		default:
 			woken[f.Queue] = true
 		}
@@ -200,12 +201,15 @@ func (d *database) Written(b *store.Batch) {
 	}
 }
 
-func (d *database) changeLocked(queue, state string, by int) {
-	c := d.counts[countKey{queue, state}]
+func (d *database) changeLocked(key countKey, by int) {
+	c := d.counts[key]
 	if c.Events = max(0, c.Events+by); c.Events == 0 {
 		c.Oldest = 0
 	}
-	d.counts[countKey{queue, state}] = c
+	d.counts[key] = c
+	if d.changes != nil {
+		d.changes[key] += by
+	}
 }
 
 // pending returns the last known number of pending events of a queue.
@@ -259,16 +263,25 @@ func countPause(took time.Duration) time.Duration {
 func (d *database) countOnce(s store.Store) error {
 	ctx, cancel := context.WithTimeout(d.ctx, countTimeout)
 	defer cancel()
+	d.mu.Lock()
+	d.changes = make(map[countKey]int)
+	d.mu.Unlock()
 	counts, err := s.Counts(ctx)
+	d.mu.Lock()
+	changes := d.changes
+	if d.changes = nil; err == nil {
+		clear(d.counts)
+		for _, c := range counts {
+			d.counts[countKey{c.Queue, c.State}] = c
+		}
+		for key, by := range changes {
+			d.changeLocked(key, by)
+		}
+	}
+	d.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	d.mu.Lock()
-	clear(d.counts)
-	for _, c := range counts { // without the changes during the count: the next count has them
-		d.counts[countKey{c.Queue, c.State}] = c
-	}
-	d.mu.Unlock()
 	for u := (store.Upkeep{More: true}); u.More; {
 		if u, err = s.Tidy(ctx, d.keep()); err != nil {
 			return err

@@ -161,6 +161,16 @@ func (w *Writer) Add(a *Addition) {
 	w.poke()
 }
 
+// Refuse ends an addition with an error in place of Add, unless an attempt has delivered the
+// event already.
+func (w *Writer) Refuse(a *Addition, err error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if a.state == waiting {
+		w.endLocked(a, err)
+	}
+}
+
 // Finish writes the result of an attempt. The addition is nil if the event was claimed.
 func (w *Writer) Finish(a *Addition, f store.Finish) {
 	w.mu.Lock()
@@ -361,9 +371,12 @@ func (w *Writer) write() bool {
 	for _, c := range claims {
 		why := err
 		if err != nil {
+			c.Records = nil // the store may have committed all the same
 			why = s.Due(ctx, c.Claim, err)
 		}
-		w.exclude(c)
+		if why == nil {
+			w.exclude(c)
+		}
 		c.done <- why
 	}
 	return err == nil && len(b.Left) == 0

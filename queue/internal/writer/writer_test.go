@@ -264,6 +264,21 @@ func TestWriter(t *testing.T) {
 			require.NoError(t, err)
 			assert.Len(t, records, 2)
 		}},
+		{"an event is claimed again after a claim that failed after its commit", func(t *testing.T, w *Writer, d *database) {
+			why := broken
+			d.apply = func(b *store.Batch) error {
+				for _, c := range b.Claims {
+					c.Records = []*store.Record{{ID: "old"}}
+				}
+				return why
+			}
+			_, err := w.Claim(&store.Claim{Queue: "default", Max: 1})
+			require.ErrorIs(t, err, broken)
+			why = nil
+			records, err := w.Claim(&store.Claim{Queue: "default", Max: 1})
+			require.NoError(t, err)
+			assert.Len(t, records, 1)
+		}},
 		{"an event in an attempt is not claimed, even if the clock makes it due and the attempt ends during the claim", func(t *testing.T, w *Writer, d *database) {
 			var during func()
 			d.apply = func(b *store.Batch) error {
