@@ -89,7 +89,7 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 			if !stored {
 				return refuse(w, errors.New("the event could not be stored in time"))
 			}
-		case <-gone: // the sender may have closed only its half of the connection, and still read the response
+		case <-gone: // the sender may have closed only its half of the connection: then it can still read the response
 			gone, impatient = nil, true
 		}
 	}

@@ -25,7 +25,7 @@ type backend struct {
 	addr   string
 	answer func(b *backend, w http.ResponseWriter, r *http.Request)
 	status func(id string, attempt int) int // the status of the response of take
-	quiet  bool                             // whether take records nothing
+	quiet  bool                             // whether the method take does not record requests
 
 	mu       sync.Mutex
 	server   *http.Server
@@ -69,7 +69,7 @@ func newBackend(t *testing.T, answer func(b *backend, w http.ResponseWriter, r *
 func (b *backend) listen() {
 	b.t.Helper()
 	var listener net.Listener
-	if !assert.Eventually(b.t, func() bool { // a program that a parallel test starts may have the old one, for a moment
+	if !assert.Eventually(b.t, func() bool { // a parallel test may start a program, and this program may hold the old listener for a moment
 		var err error
 		listener, err = net.Listen("tcp", b.addr)
 		return err == nil

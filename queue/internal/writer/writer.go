@@ -91,7 +91,7 @@ const (
 
 // NewAddition returns an addition for Writer.Add. If a transaction fails, the writer retries
 // until the deadline, except on a full disk. Each try calls encode to get the request of the
-// record. At the end, the writer calls ended with the error of Err. ended must not block.
+// record. At the end, the writer calls the function ended with the error of Err. ended must not block.
 func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
 	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
 }
