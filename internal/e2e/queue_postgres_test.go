@@ -191,7 +191,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	assert.NotEmpty(t, times)
 	assert.LessOrEqual(t, most, 2)
 	up.Store(true)
-	backend.hasAll(t, s.ids(), 2*time.Minute) // after a failed probe, an event waits for as long as its age
+	backend.hasAll(t, s.ids(), 2*time.Minute) // after a failed probe, the next wait of an event is as long as the event is old
 	most = backend.snapshot().most
 	t.Logf("%d attempts at most at a time", most)
 	assert.LessOrEqual(t, most, 2*16)

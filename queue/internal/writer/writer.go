@@ -91,7 +91,8 @@ const (
 
 // NewAddition returns an addition for Writer.Add. If a transaction fails, the writer retries
 // until the deadline, except on a full disk. Each try calls encode to get the request of the
-// record. At the end, the writer calls the function ended with the error of Err. ended must not block.
+// record. At the end, the writer calls the function ended with the error of Err. It must not
+// block.
 func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
 	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
 }
@@ -335,7 +336,7 @@ func (w *Writer) take() (adds []*Addition, b *store.Batch, claims []*claim, s st
 	return adds, b, claims, w.store
 }
 
-// write does the waiting work in one transaction, and reports whether it succeeded.
+// write does all work that is waiting in one transaction, and reports whether it succeeded.
 func (w *Writer) write() bool {
 	adds, b, claims, s := w.take()
 	if s == nil || len(adds)+len(b.Finish)+len(b.History)+len(claims) == 0 {
