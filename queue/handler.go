@@ -55,10 +55,10 @@ const refusedFor = "30"
 // Caddy retries. Each wait is about the age of the event, from a second to five minutes.
 // Only status 2xx counts as accepted. All attempts have the same `Idempotency-Key`.
 //
-// No event is stored if the disk is full or `max_events` are pending. If the backend accepts
-// the event then, the sender gets the backend's response. Otherwise an error with HTTP status
-// 503 and a `Retry-After` field is returned. No sender gets 2xx for an event that is neither on
-// the disk nor accepted.
+// No event is stored if the disk is full or `max_events` are pending. In this case, the
+// sender gets the response of a backend that accepts the event. Otherwise an error with HTTP
+// status 503 and a `Retry-After` field is returned. No sender gets 2xx for an event that is
+// neither on the disk nor accepted.
 //
 // In the `routes`, use the placeholders of `inkit_webhook` and these placeholders:
 //
