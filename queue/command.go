@@ -32,10 +32,11 @@ With --config, the command works on all databases in the configuration.
 			flags.StringVar(&o.config, "config", "", "Configuration file that names the database")
 			flags.StringVar(&o.adapter, "adapter", "", "Config adapter of that file, if the file name does not show it")
 			cmd.MarkFlagsMutuallyExclusive("db", "config")
-			cmd.AddCommand(listCommand(&o), showCommand(&o), interruptible(retryCommand(&o)), interruptible(dropCommand(&o)),
-				statusCommand(&o), pauseCommand(&o), resumeCommand(&o), migrateCommand(&o), interruptible(moveCommand(&o)))
+			cmd.AddCommand(listCommand(&o), showCommand(&o), retryCommand(&o), dropCommand(&o), statusCommand(&o),
+				pauseCommand(&o), resumeCommand(&o), migrateCommand(&o), moveCommand(&o))
 			for _, sub := range cmd.Commands() {
 				sub.SilenceUsage = true
+				sub.RunE = interruptible(sub.RunE)
 			}
 		},
 	})
@@ -98,12 +99,10 @@ the file. The history, the keys of once, and a pause are copied.
 // move copies one page of events at a time, and then drops this page from the source.
 // Events with a running attempt stay. An interruption takes effect between two pages.
 func move(ctx context.Context, from, to store.Store) error {
-	var p progress
 	moved := 0
 	err := store.Copy(ctx, to, from, true, func(ids []string) error {
 		_, err := from.Drop(context.WithoutCancel(ctx), store.Filter{IDs: ids})
 		moved += len(ids)
-		p.show("events moved: %d", moved)
 		return err
 	})
 	fmt.Printf("events moved: %d\n", moved)

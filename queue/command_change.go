@@ -9,9 +9,10 @@ import (
 	"os/signal"
 	"reflect"
 	"slices"
+	"strings"
 	"syscall"
-	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/spf13/cobra"
@@ -28,14 +29,16 @@ func retryCommand(o *origin) *cobra.Command {
 		Long: `
 Makes events pending and due, as if they had arrived just now: dead events are
 attempted for max_age again. A running Caddy sees the change within a few
-seconds. Events that are being delivered do not change.
+seconds. Events that are being delivered, or that were delivered, do not change.
 `,
 		Example: `  caddy inkit-queue retry --state dead --since 2h`,
 	}
 	filter := newFilter(cmd)
 	cmd.Args = idsOrFilter(filter)
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
-		return o.change(cmd.Context(), ids, *filter, "due", store.Store.Retry)
+		changed, err := o.change(cmd, ids, *filter, store.Store.Retry)
+		fmt.Printf("events due: %d\n", changed)
+		return err
 	}
 	return cmd
 }
@@ -55,16 +58,15 @@ sends a deleted event of a type in once again, it is delivered.
 	yes := cmd.Flags().Bool("yes", false, "Delete the events that the filter selects")
 	cmd.Args = idsOrFilter(filter)
 	cmd.RunE = func(cmd *cobra.Command, ids []string) error {
-		if *yes || len(ids) > 0 {
-			return o.change(cmd.Context(), ids, *filter, "dropped", store.Store.Drop)
+		if !*yes && len(ids) == 0 {
+			would, err := o.change(cmd, nil, *filter, func(_ store.Store, _ context.Context, f store.Filter) (int, error) { return len(f.IDs), nil })
+			if err == nil {
+				err = fmt.Errorf("would drop %d events: add --yes to drop them", would)
+			}
+			return err
 		}
-		would := 0
-		err := o.each(cmd.Context(), func(d *target) error {
-			return store.Each(cmd.Context(), d, *filter, false, func(page []*store.Record) error { would += len(page); return nil })
-		})
-		if err == nil {
-			err = fmt.Errorf("would drop %d events: add --yes to drop them", would)
-		}
+		changed, err := o.change(cmd, ids, *filter, store.Store.Drop)
+		fmt.Printf("events dropped: %d\n", changed)
 		return err
 	}
 	return cmd
@@ -81,90 +83,63 @@ func idsOrFilter(filter *store.Filter) cobra.PositionalArgs {
 }
 
 // change calls f for the events with these ids. Without ids, it calls f for the events of
-// the filter, a few at a time. It prints how many events f has changed.
-func (o *origin) change(ctx context.Context, ids []string, filter store.Filter, done string, f func(store.Store, context.Context, store.Filter) (int, error)) error {
-	var p progress
-	changed := 0
+// the filter, a few at a time. It returns how many events f has changed, also after an error.
+func (o *origin) change(cmd *cobra.Command, ids []string, filter store.Filter, f func(store.Store, context.Context, store.Filter) (int, error)) (changed int, err error) {
+	ctx := cmd.Context()
 	step := func(s store.Store, part store.Filter) (int, error) { // an interruption never stops a transaction
 		if err := ctx.Err(); err != nil {
 			return 0, err
 		}
 		n, err := f(s, context.WithoutCancel(ctx), part)
 		changed += n
-		p.show("events %s: %d", done, changed)
 		return n, err
 	}
-	var err error
 	if len(ids) > 0 {
-		err = o.eachID(ctx, ids, step)
-	} else {
-		filter.Limit = changeStep
-		err = o.each(ctx, func(d *target) error {
-			return store.Each(ctx, d, filter, false, func(page []*store.Record) error {
-				part := filter
-				part.IDs = idsOf(page)
-				_, err := step(d, part)
-				return err
-			})
-		})
+		err = o.eachID(cmd, ids, step)
+		return changed, err
 	}
-	fmt.Printf("events %s: %d\n", done, changed)
-	return err
+	filter.Limit = changeStep
+	err = o.each(ctx, func(d *target) error {
+		return store.Each(ctx, d, filter, false, func(page []*store.Record) error {
+			part := filter
+			for _, r := range page {
+				part.IDs = append(part.IDs, r.ID)
+			}
+			_, err := step(d, part)
+			return err
+		})
+	})
+	return changed, err
 }
 
 // eachID calls f for each id with one database after the other, until f returns 1 for this
-// id. It returns an error for each id for which f returns 0 with every database.
-func (o *origin) eachID(ctx context.Context, ids []string, f func(store.Store, store.Filter) (int, error)) error {
-	unchanged := make(map[string]error)
+// id. It returns an error if f returns 0 for an id with every database.
+func (o *origin) eachID(cmd *cobra.Command, ids []string, f func(store.Store, store.Filter) (int, error)) error {
+	left := make(map[string]bool)
 	for _, id := range ids {
-		unchanged[id] = fmt.Errorf("there is no event %s", request.Printable(id))
+		left[id] = true
 	}
-	err := o.each(ctx, func(d *target) error {
-		for id := range unchanged {
-			one := store.Filter{IDs: []string{id}, States: anyState}
-			n, err := f(d, one)
+	err := o.each(cmd.Context(), func(d *target) error {
+		for id := range left {
+			n, err := f(d, store.Filter{IDs: []string{id}, States: operator.States["all"]})
 			if err != nil {
 				return err
 			}
 			if n > 0 {
-				delete(unchanged, id)
-				continue
-			}
-			page, err := d.Search(ctx, one, false)
-			if err != nil {
-				return err
-			}
-			for _, r := range page.Records {
-				unchanged[id] = fmt.Errorf("%s is being delivered", id)
-				if r.State == store.History {
-					unchanged[id] = fmt.Errorf("%s cannot be retried: it was delivered, and its request is deleted", id)
-				}
+				delete(left, id)
 			}
 		}
 		return nil
 	})
-	if err != nil {
-		return err
+	if err == nil && len(left) > 0 {
+		err = fmt.Errorf("there is no event to %s: %s", cmd.Name(), request.Printable(strings.Join(slices.Sorted(maps.Keys(left)), ", ")))
 	}
-	var all []error
-	for _, id := range slices.Sorted(maps.Keys(unchanged)) {
-		all = append(all, unchanged[id])
-	}
-	return errors.Join(all...)
-}
-
-func idsOf(records []*store.Record) []string {
-	ids := make([]string, len(records))
-	for i, r := range records {
-		ids[i] = r.ID
-	}
-	return ids
+	return err
 }
 
 // interruptible lets Ctrl-C end a command between two of its transactions.
-func interruptible(cmd *cobra.Command) *cobra.Command {
-	run := cmd.RunE
-	cmd.RunE = func(cmd *cobra.Command, args []string) error {
+func interruptible(run func(*cobra.Command, []string) error) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
 		ctx, stop := signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 		defer stop()
 		cmd.SetContext(ctx)
@@ -173,18 +148,5 @@ func interruptible(cmd *cobra.Command) *cobra.Command {
 			return errors.New("interrupted: the other events are unchanged")
 		}
 		return err
-	}
-	return cmd
-}
-
-// progress is a line that a long command shows on a terminal. The summary overwrites all of
-// it, because its number has as many digits or more.
-type progress struct{ shown time.Time }
-
-func (p *progress) show(format string, args ...any) {
-	info, err := os.Stderr.Stat()
-	if err == nil && info.Mode()&os.ModeCharDevice != 0 && time.Since(p.shown) > time.Second/4 {
-		fmt.Fprintf(os.Stderr, format+"\r", args...)
-		p.shown = time.Now()
 	}
 }

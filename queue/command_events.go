@@ -1,21 +1,23 @@
 package queue
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"strings"
 	"text/tabwriter"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/spf13/cobra"
 )
+
+// errEnough ends a search that has found as many events as list should print.
+var errEnough = errors.New("enough events")
 
 func listCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
@@ -25,51 +27,45 @@ func listCommand(o *origin) *cobra.Command {
 		Args:    cobra.NoArgs,
 	}
 	filter := newFilter(cmd)
-	limit := cmd.Flags().Int("limit", math.MaxInt, "Maximum number of events")
-	cmd.Flags().Lookup("limit").DefValue = "all"
+	left := cmd.Flags().Int("limit", 0, "Maximum number of events, 0 for all")
 	asJSON := cmd.Flags().Bool("json", false, "Print one JSON object per line")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return o.each(cmd.Context(), func(d *target) error {
+		err := o.each(cmd.Context(), func(d *target) error {
 			table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
 			write := func(r *store.Record) error { return json.NewEncoder(os.Stdout).Encode(newListed(r)) }
 			if !*asJSON {
 				fmt.Fprintln(table, "ID\tSTATE\tAGE\tEVENT TYPE\tRESOURCE ID\tATTEMPTS\tNEXT ATTEMPT\tLAST ERROR")
 				write = func(r *store.Record) error { return printRow(table, r) }
 			}
-			return errors.Join(list(cmd.Context(), d, *filter, limit, write), table.Flush())
+			filter.Limit = *left
+			err := store.Each(cmd.Context(), d, *filter, false, func(page []*store.Record) error {
+				for _, r := range page {
+					if err := write(r); err != nil {
+						return err
+					}
+					if *left--; *left == 0 {
+						return errEnough
+					}
+				}
+				return nil
+			})
+			return errors.Join(err, table.Flush())
 		})
+		if errors.Is(err, errEnough) {
+			return nil
+		}
+		return err
 	}
 	return cmd
-}
-
-// list calls f for at most left selected events, and subtracts their number from left.
-func list(ctx context.Context, s store.Store, filter store.Filter, left *int, f func(*store.Record) error) error {
-	for *left > 0 {
-		filter.Limit = *left
-		page, err := s.Search(ctx, filter, false)
-		if err != nil {
-			return err
-		}
-		for _, r := range page.Records {
-			if err := f(r); err != nil {
-				return err
-			}
-		}
-		*left -= len(page.Records)
-		if filter.After = page.Next; page.Next == "" {
-			break
-		}
-	}
-	return nil
 }
 
 func printRow(table io.Writer, r *store.Record) error {
 	next := ""
 	if r.State == store.Pending {
-		next = until(time.Until(r.Due))
+		next = "in " + operator.Age(time.Until(r.Due))
 	}
 	row := fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s",
-		r.ID, r.State, words(time.Since(r.Received)), r.EventType, r.ResourceID, r.Attempts, next, r.LastError)
+		r.ID, r.State, operator.Age(time.Since(r.Received)), r.EventType, r.ResourceID, r.Attempts, next, r.LastError)
 	_, err := fmt.Fprintln(table, request.Printable(row, '\t'))
 	return err
 }
@@ -87,6 +83,8 @@ type listed struct {
 	LastError   string    `json:"last_error,omitempty"`
 	Finished    time.Time `json:"finished,omitzero"` // of a delivered event
 	Status      int       `json:"status,omitempty"`  // of a delivered event
+
+	Request *request.Request `json:"request,omitempty"` // only show prints it
 }
 
 func newListed(r *store.Record) listed {
@@ -112,7 +110,7 @@ replaces control characters. A delivered event has no request.
 		Example: `  caddy inkit-queue show 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, ids []string) error {
-			return o.eachID(cmd.Context(), ids, func(s store.Store, one store.Filter) (int, error) {
+			return o.eachID(cmd, ids, func(s store.Store, one store.Filter) (int, error) {
 				page, err := s.Search(cmd.Context(), one, true)
 				if err != nil || len(page.Records) == 0 {
 					return 0, err
@@ -124,10 +122,7 @@ replaces control characters. A delivered event has no request.
 }
 
 func show(r *store.Record) error {
-	shown := struct {
-		listed
-		Request *request.Request `json:"request,omitempty"`
-	}{listed: newListed(r)}
+	shown := newListed(r)
 	body := ""
 	if r.State != store.History {
 		stored, err := request.Decode(r)
@@ -145,24 +140,3 @@ func show(r *store.Record) error {
 
 // seconds returns a time for JSON, in UTC and without fractions of a second.
 func seconds(t time.Time) time.Time { return t.UTC().Truncate(time.Second) }
-
-// until returns the text for an attempt that is due after d.
-func until(d time.Duration) string {
-	if d <= 0 {
-		return "now"
-	}
-	return "in " + words(d)
-}
-
-// words returns a duration as a short text with one unit, such as 3d.
-func words(d time.Duration) string {
-	switch {
-	case d < time.Minute:
-		return fmt.Sprintf("%ds", max(0, d/time.Second))
-	case d < time.Hour:
-		return fmt.Sprintf("%dm", d/time.Minute)
-	case d < 48*time.Hour:
-		return fmt.Sprintf("%dh", d/time.Hour)
-	}
-	return fmt.Sprintf("%dd", d/(24*time.Hour))
-}

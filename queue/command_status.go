@@ -1,6 +1,7 @@
 package queue
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/spf13/cobra"
@@ -26,24 +28,30 @@ With more than 20,000 events, the errors are those of the oldest and newest 10,0
 	}
 	asJSON := cmd.Flags().Bool("json", false, "Print one JSON object per line")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
-		return o.each(cmd.Context(), func(d *target) error {
-			status, err := d.Status(cmd.Context(), d.queues...)
-			if err != nil {
-				return err
-			}
-			write := printStatus
+		return o.eachQueue(cmd.Context(), func(d *target, q store.QueueStatus, size int64) error {
 			if *asJSON {
-				write = encodeStatus
+				return encodeStatus(q, d.opener.Key(), size)
 			}
-			for _, q := range status.Queues {
-				if err := write(q, d.opener.Key(), status.Size); err != nil {
-					return err
-				}
-			}
-			return nil
+			return printStatus(q, d.opener.Key(), size)
 		})
 	}
 	return cmd
+}
+
+// eachQueue calls f for each queue, with its status and the size of its database.
+func (o *origin) eachQueue(ctx context.Context, f func(d *target, q store.QueueStatus, size int64) error) error {
+	return o.each(ctx, func(d *target) error {
+		status, err := d.Status(ctx, d.queues...)
+		if err != nil {
+			return err
+		}
+		for _, q := range status.Queues {
+			if err := f(d, q, status.Size); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // encodeStatus prints the status of a queue as JSON.
@@ -69,10 +77,10 @@ func printStatus(q store.QueueStatus, database string, size int64) error {
 	}
 	fmt.Fprintf(table, "%s, in %s (%.1f MB)\n", request.Printable(q.Queue), request.Printable(database), float64(size)/1e6)
 	if !q.Paused.IsZero() {
-		line("paused", "for %s", words(time.Since(q.Paused)))
+		line("paused", "for %s", operator.Age(time.Since(q.Paused)))
 	}
 	if q.Pending > 0 {
-		line("pending", "%d, the oldest for %s, the next attempt is due %s", q.Pending, words(q.Oldest), until(q.Next))
+		line("pending", "%d, the oldest for %s, the next attempt is due in %s", q.Pending, operator.Age(q.Oldest), operator.Age(q.Next))
 	} else {
 		line("pending", "0")
 	}
@@ -112,22 +120,15 @@ func pausing(o *origin, paused bool, done string, cmd *cobra.Command) *cobra.Com
 	cmd.Args = cobra.MaximumNArgs(1)
 	cmd.RunE = func(cmd *cobra.Command, wanted []string) error {
 		found := false
-		err := o.each(cmd.Context(), func(d *target) error {
-			status, err := d.Status(cmd.Context(), d.queues...)
-			if err != nil {
-				return err
+		err := o.eachQueue(cmd.Context(), func(d *target, q store.QueueStatus, _ int64) error {
+			if len(wanted) > 0 && wanted[0] != q.Queue {
+				return nil
 			}
-			for _, q := range status.Queues {
-				if len(wanted) > 0 && wanted[0] != q.Queue {
-					continue
-				}
-				if _, err := d.Pause(cmd.Context(), q.Queue, paused); err != nil {
-					return err
-				}
-				found = true
+			_, err := d.Pause(cmd.Context(), q.Queue, paused)
+			if found = true; err == nil {
 				fmt.Println(request.Printable(q.Queue), done)
 			}
-			return nil
+			return err
 		})
 		if err == nil && !found {
 			err = errors.New("there is no such queue in the database or in a configuration (--config)")

@@ -112,11 +112,11 @@ func TestList(t *testing.T) {
 	at := due(t, path)
 	const event = "DOCUMENT_CREATE_FINISHED  doc_2N0X2g4f3b1JJU75fqzDZs"
 	table := []string{
-		"ID         STATE    AGE  EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
-		"i1-due     pending  3d   " + event + "  0         now           ",
-		"i2-later   pending  3d   " + event + "  3         in 59m        status 500: \uFFFD[31mno",
-		"i3-dead    dead     3d   " + event + "  1                       status 404",
-		"i4-leased  pending  3d   " + event + "  1         in 59m        ",
+		"ID         STATE    AGE     EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
+		"i1-due     pending  3 days  " + event + "  0         in 0 s        ",
+		"i2-later   pending  3 days  " + event + "  3         in 59 min     status 500: \uFFFD[31mno",
+		"i3-dead    dead     3 days  " + event + "  1                       status 404",
+		"i4-leased  pending  3 days  " + event + "  1         in 59 min     ",
 	}
 	object := func(id, state, received string, attempts int, more string) string {
 		return fmt.Sprintf(`{"id":"%s","queue":"default","state":"%s","received":"2026-11-25T06:30:%sZ","event_type":"DOCUMENT_CREATE_FINISHED","resource_id":"doc_2N0X2g4f3b1JJU75fqzDZs","attempts":%d%s}`,
@@ -130,8 +130,8 @@ func TestList(t *testing.T) {
 	}{
 		{"all events", nil, table},
 		{"dead events", []string{"--state", "dead"}, []string{
-			"ID       STATE  AGE  EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
-			"i3-dead  dead   3d   " + event + "  1                       status 404",
+			"ID       STATE  AGE     EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
+			"i3-dead  dead   3 days  " + event + "  1                       status 404",
 		}},
 		{"as JSON", []string{"--json"}, []string{
 			object("i1-due", "pending", "00", 0, next("i1-due")),
@@ -144,7 +144,7 @@ func TestList(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			got, err := run(t, append([]string{"list", "--db", path}, tt.args...)...)
 			require.NoError(t, err)
-			got = regexp.MustCompile(`\b\d+d   DOC`).ReplaceAllString(got, "3d   DOC") // the age depends on the date of the test run
+			got = regexp.MustCompile(`\b\d+ days  DOC`).ReplaceAllString(got, "3 days  DOC") // the age depends on the date of the test run
 			assert.Equal(t, strings.Join(tt.want, "\n")+"\n", got)
 		})
 	}
@@ -204,14 +204,14 @@ func TestRetryAndDrop(t *testing.T) {
 		{"retry a dead event", "retry i3-dead", "events due: 1\n", "", with(map[string]string{"i3-dead": "pending"})},
 		{"retry all dead events", "retry --state dead", "events due: 1\n", "", with(map[string]string{"i3-dead": "pending"})},
 		{"retry a pending event", "retry i2-later", "events due: 1\n", "", all},
-		{"retry an event that is being delivered", "retry i4-leased", "events due: 0\n", "i4-leased is being delivered", all},
-		{"retry a known and an unknown event", "retry none i3-dead", "events due: 1\n", "there is no event none", with(map[string]string{"i3-dead": "pending"})},
+		{"retry an event that is being delivered", "retry i4-leased", "events due: 0\n", "there is no event to retry: i4-leased", all},
+		{"retry a known and an unknown event", "retry none i3-dead", "events due: 1\n", "there is no event to retry: none", with(map[string]string{"i3-dead": "pending"})},
 		{"retry without ids and filter", "retry", "", "needs either the ids of events, or a filter such as --state dead", all},
 		{"retry with ids and a filter", "retry i3-dead --state dead", "", "needs either the ids of events, or a filter such as --state dead", all},
 		{"drop an event", "drop i1-due", "events dropped: 1\n", "", with(map[string]string{"i1-due": ""})},
 		{"drop two events", "drop i3-dead i1-due", "events dropped: 2\n", "", with(map[string]string{"i1-due": "", "i3-dead": ""})},
-		{"drop an unknown event", "drop none", "events dropped: 0\n", "there is no event none", all},
-		{"drop a known and two unknown events", "drop none i1-due other", "events dropped: 1\n", "there is no event none\nthere is no event other", with(map[string]string{"i1-due": ""})},
+		{"drop an unknown event", "drop none", "events dropped: 0\n", "there is no event to drop: none", all},
+		{"drop a known and two unknown events", "drop none i1-due other", "events dropped: 1\n", "there is no event to drop: none, other", with(map[string]string{"i1-due": ""})},
 		{"drop without ids and filter", "drop", "", "needs either the ids of events, or a filter such as --state dead", all},
 		{"retry by a filter", "retry --error 500:", "events due: 1\n", "", all},
 		{
@@ -220,7 +220,7 @@ func TestRetryAndDrop(t *testing.T) {
 		},
 		{"retry by a filter that selects nothing", "retry --resource none", "events due: 0\n", "", all},
 		{"drop by an empty filter", "drop --state pending --resource= --yes", "", `invalid argument "" for "--resource" flag: must not be empty`, all},
-		{"retry a delivered event", "retry 0-d1", "events due: 0\n", "0-d1 cannot be retried: it was delivered, and its request is deleted", all},
+		{"retry a delivered event", "retry 0-d1", "events due: 0\n", "there is no event to retry: 0-d1", all},
 		{"drop by a filter, without --yes", "drop --state dead", "", "would drop 1 events: add --yes to drop them", all},
 		{"drop by a filter", "drop --state dead --yes", "events dropped: 1\n", "", with(map[string]string{"i3-dead": ""})},
 		{"drop by a filter that selects nothing", "drop --type none --yes", "events dropped: 0\n", "", all},
@@ -228,13 +228,13 @@ func TestRetryAndDrop(t *testing.T) {
 		{"drop by a time that selects nothing", "drop --since 1h --yes", "events dropped: 0\n", "", all},
 		{"drop a delivered event", "drop 0-d1", "events dropped: 1\n", "", all},
 		{"drop a delivered event without a history row", "drop 0-key", "events dropped: 1\n", "", all},
-		{"retry a delivered event without a history row", "retry 0-key", "events due: 0\n", "there is no event 0-key", all},
+		{"retry a delivered event without a history row", "retry 0-key", "events due: 0\n", "there is no event to retry: 0-key", all},
 		{"drop by ids and a filter", "drop i1-due --type none --yes", "", "needs either the ids of events, or a filter such as --state dead", all},
 		{"an unknown state", "drop --state lost --yes", "", `invalid argument "lost" for "--state" flag: must be pending, dead, delivered or all`, all},
-		{"an invalid time", "retry --since yesterday", "", `invalid argument "yesterday" for "--since" flag: takes a duration, such as 2h or 3d`, all},
-		{"a time in the future", "list --until -2h", "", `invalid argument "-2h" for "--until" flag: takes a duration, such as 2h or 3d`, all},
-		{"show an unknown event", "show none", "", "there is no event none", all},
-		{"show an id with an escape sequence of a terminal", "show \x1b[2J", "", "there is no event \uFFFD[2J", all},
+		{"an invalid time", "retry --since yesterday", "", `invalid argument "yesterday" for "--since" flag: must be a duration before now, such as 2h or 3d, or a date in UTC, such as 2026-11-28 09:30`, all},
+		{"a time in the future", "list --until -2h", "", `invalid argument "-2h" for "--until" flag: must be a duration before now, such as 2h or 3d, or a date in UTC, such as 2026-11-28 09:30`, all},
+		{"show an unknown event", "show none", "", "there is no event to show: none", all},
+		{"show an id with an escape sequence of a terminal", "show \x1b[2J", "", "there is no event to show: \uFFFD[2J", all},
 		{"an unknown command", "remove i1-due", "", `unknown command "remove" for "inkit-queue"`, all},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -259,7 +259,7 @@ func TestManyIDs(t *testing.T) {
 		args = append(args, fmt.Sprint("none-", i))
 	}
 	got, err := run(t, args...)
-	require.ErrorContains(t, err, "there is no event none-0\nthere is no event none-1\n")
+	require.ErrorContains(t, err, "there is no event to drop: none-0, none-1, ")
 	assert.NotContains(t, err.Error(), "SQL")
 	assert.Equal(t, "events dropped: 1\n", got)
 }
@@ -344,7 +344,7 @@ func TestCommandOnAConfiguration(t *testing.T) {
 	_, err = run(t, "drop", "i1-due", "--adapter", "caddyfile", "--config", config+".one")
 	require.NoError(t, err)
 	got, err = run(t, "drop", "i1-due", "none", "i3-dead", "--config", config)
-	require.EqualError(t, err, "there is no event none", "i1-due is in the second database")
+	require.EqualError(t, err, "there is no event to drop: none", "i1-due is in the second database")
 	assert.Equal(t, "events dropped: 2\n", got)
 
 	require.NoError(t, os.WriteFile(config, []byte(":8080 {\nrespond x\n}\n"), 0o600))

@@ -100,7 +100,7 @@ func TestQueueOnce(t *testing.T) {
 
 	list, err := c.command("inkit-queue", "list", "--state", "all", "--resource", "outage", "--db", c.path("queue/events.db"))
 	require.NoError(t, err)
-	assert.Regexp(t, `(?m)^\S+  delivered  \d+s +DOCUMENT_CREATE_FINISHED  outage`, list)
+	assert.Regexp(t, `(?m)^\S+  delivered  \d+ s +DOCUMENT_CREATE_FINISHED  outage`, list)
 }
 
 // Each of 200 events is sent to two Caddys on one PostgreSQL at the same time, and arrives

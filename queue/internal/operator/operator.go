@@ -1,0 +1,71 @@
+// Package operator has what the page and the commands share: the filters that an operator
+// types, and the text of a duration.
+package operator
+
+import (
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// States has the states of the events for each word in a filter.
+var States = map[string][]string{
+	store.Pending: {store.Pending},
+	store.Dead:    {store.Dead},
+	store.History: {store.History},
+	"all":         {store.Pending, store.Dead, store.History},
+}
+
+// Set sets a field of a filter to the text of an operator. Several states add up.
+func Set(filter *store.Filter, field, text string, now time.Time) (err error) {
+	switch field {
+	case "queue":
+		filter.Queue = text
+	case "state":
+		if States[text] == nil {
+			return errors.New("must be pending, dead, delivered or all")
+		}
+		filter.States = append(filter.States, States[text]...)
+	case "type":
+		filter.Type = text
+	case "resource":
+		filter.Resource = text
+	case "error":
+		filter.Error = text
+	case "since":
+		filter.Since, err = parseTime(text, now)
+	case "until":
+		filter.Until, err = parseTime(text, now)
+	}
+	return err
+}
+
+// parseTime parses a duration before now, or a date.
+func parseTime(text string, now time.Time) (time.Time, error) {
+	if ago, err := caddy.ParseDuration(text); err == nil && ago >= 0 {
+		return now.Add(-ago), nil
+	}
+	for _, layout := range []string{time.RFC3339, "2006-01-02T15:04", "2006-01-02 15:04:05 UTC", "2006-01-02 15:04", time.DateOnly} {
+		if t, err := time.Parse(layout, text); err == nil && !t.IsZero() {
+			return t, nil
+		}
+	}
+	return time.Time{}, errors.New("must be a duration before now, such as 2h or 3d, or a date in UTC, such as 2026-11-28 09:30")
+}
+
+// Age returns a duration in one unit, such as 5 min.
+func Age(d time.Duration) string {
+	switch {
+	case d < time.Minute:
+		return fmt.Sprintf("%d s", max(0, d/time.Second))
+	case d < time.Hour:
+		return fmt.Sprintf("%d min", d/time.Minute)
+	case d < 48*time.Hour:
+		return fmt.Sprintf("%d h", d/time.Hour)
+	}
+	return fmt.Sprintf("%d days", d/(24*time.Hour))
+}
