@@ -118,7 +118,7 @@ func (v visitor) uses(t *testing.T, at, user string) {
 		require.Equal(t, http.StatusSeeOther, status)
 		status, page, _ = v.do(t, http.MethodGet, follow(header.Get("Location")), nil)
 		require.Equal(t, 200, status)
-		return strings.Contains(page, "1 event is due now")
+		return strings.Contains(page, "Due now: 1 event.")
 	})
 	status, _, _ = v.do(t, http.MethodGet, follow("page.css"), nil)
 	assert.Equal(t, 200, status)

@@ -277,7 +277,7 @@ func TestPageInABrowser(t *testing.T) {
 		text("Event unknown_1003", "status 404", "REDACTED", `"event_type": "DOCUMENT_DESTROY_FINISHED"`)
 		screenshot(t, ctx, "page-event.png")
 		click(`//button[contains(., "Retry now")]`)
-		text("1 event is due now")
+		text("Due now: 1 event.")
 	})
 	t.Run("drop five by a filter", func(t *testing.T) {
 		click(`//a[text()="Events"]`)
@@ -287,7 +287,7 @@ func TestPageInABrowser(t *testing.T) {
 		click(`//button[text()="Drop all…"]`)
 		text("This deletes 5 events that match now")
 		click(`//button[text()="Drop 5 events"]`)
-		text("5 events were dropped.", "No event matches")
+		text("Dropped: 5 events.", "No event matches")
 	})
 	t.Run("pause and resume", func(t *testing.T) {
 		click(`//a[contains(., "Inkit queue")]`)

@@ -5,11 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
@@ -33,17 +31,14 @@ const (
 	// new event may have to wait for the transaction.
 	changeStep = 100
 
-	// countTime is the time limit for counting the events before a drop. changeTime is the
-	// time limit for changing events.
-	countTime  = 2 * time.Second
+	// changeTime is the time limit for changing events, and for counting them before a drop.
+	// maxCount is the largest number of events that are counted.
 	changeTime = 20 * time.Second
+	maxCount   = 10_000
 )
 
 // errBusy means that the visitor did not get a turn in time.
 var errBusy = errors.New("too many visitors: try again in a moment")
-
-// errLooking means that the first look at the database has not ended yet.
-var errLooking = errors.New("the events are being counted")
 
 // turn waits for the turn of this visitor, which ends with done. Only one page is made at a
 // time, and the pause after it is as long as the turn, up to maxPause. So even many
@@ -54,30 +49,24 @@ func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 		began := time.Now()
 		return func() { time.AfterFunc(min(time.Since(began), maxPause), func() { <-h.shared.turn }) }, nil
 	case <-ctx.Done():
-		if ctx.Err() == context.Canceled { //nolint:errorlint // Err returns this value unwrapped
-			return nil, context.Canceled // the visitor has closed the connection
-		}
 		return nil, errBusy
 	}
 }
 
 // database is a database with the queues of this Caddy in it.
 type database struct {
-	key    string
+	Key    string
 	queues []live.Queue
 }
 
-// databasesOf returns the databases that may have events of a queue. An error of another
-// database is not shown to a visitor who looks at this queue.
-func (h *Handler) databasesOf(queue string) []*database {
-	all := h.databases()
-	has := func(d *database) bool {
-		return slices.ContainsFunc(d.queues, func(q live.Queue) bool { return q.Name == queue })
+// Live returns the queue with this name, or nil if this Caddy has no such queue.
+func (d *database) Live(name string) *live.Queue {
+	for i := range d.queues {
+		if d.queues[i].Name == name {
+			return &d.queues[i]
+		}
 	}
-	if !slices.ContainsFunc(all, has) {
-		return all
-	}
-	return slices.DeleteFunc(all, func(d *database) bool { return !has(d) })
+	return nil
 }
 
 func (d *database) store() (store.Store, error) {
@@ -86,74 +75,79 @@ func (d *database) store() (store.Store, error) {
 		if err == nil {
 			err = errors.New("it is being opened")
 		}
-		return nil, fmt.Errorf("the database %s is not open: %w", d.key, err)
+		return nil, fmt.Errorf("the database %s is not open: %w", d.Key, err)
 	}
 	return s, nil
-}
-
-// wake makes the queues of the database look for due events.
-func (d *database) wake() {
-	for _, q := range d.queues {
-		q.Wake()
-	}
 }
 
 // databases returns the databases of this Caddy, in the order of their queues.
 func (h *Handler) databases() (all []*database) {
 	for _, q := range h.queues.Queues() {
-		i := slices.IndexFunc(all, func(d *database) bool { return d.key == q.Database })
+		i := slices.IndexFunc(all, func(d *database) bool { return d.Key == q.Database })
 		if i < 0 {
-			all, i = append(all, &database{key: q.Database}), len(all)
+			all, i = append(all, &database{Key: q.Database}), len(all)
 		}
 		all[i].queues = append(all[i].queues, q)
 	}
 	return all
 }
 
+// each calls f for each database that may have events of a queue, and joins the errors. An
+// error of another database is not shown to a visitor who looks at this queue.
+func (h *Handler) each(queue string, f func(*database, store.Store) error) (err error) {
+	some := slices.DeleteFunc(h.databases(), func(d *database) bool { return d.Live(queue) == nil })
+	if len(some) == 0 {
+		some = h.databases()
+	}
+	for _, d := range some {
+		s, failed := d.store()
+		if failed == nil {
+			failed = f(d, s)
+		}
+		err = errors.Join(err, failed)
+	}
+	return err
+}
+
 // look is the last known status of a database. All visitors share it, because reading the
 // status of a million events takes long, and many visitors must not slow down the queue.
 type look struct {
-	mu      sync.Mutex
-	status  store.Status
-	err     error
-	at      time.Time // zero before the first look
-	next    time.Time
-	running chan struct{} // closed at the end of the running look; nil if none is running
+	store.Status
+	Err error
+	At  time.Time // zero before the end of the first look
+
+	next time.Time     // the earliest time of the next look
+	done chan struct{} // closed at the end of the look
 }
 
-// status returns the last known status, and its time.
-func (h *Handler) status(ctx context.Context, d *database) (store.Status, time.Time, error) {
+// look returns the last known status of a database. It starts a new look if it is time for one.
+func (h *Handler) look(d *database) look {
 	h.shared.mu.Lock()
-	l := h.shared.looks[d.key]
+	l := h.shared.looks[d.Key]
 	if l == nil {
 		l = new(look)
-		h.shared.looks[d.key] = l
-	}
-	h.shared.mu.Unlock()
-	l.mu.Lock()
-	if l.running == nil && !time.Now().Before(l.next) {
-		l.running = make(chan struct{})
-		go l.take(context.WithoutCancel(ctx), d) // other visitors may wait for it
-	}
-	running := l.running
-	l.mu.Unlock()
-	if running != nil {
-		select {
-		case <-running:
-		case <-time.After(lookWait):
-		case <-ctx.Done():
+		for _, q := range d.queues {
+			l.Queues = append(l.Queues, store.QueueStatus{Queue: q.Name})
 		}
+		h.shared.looks[d.Key] = l
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if l.at.IsZero() {
-		return store.Status{}, time.Time{}, errLooking
+	if !time.Now().Before(l.next) {
+		l.next, l.done = time.Now().Add(2*lookTimeout), make(chan struct{})
+		go h.take(l, d)
 	}
-	return l.status, l.at, l.err
+	done := l.done
+	h.shared.mu.Unlock()
+	select {
+	case <-done:
+	case <-time.After(lookWait):
+	}
+	h.shared.mu.Lock()
+	defer h.shared.mu.Unlock()
+	return *l
 }
 
-func (l *look) take(ctx context.Context, d *database) {
-	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+func (h *Handler) take(l *look, d *database) {
+	ctx, cancel := context.WithTimeout(context.Background(), lookTimeout)
 	defer cancel()
 	began := time.Now()
 	names := make([]string, len(d.queues))
@@ -165,12 +159,14 @@ func (l *look) take(ctx context.Context, d *database) {
 	if err == nil {
 		status, err = s.Status(ctx, names...)
 	}
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.status, l.err, l.at = status, err, time.Now()
-	l.next = l.at.Add(max(lookPause, lookShare*time.Since(began)))
-	close(l.running)
-	l.running = nil
+	h.shared.mu.Lock()
+	defer h.shared.mu.Unlock()
+	if l.Err = err; err == nil {
+		l.Status = status
+	}
+	l.At = time.Now()
+	l.next = l.At.Add(max(lookPause, lookShare*time.Since(began)))
+	close(l.done)
 }
 
 // forget removes all looks, so that the next visitor sees a change immediately.
@@ -194,34 +190,30 @@ func (h *Handler) search(ctx context.Context, f store.Filter, withRequest bool) 
 		f.Limit = pageSize
 	}
 	var parts []store.Page
-	for _, d := range h.databasesOf(f.Queue) {
-		s, openErr := d.store()
-		if openErr != nil {
-			err = errors.Join(err, openErr)
-			continue
-		}
-		part, searchErr := s.Search(ctx, f, withRequest)
-		if searchErr != nil {
-			err = errors.Join(err, fmt.Errorf("the database %s cannot be searched: %w", d.key, searchErr))
-			continue
+	err = h.each(f.Queue, func(d *database, s store.Store) error {
+		part, err := s.Search(ctx, f, withRequest)
+		if err != nil {
+			return fmt.Errorf("the database %s cannot be searched: %w", d.Key, err)
 		}
 		parts = append(parts, part)
-	}
+		return nil
+	})
 	return store.Merge(f, parts...), err
 }
 
-// count counts events. It stops after countTime, and more means that it did not count all.
-func (h *Handler) count(ctx context.Context, f store.Filter) (n int, more bool, err error) {
+// count counts events, and returns the number in words.
+func (h *Handler) count(ctx context.Context, f store.Filter) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, changeTime)
+	defer cancel()
 	f.Limit = store.MaxPage
-	for began := time.Now(); ; {
+	for n := 0; n <= maxCount; {
 		page, err := h.search(ctx, f, false)
 		if n += len(page.Records); err != nil || page.Next == "" {
-			return n, false, err
+			return events(n), err
 		}
-		if f.After = page.Next; time.Since(began) > countTime {
-			return n, true, nil
-		}
+		f.After = page.Next
 	}
+	return "more than " + events(maxCount), nil
 }
 
 // changed is the result of changing events.
@@ -238,17 +230,12 @@ func (h *Handler) change(ctx context.Context, f store.Filter, what func(store.St
 	defer cancel()
 	defer h.forget()
 	f.Limit = changeStep
-	for _, d := range h.databasesOf(f.Queue) {
-		s, openErr := d.store()
-		if openErr != nil {
-			err = errors.Join(err, openErr)
-			continue
-		}
-		changeErr := store.Each(ctx, s, f, false, func(page []*store.Record) error {
+	err = h.each(f.Queue, func(d *database, s store.Store) error {
+		err := store.Each(ctx, s, f, false, func(page []*store.Record) error {
 			some := f
-			some.IDs, some.After, some.Limit = make([]string, len(page)), "", 0
-			for i, r := range page {
-				some.IDs[i] = r.ID
+			some.IDs = nil
+			for _, r := range page {
+				some.IDs = append(some.IDs, r.ID)
 				if !slices.Contains(c.queues, r.Queue) {
 					c.queues = append(c.queues, r.Queue)
 				}
@@ -257,32 +244,14 @@ func (h *Handler) change(ctx context.Context, f store.Filter, what func(store.St
 			c.n += n
 			return err
 		})
-		d.wake()
-		if changeErr != nil && ctx.Err() != nil {
-			c.more = true
-			return c, err
-		}
-		err = errors.Join(err, changeErr)
-	}
-	return c, err
-}
-
-// find returns the queue with this name, and its database.
-func (h *Handler) find(name string) (*database, live.Queue, bool) {
-	for _, d := range h.databases() {
 		for _, q := range d.queues {
-			if q.Name == name {
-				return d, q, true
-			}
+			q.Wake()
 		}
-	}
-	return nil, live.Queue{}, false
-}
-
-// shown returns the text of an error for the page.
-func shown(err error) string {
-	if err == nil {
-		return ""
-	}
-	return request.Printable(err.Error(), '\n')
+		if err != nil && ctx.Err() != nil {
+			c.more = true
+			return nil
+		}
+		return err
+	})
+	return c, err
 }

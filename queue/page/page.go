@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"go.uber.org/zap"
+	"golang.org/x/time/rate"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -68,14 +70,16 @@ type Handler struct {
 
 // shared is the state that requests share.
 type shared struct {
-	turn chan struct{}
+	turn    chan struct{}
+	warning rate.Sometimes // for the log line about a request without a user
 
-	mu     sync.Mutex
-	looks  map[string]*look // by database
-	warned time.Time        // time of the last log line about a request without a user
+	mu    sync.Mutex
+	looks map[string]*look // by database
 }
 
-func newShared() *shared { return &shared{turn: make(chan struct{}, 1), looks: make(map[string]*look)} }
+func newShared() *shared {
+	return &shared{turn: make(chan struct{}, 1), warning: rate.Sometimes{Interval: warnInterval}, looks: make(map[string]*look)}
+}
 
 // CaddyModule returns the Caddy module information.
 func (Handler) CaddyModule() caddy.ModuleInfo {
@@ -127,27 +131,29 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	}
 	user := h.userOf(r)
 	if user == "" {
-		h.warn()
+		h.shared.warning.Do(func() {
+			h.logger.Warn("refused a request without a user: inkit_queue_page needs a directive in front that authenticates, such as basic_auth",
+				zap.String("user", h.User))
+		})
 		return caddyhttp.Error(http.StatusForbidden, errNobody)
 	}
 	if err := h.protection.Check(r); err != nil {
 		return caddyhttp.Error(http.StatusForbidden, err)
 	}
 	v := &visit{h: h, w: w, r: r, user: user, now: time.Now()}
-	show, change := v.find(r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:])
-	reading := r.Method == http.MethodGet || r.Method == http.MethodHead
+	name := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
+	serve, methods := views[name], []string{http.MethodGet, http.MethodHead}
+	if changes[name] != nil {
+		serve, methods = changes[name], []string{http.MethodPost}
+	}
 	switch {
-	case show == nil && change == nil:
+	case serve == nil:
 		return v.message(http.StatusNotFound, "There is no such page", "")
-	case show != nil && !reading:
-		w.Header().Set("Allow", "GET, HEAD")
-		return v.message(http.StatusMethodNotAllowed, "This page accepts only GET and HEAD", "")
-	case show != nil:
-		return show()
-	case r.Method != http.MethodPost:
-		w.Header().Set("Allow", http.MethodPost)
-		return v.message(http.StatusMethodNotAllowed, "A link cannot change anything", "Use the buttons of the page.")
-	case h.ReadOnly:
+	case !slices.Contains(methods, r.Method):
+		allowed := strings.Join(methods, ", ")
+		w.Header().Set("Allow", allowed)
+		return v.message(http.StatusMethodNotAllowed, "This address accepts only "+allowed, "")
+	case r.Method == http.MethodPost && h.ReadOnly:
 		return v.message(http.StatusForbidden, "This page is read-only", "")
 	}
 	r.Body = http.MaxBytesReader(w, r.Body, maxForm)
@@ -156,27 +162,14 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	} else if err != nil {
 		return v.message(http.StatusBadRequest, "The form is incomplete or malformed", "")
 	}
-	return change()
+	return serve(v)
 }
 
 // userOf returns the name of the user, or an empty text without a user.
 func (h *Handler) userOf(r *http.Request) string {
-	repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	if !ok {
-		return ""
-	}
+	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	user, _ := repl.GetString(strings.Trim(h.User, "{}"))
 	return request.Printable(strings.TrimSpace(user))
-}
-
-func (h *Handler) warn() {
-	h.shared.mu.Lock()
-	defer h.shared.mu.Unlock()
-	if time.Since(h.shared.warned) >= warnInterval {
-		h.shared.warned = time.Now()
-		h.logger.Warn("refused a request without a user: inkit_queue_page needs a directive in front that authenticates, such as basic_auth",
-			zap.String("user", h.User))
-	}
 }
 
 // Interface guards

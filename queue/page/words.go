@@ -11,6 +11,8 @@ import (
 	"time"
 	"unicode/utf8"
 
+	"github.com/dustin/go-humanize"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
@@ -26,15 +28,15 @@ const (
 
 // words are the functions of the templates.
 var words = template.FuncMap{
-	"text":   func(s any) string { return request.Printable(fmt.Sprint(s)) },
+	"text":   func(s any) string { return request.Printable(fmt.Sprint(s), '\n') },
 	"short":  shorten,
 	"number": number,
-	"events": func(n int) string { return plural(n, "event") },
-	"time":   newMoment,
-	"age":    age,
-	"size":   size,
+	"age":    operator.Age,
+	"when":   when,
+	"size":   func(bytes int64) string { return humanize.IBytesN(uint64(bytes), 3) },
 	"states": func() []string { return []string{store.Pending, store.Dead, store.History, "all"} },
-	"after":  func(d time.Duration) moment { return newMoment(time.Now().Add(d)) },
+	"after":  func(d time.Duration) time.Time { return time.Now().Add(d) },
+	"future": func(t time.Time) bool { return t.After(time.Now()) },
 }
 
 // shorten replaces control characters, and cuts a long text.
@@ -46,58 +48,25 @@ func shorten(most int, s string) string {
 }
 
 // number returns a number with a comma between thousands.
-func number(n int) string {
-	s := strconv.Itoa(n)
-	for i := len(s) - 3; i > 0; i -= 3 {
-		s = s[:i] + "," + s[i:]
-	}
-	return s
-}
+func number(n int) string { return humanize.Comma(int64(n)) }
 
-func plural(n int, noun string) string {
+func events(n int) string {
 	if n == 1 {
-		return "1 " + noun
+		return "1 event"
 	}
-	return number(n) + " " + noun + "s"
+	return number(n) + " events"
 }
 
-func size(bytes int64) string {
-	switch {
-	case bytes >= 1<<30:
-		return fmt.Sprintf("%.1f GiB", float64(bytes)/(1<<30))
-	case bytes >= 1<<20:
-		return fmt.Sprintf("%.1f MiB", float64(bytes)/(1<<20))
-	}
-	return fmt.Sprintf("%d KiB", (bytes+1023)/1024)
-}
-
-// age returns a duration in one unit, such as 5 min.
-func age(d time.Duration) string {
-	switch {
-	case d < time.Minute:
-		return strconv.Itoa(int(d.Seconds())) + " s"
-	case d < time.Hour:
-		return strconv.Itoa(int(d.Minutes())) + " min"
-	case d < 48*time.Hour:
-		return strconv.Itoa(int(d.Hours())) + " h"
-	}
-	return plural(int(d.Hours()/24), "day")
-}
-
-// moment is a time: relative to now in words, and exact.
-type moment struct{ Words, Exact, Title string }
-
-func newMoment(t time.Time) moment {
-	m := moment{Exact: t.UTC().Format(time.RFC3339), Title: t.UTC().Format("2006-01-02 15:04:05 UTC")}
+// when returns a time relative to now.
+func when(t time.Time) string {
 	switch ago := time.Since(t); {
 	case ago >= time.Second:
-		m.Words = age(ago) + " ago"
+		return operator.Age(ago) + " ago"
 	case ago > -time.Second:
-		m.Words = "now"
+		return "now"
 	default:
-		m.Words = "in " + age(-ago)
+		return "in " + operator.Age(-ago)
 	}
-	return m
 }
 
 // body is a body as the page shows it.
@@ -108,20 +77,16 @@ type body struct {
 }
 
 func newBody(b []byte) body {
+	if !utf8.Valid(b) {
+		return body{Kind: "bytes", Text: hex.Dump(b[:min(len(b), maxBytes)]), Size: len(b), Cut: len(b) > maxBytes}
+	}
 	shown := body{Kind: "text", Size: len(b), Cut: len(b) > maxBody}
+	text := strings.ToValidUTF8(string(b[:min(len(b), maxBody)]), "") // the cut may be inside a character
 	var indented bytes.Buffer
-	switch {
-	case !utf8.Valid(b):
-		b = b[:min(len(b), maxBytes)]
-		shown.Kind, shown.Cut, shown.Text = "bytes", len(b) < shown.Size, hex.Dump(b)
-		return shown
-	case !shown.Cut && depth(b) <= maxDepth && json.Indent(&indented, b, "", "  ") == nil:
-		shown.Kind, b = "JSON", indented.Bytes()
+	if !shown.Cut && depth(b) <= maxDepth && json.Indent(&indented, b, "", "  ") == nil {
+		shown.Kind, text = "JSON", indented.String()
 	}
-	shown.Text = request.Printable(strings.ToValidUTF8(string(b[:min(len(b), maxDepth*maxBody)]), ""), '\n', '\t')
-	if shown.Cut {
-		shown.Text = request.Printable(strings.ToValidUTF8(string(b[:maxBody]), ""), '\n', '\t')
-	}
+	shown.Text = request.Printable(text, '\n', '\t')
 	return shown
 }
 
@@ -140,35 +105,19 @@ func depth(b []byte) (most int) {
 	return most
 }
 
-// done returns a sentence about the result of an action. A URL can only choose one of these
+// results are the sentences about the result of each action.
+var results = map[string]string{
+	"retry":  "Due now: {events}. An attempt follows immediately, unless one is running, the queue is paused, or its backend is down.",
+	"drop":   "Dropped: {events}.",
+	"pause":  "The queue is paused. Events are stored without attempts.",
+	"resume": "The queue is no longer paused.",
+}
+
+// done returns a sentence about the result of an action. A URL can only choose one of the
 // sentences and its number, so a link from another site cannot show its own text.
-func done(code, n string, more bool) string {
-	count, err := strconv.Atoi(n)
-	if err != nil || count < 0 {
-		count = 0
-	}
-	were, are := " were", " are"
-	if count == 1 {
-		were, are = " was", " is"
-	}
-	sentence := ""
-	switch code {
-	case "retried":
-		sentence = plural(count, "event") + are + " due now: an attempt follows immediately, unless the queue is paused or its backend is down."
-		if count == 0 {
-			sentence = "No event was changed. A retry does not change an event during an attempt."
-		}
-	case "dropped":
-		sentence = plural(count, "event") + were + " dropped."
-	case "paused":
-		sentence = "The queue is paused. Events are stored without attempts."
-	case "resumed":
-		sentence = "The queue is no longer paused."
-	case "none":
-		return "No event was selected, so nothing has changed."
-	case "same":
-		return "The queue was already in this state, so nothing has changed."
-	}
+func done(action, n string, more bool) string {
+	count, _ := strconv.Atoi(n)
+	sentence := strings.Replace(results[action], "{events}", events(max(0, count)), 1)
 	if sentence != "" && more {
 		sentence += " Other events were not changed, because it took too long: do it again."
 	}
@@ -183,7 +132,6 @@ type picture struct {
 
 // bar is one hour. The positions are for a picture of 24 by 100 units.
 type bar struct {
-	X                          int
 	Hour                       string
 	Delivered, Failed, Pending int
 	Parts                      []part
@@ -200,7 +148,7 @@ func newPicture(s store.Status) (p picture) {
 	now := time.Now().UTC()
 	for i := range p.Bars {
 		b := &p.Bars[i]
-		b.X, b.Hour, b.Pending = i, now.Add(time.Duration(i-23)*time.Hour).Format("15:04"), s.Kept[i]
+		b.Hour, b.Pending = now.Add(time.Duration(i-23)*time.Hour).Format("15:04"), s.Kept[i]
 		for _, q := range s.Queues {
 			b.Delivered += q.Hours[i]
 			b.Failed += q.Failed[i]
