@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"text/tabwriter"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
@@ -32,7 +31,8 @@ With more than 20,000 events, the errors are those of the oldest and newest 10,0
 			if *asJSON {
 				return encodeStatus(q, d.opener.Key(), size)
 			}
-			return printStatus(q, d.opener.Key(), size)
+			printStatus(q, d.opener.Key(), size)
+			return nil
 		})
 	}
 	return cmd
@@ -70,12 +70,11 @@ func encodeStatus(q store.QueueStatus, database string, size int64) error {
 }
 
 // printStatus prints the status of a queue as text.
-func printStatus(q store.QueueStatus, database string, size int64) error {
-	table := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+func printStatus(q store.QueueStatus, database string, size int64) {
 	line := func(name, format string, args ...any) {
-		fmt.Fprintf(table, "  %s\t%s\n", name, request.Printable(fmt.Sprintf(format, args...)))
+		fmt.Printf("  %-11s  %s\n", name, request.Printable(fmt.Sprintf(format, args...)))
 	}
-	fmt.Fprintf(table, "%s, in %s (%.1f MB)\n", request.Printable(q.Queue), request.Printable(database), float64(size)/1e6)
+	fmt.Printf("%s, in %s (%.1f MB)\n", request.Printable(q.Queue), request.Printable(database), float64(size)/1e6)
 	if !q.Paused.IsZero() {
 		line("paused", "for %s", operator.Age(time.Since(q.Paused)))
 	}
@@ -92,7 +91,6 @@ func printStatus(q store.QueueStatus, database string, size int64) error {
 		line(name, "%d times %s", e.Events, e.Error)
 		name = ""
 	}
-	return table.Flush()
 }
 
 func pauseCommand(o *origin) *cobra.Command {

@@ -129,8 +129,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	for field, value := range headers {
 		w.Header().Set(field, value)
 	}
-	user := h.userOf(r)
-	if user == "" {
+	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	user, _ := repl.GetString(strings.Trim(h.User, "{}"))
+	if user = request.Printable(strings.TrimSpace(user)); user == "" {
 		h.shared.warning.Do(func() {
 			h.logger.Warn("refused a request without a user: inkit_queue_page needs a directive in front that authenticates, such as basic_auth",
 				zap.String("user", h.User))
@@ -163,13 +164,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		return v.message(http.StatusBadRequest, "The form is incomplete or malformed", "")
 	}
 	return serve(v)
-}
-
-// userOf returns the name of the user, or an empty text without a user.
-func (h *Handler) userOf(r *http.Request) string {
-	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	user, _ := repl.GetString(strings.Trim(h.User, "{}"))
-	return request.Printable(strings.TrimSpace(user))
 }
 
 // Interface guards

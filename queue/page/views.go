@@ -25,17 +25,8 @@ var files embed.FS
 //go:embed page.css
 var stylesheet []byte
 
-// templates has the views, each inside frame.html.
-var templates = parseTemplates("overview", "list", "event", "drop", "message")
-
-func parseTemplates(names ...string) map[string]*template.Template {
-	all := make(map[string]*template.Template)
-	frame := template.Must(template.New("frame.html").Funcs(words).ParseFS(files, "templates/frame.html"))
-	for _, name := range names {
-		all[name] = template.Must(template.Must(frame.Clone()).ParseFS(files, "templates/"+name+".html"))
-	}
-	return all
-}
+// templates has the views, and the frame that is the same in each.
+var templates = template.Must(template.New("").Funcs(words).ParseFS(files, "templates/*.html"))
 
 // views has the functions that show a view, by the last word of the path.
 var views = map[string]func(*visit) error{
@@ -54,7 +45,7 @@ type visit struct {
 	now  time.Time
 }
 
-// frame has the data of frame.html.
+// frame has the data of each template.
 type frame struct {
 	User     string
 	ReadOnly bool
@@ -74,7 +65,7 @@ func (v *visit) render(status int, name, title string, trouble error, view any) 
 	f := frame{User: v.user, ReadOnly: v.h.ReadOnly, Title: title, Trouble: trouble, View: view}
 	f.Done = done(query.Get("done"), query.Get("n"), query.Has("more"))
 	var page bytes.Buffer
-	err = templates[name].ExecuteTemplate(&page, "frame.html", f)
+	err = templates.ExecuteTemplate(&page, name+".html", f)
 	turn() // before the response is written, because the client may be slow
 	if err != nil {
 		return err

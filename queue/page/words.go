@@ -126,45 +126,42 @@ func done(action, n string, more bool) string {
 
 // picture shows the last 24 hours, with one bar for each hour.
 type picture struct {
-	Bars []bar
+	Bars [24]bar
 	Most int
 }
 
 // bar is one hour. The positions are for a picture of 24 by 100 units.
 type bar struct {
-	Hour                       string
-	Delivered, Failed, Pending int
-	Parts                      []part
+	Hour  string
+	Parts [3]part
 }
 
 type part struct {
 	Class     string
+	Count     int
 	Y, Height float64
 }
 
 // newPicture returns the picture of a database, with the sums of all its queues.
 func newPicture(s store.Status) (p picture) {
-	p.Bars = make([]bar, 24)
 	now := time.Now().UTC()
 	for i := range p.Bars {
-		b := &p.Bars[i]
-		b.Hour, b.Pending = now.Add(time.Duration(i-23)*time.Hour).Format("15:04"), s.Kept[i]
+		delivered, failed, pending := 0, 0, s.Kept[i]
 		for _, q := range s.Queues {
-			b.Delivered += q.Hours[i]
-			b.Failed += q.Failed[i]
+			delivered += q.Hours[i]
+			failed += q.Failed[i]
 		}
-		p.Most = max(p.Most, b.Delivered+b.Failed+b.Pending)
+		p.Bars[i].Hour = now.Add(time.Duration(i-23) * time.Hour).Format("15:04")
+		p.Bars[i].Parts = [3]part{{Class: "delivered", Count: delivered}, {Class: "failed", Count: failed}, {Class: "pending", Count: pending}}
+		p.Most = max(p.Most, delivered+failed+pending)
 	}
 	for i := range p.Bars {
-		b, y := &p.Bars[i], 100.0
-		for _, row := range []struct {
-			class string
-			n     int
-		}{{"delivered", b.Delivered}, {"failed", b.Failed}, {"pending", b.Pending}} {
-			if row.n > 0 {
-				height := max(1.5, 100*float64(row.n)/float64(p.Most))
-				y -= height
-				b.Parts = append(b.Parts, part{row.class, max(0, y), height})
+		y := 100.0
+		for j := range p.Bars[i].Parts {
+			if part := &p.Bars[i].Parts[j]; part.Count > 0 {
+				part.Height = max(1.5, 100*float64(part.Count)/float64(p.Most))
+				y -= part.Height
+				part.Y = max(0, y)
 			}
 		}
 	}
