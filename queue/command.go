@@ -84,8 +84,9 @@ the file. The history, the keys of once, and a pause are copied.
 		if len(targets) > 1 {
 			return errors.New("the configuration names several databases: move needs a configuration with one")
 		}
+		o.create = true
 		return (&origin{db: *file}).each(cmd.Context(), func(from *target) error {
-			return targets[0].use(cmd.Context(), false, func(to *target) error {
+			return o.each(cmd.Context(), func(to *target) error {
 				if sqlite.Same(from.Store, to.Store) { // the copy would change nothing, and the drop would delete all events
 					return errors.New("this is the database of --from: name another one with --config or --db")
 				}

@@ -19,6 +19,7 @@ import (
 // origin has the options that select the databases of a command.
 type origin struct {
 	db, config, adapter string
+	create              bool // otherwise a missing database is an error
 }
 
 // target is a database that a command works on.
@@ -84,23 +85,17 @@ func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
 	return found
 }
 
-// each calls f for each database.
+// each opens one database after the other, calls f, and closes the database.
 func (o *origin) each(ctx context.Context, f func(*target) error) error {
 	targets, err := o.targets(ctx)
 	for _, d := range targets {
-		if err = d.use(ctx, true, f); err != nil {
+		d.Store, err = d.opener.Open(ctx, store.Opening{Logger: caddy.Log(), Command: true, Existing: !o.create})
+		if err != nil {
+			return fmt.Errorf("%s: %w", d.opener.Key(), err)
+		}
+		if err = errors.Join(f(d), d.Close()); err != nil {
 			return err
 		}
 	}
 	return err
-}
-
-// use opens the database, calls f, and closes it. If exist is true, a missing database is
-// an error.
-func (d *target) use(ctx context.Context, exist bool, f func(*target) error) (err error) {
-	d.Store, err = d.opener.Open(ctx, store.Opening{Logger: caddy.Log(), Command: true, Existing: exist})
-	if err != nil {
-		return fmt.Errorf("%s: %w", d.opener.Key(), err)
-	}
-	return errors.Join(f(d), d.Close())
 }

@@ -5,7 +5,6 @@ package page
 
 import (
 	"errors"
-	"fmt"
 	"net/http"
 	"regexp"
 	"slices"
@@ -101,11 +100,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	queues, ok := app.(live.Queues)
-	if !ok {
-		return fmt.Errorf("the app inkit_queue is a %T, which has no queues to show", app)
-	}
-	h.queues = queues
+	h.queues = app.(live.Queues)
 	return nil
 }
 

@@ -19,11 +19,11 @@ import (
 
 const (
 	// The page shows at most maxBody bytes of a text, and at most maxBytes bytes of other
-	// data. It indents JSON only up to maxDepth levels, because the indentation of deeply
-	// nested JSON would be a thousand times as large as the JSON.
-	maxBody  = 256 << 10
-	maxBytes = 4 << 10
-	maxDepth = 64
+	// data. It indents only JSON with few brackets, because the indentation of deeply nested
+	// JSON would be a thousand times as large as the JSON.
+	maxBody     = 256 << 10
+	maxBytes    = 4 << 10
+	maxBrackets = 64
 )
 
 // words are the functions of the templates.
@@ -83,26 +83,11 @@ func newBody(b []byte) body {
 	shown := body{Kind: "text", Size: len(b), Cut: len(b) > maxBody}
 	text := strings.ToValidUTF8(string(b[:min(len(b), maxBody)]), "") // the cut may be inside a character
 	var indented bytes.Buffer
-	if !shown.Cut && depth(b) <= maxDepth && json.Indent(&indented, b, "", "  ") == nil {
+	if !shown.Cut && bytes.Count(b, []byte("{"))+bytes.Count(b, []byte("[")) <= maxBrackets && json.Indent(&indented, b, "", "  ") == nil {
 		shown.Kind, text = "JSON", indented.String()
 	}
 	shown.Text = request.Printable(text, '\n', '\t')
 	return shown
-}
-
-// depth returns the nesting depth of JSON. Brackets in strings count, too.
-func depth(b []byte) (most int) {
-	now := 0
-	for _, c := range b {
-		switch c {
-		case '{', '[':
-			now++
-			most = max(most, now)
-		case '}', ']':
-			now--
-		}
-	}
-	return most
 }
 
 // results are the sentences about the result of each action.
