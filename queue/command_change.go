@@ -18,10 +18,6 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// changeStep is how many events retry and drop change in one transaction. A small
-// transaction does not block the running Caddy for long.
-const changeStep = 100
-
 func retryCommand(o *origin) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "retry <id>... | " + filterUsage + " [--db <file> | --config <file>]",
@@ -84,7 +80,7 @@ func idsOrFilter(filter *store.Filter) cobra.PositionalArgs {
 
 // change calls f for the events with these ids. Without ids, it calls f for the events of
 // the filter, a few at a time. It returns how many events f has changed, also after an error.
-func (o *origin) change(cmd *cobra.Command, ids []string, filter store.Filter, f func(store.Store, context.Context, store.Filter) (int, error)) (changed int, err error) {
+func (o *origin) change(cmd *cobra.Command, ids []string, filter store.Filter, f operator.Action) (changed int, err error) {
 	ctx := cmd.Context()
 	step := func(s store.Store, part store.Filter) (int, error) { // an interruption never stops a transaction
 		if err := ctx.Err(); err != nil {
@@ -98,13 +94,8 @@ func (o *origin) change(cmd *cobra.Command, ids []string, filter store.Filter, f
 		err = o.eachID(cmd, ids, step)
 		return changed, err
 	}
-	filter.Limit = changeStep
 	err = o.each(ctx, func(d *target) error {
-		return store.Each(ctx, d, filter, false, func(page []*store.Record) error {
-			part := filter
-			for _, r := range page {
-				part.IDs = append(part.IDs, r.ID)
-			}
+		return operator.InSteps(ctx, d, filter, func(_ []*store.Record, part store.Filter) error {
 			_, err := step(d, part)
 			return err
 		})

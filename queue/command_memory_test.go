@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/spf13/cobra"
@@ -146,5 +147,5 @@ func TestInterruptedCommand(t *testing.T) {
 	assert.Equal(t, 3, steps)
 	status, err := s.Status(t.Context())
 	require.NoError(t, err)
-	assert.Equal(t, 1000-3*changeStep, status.Queues[0].Pending)
+	assert.Equal(t, 1000-3*operator.Step, status.Queues[0].Pending)
 }

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"go.uber.org/zap"
 )
@@ -63,7 +64,7 @@ func (v *visit) log(action, queue string, n int, err error) {
 
 // apply changes events, logs the change, and redirects the browser to the view that it
 // came from.
-func (v *visit) apply(action string, f store.Filter, change func(store.Store, context.Context, store.Filter) (int, error)) error {
+func (v *visit) apply(action string, f store.Filter, change operator.Action) error {
 	c, err := v.h.change(v.r.Context(), f, change)
 	v.log(action, cmp.Or(strings.Join(c.queues, ","), f.Queue), c.n, err)
 	if err != nil && (f.IDs == nil || c.n < len(f.IDs)) {

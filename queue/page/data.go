@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
@@ -27,18 +28,11 @@ const (
 	lookWait    = 200 * time.Millisecond
 	lookTimeout = 20 * time.Second
 
-	// changeStep is the maximum number of events in one transaction. It is small, because a
-	// new event may have to wait for the transaction.
-	changeStep = 100
-
 	// changeTime is the time limit for changing events, and for counting them before a drop.
 	// maxCount is the largest number of events that are counted.
 	changeTime = 20 * time.Second
 	maxCount   = 10_000
 )
-
-// errBusy means that the visitor did not get a turn in time.
-var errBusy = errors.New("too many visitors: try again in a moment")
 
 // turn waits for the turn of this visitor, which ends with done. Only one page is made at a
 // time, and the pause after it is as long as the turn, up to maxPause. So even many
@@ -49,7 +43,7 @@ func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 		began := time.Now()
 		return func() { time.AfterFunc(min(time.Since(began), maxPause), func() { <-h.shared.turn }) }, nil
 	case <-ctx.Done():
-		return nil, errBusy
+		return nil, errors.New("too many visitors: try again in a moment")
 	}
 }
 
@@ -223,24 +217,20 @@ type changed struct {
 	queues []string // the queues of these events
 }
 
-// change changes events in all databases, in small steps, so that a new event never waits
-// long. After an error, the events that were already changed stay changed.
-func (h *Handler) change(ctx context.Context, f store.Filter, what func(store.Store, context.Context, store.Filter) (int, error)) (c changed, err error) {
+// change changes events in all databases. After an error, the events that were already
+// changed stay changed.
+func (h *Handler) change(ctx context.Context, f store.Filter, action operator.Action) (c changed, err error) {
 	ctx, cancel := context.WithTimeout(ctx, changeTime)
 	defer cancel()
 	defer h.forget()
-	f.Limit = changeStep
 	err = h.each(f.Queue, func(d *database, s store.Store) error {
-		err := store.Each(ctx, s, f, false, func(page []*store.Record) error {
-			some := f
-			some.IDs = nil
+		err := operator.InSteps(ctx, s, f, func(page []*store.Record, step store.Filter) error {
 			for _, r := range page {
-				some.IDs = append(some.IDs, r.ID)
 				if !slices.Contains(c.queues, r.Queue) {
 					c.queues = append(c.queues, r.Queue)
 				}
 			}
-			n, err := what(s, ctx, some)
+			n, err := action(s, ctx, step)
 			c.n += n
 			return err
 		})

@@ -116,9 +116,6 @@ func (h *Handler) Validate() error {
 	return nil
 }
 
-// errNobody means that no directive in front has set a user.
-var errNobody = errors.New("no user: put a directive that authenticates users, such as basic_auth, before inkit_queue_page")
-
 // ServeHTTP serves the page. It never calls the next handler.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	for field, value := range headers {
@@ -131,7 +128,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 			h.logger.Warn("refused a request without a user: inkit_queue_page needs a directive in front that authenticates, such as basic_auth",
 				zap.String("user", h.User))
 		})
-		return caddyhttp.Error(http.StatusForbidden, errNobody)
+		return caddyhttp.Error(http.StatusForbidden,
+			errors.New("no user: put a directive that authenticates users, such as basic_auth, before inkit_queue_page"))
 	}
 	if err := h.protection.Check(r); err != nil {
 		return caddyhttp.Error(http.StatusForbidden, err)

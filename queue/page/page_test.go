@@ -475,7 +475,7 @@ func formOf(t *testing.T, page string) url.Values {
 
 func TestChangeOfMany(t *testing.T) {
 	p := newDefaultPage(t)
-	for i := range 3*changeStep + 1 {
+	for i := range 3*operator.Step + 1 {
 		p.named(fmt.Sprint("doc_", i))
 	}
 	assert.Equal(t, "events?done=retry&n=301", p.post("/retry", url.Values{"matching": {"yes"}}).Header.Get("Location"))

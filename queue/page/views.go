@@ -62,8 +62,7 @@ func (v *visit) render(status int, name, title string, trouble error, view any) 
 		return caddyhttp.Error(http.StatusServiceUnavailable, err)
 	}
 	query := v.r.URL.Query()
-	f := frame{User: v.user, ReadOnly: v.h.ReadOnly, Title: title, Trouble: trouble, View: view}
-	f.Done = done(query.Get("done"), query.Get("n"), query.Has("more"))
+	f := frame{v.user, v.h.ReadOnly, title, done(query.Get("done"), query.Get("n"), query.Has("more")), trouble, view}
 	var page bytes.Buffer
 	err = templates.ExecuteTemplate(&page, name+".html", f)
 	turn() // before the response is written, because the client may be slow

@@ -1,8 +1,9 @@
 // Package operator has what the page and the commands share: the filters that an operator
-// types, and the text of a duration.
+// types, what they do to events, and the text of a duration.
 package operator
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"time"
@@ -18,6 +19,26 @@ var States = map[string][]string{
 	store.Dead:    {store.Dead},
 	store.History: {store.History},
 	"all":         {store.Pending, store.Dead, store.History},
+}
+
+// Action changes the events that a filter selects, such as store.Store.Retry.
+type Action func(store.Store, context.Context, store.Filter) (int, error)
+
+// Step is how many events change in one transaction. It is small, because a new event may
+// have to wait for the transaction.
+const Step = 100
+
+// InSteps calls f for the events that a filter selects, and with a filter for these events.
+func InSteps(ctx context.Context, s store.Store, filter store.Filter, f func(page []*store.Record, step store.Filter) error) error {
+	filter.Limit = Step
+	return store.Each(ctx, s, filter, false, func(page []*store.Record) error {
+		step := filter
+		step.IDs = nil
+		for _, r := range page {
+			step.IDs = append(step.IDs, r.ID)
+		}
+		return f(page, step)
+	})
 }
 
 // Set sets a field of a filter to the text of an operator. Several states add up.
