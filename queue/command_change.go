@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"os"
 	"os/signal"
 	"reflect"
-	"slices"
 	"strings"
 	"syscall"
 
@@ -106,24 +104,22 @@ func (o *origin) change(cmd *cobra.Command, ids []string, filter store.Filter, f
 // eachID calls f for each id with one database after the other, until f returns 1 for this
 // id. It returns an error if f returns 0 for an id with every database.
 func (o *origin) eachID(cmd *cobra.Command, ids []string, f func(store.Store, store.Filter) (int, error)) error {
-	left := make(map[string]bool)
-	for _, id := range ids {
-		left[id] = true
-	}
 	err := o.each(cmd.Context(), func(d *target) error {
-		for id := range left {
+		var left []string
+		for _, id := range ids {
 			n, err := f(d, store.Filter{IDs: []string{id}, States: operator.States["all"]})
 			if err != nil {
 				return err
 			}
-			if n > 0 {
-				delete(left, id)
+			if n == 0 {
+				left = append(left, id)
 			}
 		}
+		ids = left
 		return nil
 	})
-	if err == nil && len(left) > 0 {
-		err = fmt.Errorf("there is no event to %s: %s", cmd.Name(), request.Printable(strings.Join(slices.Sorted(maps.Keys(left)), ", ")))
+	if err == nil && len(ids) > 0 {
+		err = fmt.Errorf("there is no event to %s: %s", cmd.Name(), request.Printable(strings.Join(ids, ", ")))
 	}
 	return err
 }
