@@ -62,7 +62,7 @@ func listCommand(o *origin) *cobra.Command {
 func printRow(table io.Writer, r *store.Record) error {
 	next := ""
 	if r.State == store.Pending {
-		next = "in " + operator.Age(time.Until(r.Due))
+		next = operator.Until(time.Until(r.Due))
 	}
 	row := fmt.Sprintf("%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s",
 		r.ID, r.State, operator.Age(time.Since(r.Received)), r.EventType, r.ResourceID, r.Attempts, next, r.LastError)

@@ -63,7 +63,7 @@ func TestStatus(t *testing.T) {
 	got = regexp.MustCompile(`for \d+ s`).ReplaceAllString(got, "for 0 s")
 	assert.Regexp(t, `^default, in sqlite `+regexp.QuoteMeta(path)+` \(0\.\d MB\)\n$`, got[:strings.Index(got, "\n")+1])
 	assert.Equal(t, []string{
-		"  pending      3, the oldest for 0 s, the next attempt is due in 0 s",
+		"  pending      3, the oldest for 0 s, the next attempt is due now",
 		"  dead         1",
 		"  delivered    0 in the last hour, 0 in the last day",
 		"  duplicates   0",

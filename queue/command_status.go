@@ -79,7 +79,7 @@ func printStatus(q store.QueueStatus, database string, size int64) {
 		line("paused", "for %s", operator.Age(time.Since(q.Paused)))
 	}
 	if q.Pending > 0 {
-		line("pending", "%d, the oldest for %s, the next attempt is due in %s", q.Pending, operator.Age(q.Oldest), operator.Age(q.Next))
+		line("pending", "%d, the oldest for %s, the next attempt is due %s", q.Pending, operator.Age(q.Oldest), operator.Until(q.Next))
 	} else {
 		line("pending", "0")
 	}

@@ -113,7 +113,7 @@ func TestList(t *testing.T) {
 	const event = "DOCUMENT_CREATE_FINISHED  doc_2N0X2g4f3b1JJU75fqzDZs"
 	table := []string{
 		"ID         STATE    AGE     EVENT TYPE                RESOURCE ID                 ATTEMPTS  NEXT ATTEMPT  LAST ERROR",
-		"i1-due     pending  3 days  " + event + "  0         in 0 s        ",
+		"i1-due     pending  3 days  " + event + "  0         now           ",
 		"i2-later   pending  3 days  " + event + "  3         in 59 min     status 500: \uFFFD[31mno",
 		"i3-dead    dead     3 days  " + event + "  1                       status 404",
 		"i4-leased  pending  3 days  " + event + "  1         in 59 min     ",

@@ -90,3 +90,11 @@ func Age(d time.Duration) string {
 	}
 	return fmt.Sprintf("%d days", d/(24*time.Hour))
 }
+
+// Until returns the text for an attempt that is due after d.
+func Until(d time.Duration) string {
+	if d <= 0 {
+		return "now"
+	}
+	return "in " + Age(d)
+}
