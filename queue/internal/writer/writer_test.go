@@ -59,10 +59,11 @@ func event(id string) *store.Record {
 	return &store.Record{ID: id, Queue: "default", Lease: time.Minute, Attempts: 1}
 }
 
+func request() ([]byte, error) { return []byte("request"), nil }
+
 // add adds an event with a sender that waits this long.
 func add(w *Writer, r *store.Record, wait time.Duration) *Addition {
-	encode := func() ([]byte, error) { return []byte("request"), nil }
-	a := NewAddition(r, encode, time.Now().Add(wait), func(error) {})
+	a := NewAddition(r, request, time.Now().Add(wait), func(error) {})
 	w.Add(a)
 	return a
 }
@@ -163,6 +164,23 @@ func TestWriter(t *testing.T) {
 			require.Len(t, d.written(), 2)
 			assert.Equal(t, "status 500", d.written()[1].Finish[0].LastError)
 		}},
+		{"if an attempt fails before, the same transaction has the result, and the retry too", func(t *testing.T, w *Writer, d *database) {
+			fails := true
+			d.apply = func(*store.Batch) error {
+				if fails {
+					fails = false
+					return broken
+				}
+				return nil
+			}
+			a := NewAddition(event("a"), request, time.Now().Add(time.Minute), func(error) {})
+			w.Finish(a, store.Finish{ID: "a", Outcome: store.Later, LastError: "status 500"})
+			w.Add(a)
+			<-a.Done()
+			require.NoError(t, a.Err())
+			assert.Equal(t, "status 500", d.written()[0].Finish[0].LastError)
+			assert.Len(t, d.written()[0].Add, 1)
+		}},
 		{"history is written with the next transaction", func(t *testing.T, w *Writer, d *database) {
 			w.Remember(event("delivered"))
 			add(w, event("a"), time.Minute)
@@ -174,7 +192,7 @@ func TestWriter(t *testing.T) {
 			assert.Len(t, d.written(), 1)
 		}},
 		{"without another transaction, history is written within a second, many rows at a time", func(t *testing.T, w *Writer, d *database) {
-			for range 2 * maxHistory {
+			for range 2 * maxBatch {
 				w.Remember(event("delivered"))
 			}
 			synctest.Wait()
@@ -182,11 +200,11 @@ func TestWriter(t *testing.T) {
 			time.Sleep(historyPause)
 			synctest.Wait()
 			require.Len(t, d.written(), 2)
-			assert.Len(t, d.written()[1].History, maxHistory)
+			assert.Len(t, d.written()[1].History, maxBatch)
 		}},
 		{"history that cannot be written is retried, and its size is bounded", func(t *testing.T, w *Writer, d *database) {
 			d.apply = func(*store.Batch) error { return broken }
-			for range historyRoom + maxHistory {
+			for range historyRoom + maxBatch {
 				w.Remember(event("delivered"))
 			}
 			time.Sleep(10 * time.Second)
@@ -219,7 +237,7 @@ func TestWriter(t *testing.T) {
 			assert.Len(t, d.written(), 1)
 		}},
 		{"Close writes all history", func(t *testing.T, w *Writer, d *database) {
-			for range 3 * maxHistory {
+			for range 3 * maxBatch {
 				w.Remember(event("delivered"))
 			}
 			t.Cleanup(func() {
@@ -227,7 +245,7 @@ func TestWriter(t *testing.T) {
 				for _, b := range d.written() {
 					rows += len(b.History)
 				}
-				assert.Equal(t, 3*maxHistory, rows)
+				assert.Equal(t, 3*maxBatch, rows)
 			})
 		}},
 		{"an event that was stored before is a duplicate", func(t *testing.T, w *Writer, d *database) {
