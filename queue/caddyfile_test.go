@@ -215,12 +215,13 @@ func TestPostgresCaddyfile(t *testing.T) {
 		"an unknown word":              {"store postgres {env.QUEUE_DSN} {\n c0nf1d3nt1al\n }", "store: postgres takes only dsn and schema"},
 		"an unset variable":            {"store postgres {env.c0nf1d3nt1al}", "dsn: environment variable is unset or empty"},
 		"a missing file":               {"store postgres {file./c0nf1d3nt1al}", "dsn: file cannot be read: no such file or directory"},
-		"an invalid connection string": {"store postgres {\n dsn postgres//c0nf1d3nt1al@host\n }", "dsn: cannot be parsed as a connection string of PostgreSQL"},
-		"an invalid port":              {"store postgres {env.QUEUE_BROKEN}", "dsn: cannot be used: invalid port"},
+		"an invalid connection string": {"store postgres {\n dsn postgres//c0nf1d3nt1al@host\n }", "dsn: is not a valid connection string of PostgreSQL"},
+		"a URL without a colon":        {"store postgres {\n dsn postgres//role:c0nf1d3nt1al@host/database?sslmode=disable\n }", "dsn: is not a valid connection string"},
+		"an invalid port":              {"store postgres {env.QUEUE_BROKEN}", "dsn: is not a valid connection string"},
 		"a missing certificate":        {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=verify-full sslrootcert=/c0nf1d3nt1al\"\n }", "dsn: names a file that cannot be read: no such file or directory"},
-		"an invalid sslmode":           {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=c0nf1d3nt1al\"\n }", "dsn: cannot be used: failed to configure TLS"},
+		"an invalid sslmode":           {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=c0nf1d3nt1al\"\n }", "dsn: is not a valid connection string"},
 		"a placeholder within a text":  {"store postgres {\n dsn postgres://role:{env.c0nf1d3nt1al}@host/database\n }", "dsn: must be either one placeholder and nothing else"},
-		"a placeholder of a shell":     {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: has a placeholder in a form that Caddy does not know"},
+		"a placeholder of a shell":     {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: is not a valid connection string"},
 		"a schema that is too long":    {"store postgres {env.QUEUE_DSN} {\n schema " + strings.Repeat("s", 64) + "\n }", "schema: must be a name of at most 63 bytes"},
 	} {
 		t.Run(name, func(t *testing.T) {
