@@ -2,7 +2,7 @@ package delivery
 
 import (
 	"context"
-	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sync/semaphore"
 )
@@ -13,9 +13,7 @@ const most = 1 << 20
 // Limits sets how many attempts run at the same time. The first to ask is the first to run.
 type Limits struct {
 	places *semaphore.Weighted
-
-	mu    sync.Mutex
-	limit int
+	limit  atomic.Int64
 }
 
 // NewLimits returns limits of 0.
@@ -28,10 +26,8 @@ func NewLimits() *Limits {
 // Resize changes the number of parallel attempts. A smaller number applies once enough
 // running attempts have ended.
 func (l *Limits) Resize(limit int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	more := int64(min(limit, most) - l.limit)
-	l.limit += int(more)
+	limit = min(limit, most)
+	more := int64(limit) - l.limit.Swap(int64(limit))
 	if more > 0 {
 		l.places.Release(more)
 	} else if !l.places.TryAcquire(-more) {
@@ -40,11 +36,7 @@ func (l *Limits) Resize(limit int) {
 }
 
 // Limit returns the allowed number of parallel attempts.
-func (l *Limits) Limit() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.limit
-}
+func (l *Limits) Limit() int { return int(l.limit.Load()) }
 
 // old returns how many of the attempts may be at old events, which the schedule attempts:
 // three quarters. So new events do not wait behind a backlog of hanging attempts.

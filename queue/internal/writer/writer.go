@@ -25,9 +25,8 @@ const (
 	// timeout is the timeout of a transaction, and of opening the database.
 	timeout = 20 * time.Second
 
-	// After a failure the writer pauses. The pause doubles each time within these bounds.
-	minPause = 50 * time.Millisecond
-	maxPause = time.Second
+	// pause is the time between a failure and the next try.
+	pause = 500 * time.Millisecond
 )
 
 var (
@@ -249,19 +248,14 @@ func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 
 func (w *Writer) run() {
 	defer close(w.closed)
-	pause := minPause
 	for closing := false; !closing; {
-		wake, retry := w.wake, (<-chan time.Time)(nil)
 		w.expire()
-		if w.opened() && w.write() {
-			pause = minPause
-		} else {
-			wake, retry = nil, time.After(pause)
-			pause = min(2*pause, maxPause)
+		if !w.opened() || !w.write() {
+			time.Sleep(pause)
+			w.poke()
 		}
 		select {
-		case <-wake:
-		case <-retry:
+		case <-w.wake:
 		case <-w.closing:
 			closing = true
 		}

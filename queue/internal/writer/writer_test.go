@@ -277,7 +277,7 @@ func TestWriter(t *testing.T) {
 			d.mu.Lock()
 			locked = false
 			d.mu.Unlock()
-			time.Sleep(maxPause)
+			time.Sleep(pause)
 			records, err = w.Claim(&store.Claim{Queue: "default", Max: 2})
 			require.NoError(t, err)
 			assert.Len(t, records, 2)

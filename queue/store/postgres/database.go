@@ -179,12 +179,6 @@ func (s *database) Apply(ctx context.Context, b *store.Batch) error {
 	return err
 }
 
-func (s *database) Peek(ctx context.Context, queue string) (store.Peek, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
-	defer cancel()
-	return s.DB.Peek(ctx, queue)
-}
-
 func (s *database) Close() error {
 	err := s.Write.Close()
 	closed := make(chan struct{})

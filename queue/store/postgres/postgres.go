@@ -54,13 +54,10 @@ func (Postgres) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Validate refuses an invalid connection string or schema name.
+// Validate refuses an invalid connection string.
 func (p *Postgres) Validate() error {
 	if p.DSN == "" {
 		return errors.New("dsn: is required")
-	}
-	if len(p.Schema) > 63 {
-		return errors.New("schema: must be a name of at most 63 bytes")
 	}
 	_, err := p.config(nil)
 	return err
@@ -77,14 +74,11 @@ func (p *Postgres) Validate() error {
 // may be a part of the connection string.
 func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume the name of the store
-	if d.NextArg() {
-		if _, ok := placeholder.Name(d.Val()); !ok {
-			return d.Err("store: postgres takes a placeholder in braces, any other connection string goes into the block")
+	if args := d.RemainingArgs(); len(args) > 0 {
+		if _, ok := placeholder.Name(args[0]); !ok || len(args) > 1 {
+			return d.Err("store: postgres takes one placeholder in braces, any other connection string goes into the block")
 		}
-		p.DSN = d.Val()
-	}
-	if d.NextArg() {
-		return d.Err("store: postgres takes one placeholder at most")
+		p.DSN = args[0]
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		word := d.Val()

@@ -281,7 +281,9 @@ func TestPostgresConnectionThatHangs(t *testing.T) {
 			})
 		}},
 		{"in a peek", func(s store.Store, id string) error {
-			_, err := s.Peek(context.Background(), "default")
+			ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second) // as the queue does
+			defer cancel()
+			_, err := s.Peek(ctx, "default")
 			return err
 		}},
 	} {
