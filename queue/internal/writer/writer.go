@@ -102,22 +102,6 @@ func (a *Addition) Done() <-chan struct{} { return a.done }
 // Err returns nil if the event is on the disk. Call it after Done.
 func (a *Addition) Err() error { return a.err }
 
-// after decides what becomes of an addition after a transaction with this error: it ends
-// with its own error, or the writer retries.
-func (a *Addition) after(err error) (end error, retry bool) {
-	switch {
-	case err == nil && a.record.First != "":
-		return ErrDuplicate, false
-	case err == nil:
-		return nil, false
-	case a.finish != nil && a.finish.Outcome == store.Delivered:
-		return ErrCalledBack, false
-	case errors.Is(err, store.ErrFull): // the sender can retry later
-		return err, false
-	}
-	return nil, true
-}
-
 type claim struct {
 	*store.Claim
 	done chan error
@@ -203,6 +187,7 @@ func (w *Writer) Finish(a *Addition, f store.Finish) {
 		w.finishes = append(w.finishes, f)
 		w.poke()
 	case a.state == waiting && f.Outcome == store.Delivered:
+		w.adds = slices.DeleteFunc(w.adds, func(added *Addition) bool { return added == a })
 		w.endLocked(a, ErrCalledBack)
 	default:
 		a.finish = &f
@@ -250,12 +235,13 @@ func (w *Writer) run() {
 	defer close(w.closed)
 	for closing := false; !closing; {
 		w.expire()
+		wake, retry := w.wake, (<-chan time.Time)(nil)
 		if !w.opened() || !w.write() {
-			time.Sleep(pause)
-			w.poke()
+			wake, retry = nil, time.After(pause)
 		}
 		select {
-		case <-w.wake:
+		case <-wake:
+		case <-retry:
 		case <-w.closing:
 			closing = true
 		}
@@ -287,15 +273,16 @@ func (w *Writer) opened() bool {
 	return true
 }
 
-// expire removes the additions that have ended, and ends those that have passed their deadline.
+// expire ends the additions that have passed their deadline.
 func (w *Writer) expire() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.adds = slices.DeleteFunc(w.adds, func(a *Addition) bool {
-		if a.state == waiting && !time.Now().Before(a.deadline) {
+		late := !time.Now().Before(a.deadline)
+		if late {
 			w.endLocked(a, errors.New("the event could not be stored in time"))
 		}
-		return a.state == ended
+		return late
 	})
 }
 
@@ -377,17 +364,23 @@ func (w *Writer) settle(adds []*Addition, b *store.Batch, err error) {
 	w.finishes = append(left, w.finishes...)
 	var again []*Addition
 	for _, a := range adds {
-		end, retry := a.after(err)
 		switch {
-		case retry:
+		case err == nil && a.record.First != "":
+			w.endLocked(a, ErrDuplicate)
+		case err == nil:
+			w.endLocked(a, nil)
+			if a.finish != nil { // the attempt ended during the transaction
+				w.finishes = append(w.finishes, *a.finish)
+				w.poke()
+			}
+		case a.finish != nil && a.finish.Outcome == store.Delivered:
+			w.endLocked(a, ErrCalledBack)
+		case errors.Is(err, store.ErrFull): // the sender can retry later
+			w.endLocked(a, err)
+		default:
 			a.state = waiting
 			again = append(again, a)
-			continue
-		case end == nil && a.finish != nil: // the attempt ended during the transaction
-			w.finishes = append(w.finishes, *a.finish)
-			w.poke()
 		}
-		w.endLocked(a, end)
 	}
 	w.adds = append(again, w.adds...)
 	if len(adds) > 0 {

@@ -357,17 +357,22 @@ func TestWriterThatNeverOpens(t *testing.T) {
 func TestWriterBeforeTheDatabaseIsOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, tries := new(database), 0
-		w := New("me", func(context.Context) (store.Store, error) {
+		var w *Writer
+		var a, delivered *Addition
+		w = New("me", func(context.Context) (store.Store, error) {
 			if tries++; tries < 4 {
 				return nil, errors.New("the server starts")
 			}
+			w.Finish(delivered, store.Finish{ID: "delivered"})
 			return d, nil
 		}, silent{})
-		a := add(w, event("a"), 5*time.Second)
+		a, delivered = add(w, event("a"), 5*time.Second), add(w, event("delivered"), 5*time.Second)
 		_, err := w.Claim(new(store.Claim))
 		require.Error(t, err)
 		<-a.Done()
 		require.NoError(t, a.Err())
+		require.ErrorIs(t, delivered.Err(), ErrCalledBack)
+		assert.Len(t, d.written()[0].Add, 1)
 		w.Close()
 	})
 }
