@@ -165,14 +165,8 @@ func TestWriter(t *testing.T) {
 			assert.Equal(t, "status 500", d.written()[1].Finish[0].LastError)
 		}},
 		{"if an attempt fails before, the same transaction has the result, and the retry too", func(t *testing.T, w *Writer, d *database) {
-			fails := true
-			d.apply = func(*store.Batch) error {
-				if fails {
-					fails = false
-					return broken
-				}
-				return nil
-			}
+			why := broken
+			d.apply = func(*store.Batch) (err error) { err, why = why, nil; return err }
 			a := NewAddition(event("a"), request, time.Now().Add(time.Minute), func(error) {})
 			w.Finish(a, store.Finish{ID: "a", Outcome: store.Later, LastError: "status 500"})
 			w.Add(a)
