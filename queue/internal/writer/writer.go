@@ -278,7 +278,7 @@ func (w *Writer) expire() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.adds = slices.DeleteFunc(w.adds, func(a *Addition) bool {
-		late := !time.Now().Before(a.deadline)
+		late := time.Now().After(a.deadline)
 		if late {
 			w.endLocked(a, errors.New("the event could not be stored in time"))
 		}
