@@ -93,7 +93,8 @@ func (s *database) prepare(ctx context.Context, schema string, o store.Opening) 
 	defer cancel()
 	var existing sql.NullString
 	var encoding, fsync string
-	err := s.Read.QueryRowContext(ctx, `SELECT COALESCE(NULLIF($1, ''), current_schema()), current_setting('server_encoding'), current_setting('fsync')`, schema).
+	err := s.Read.QueryRowContext(ctx, `
+		SELECT COALESCE(NULLIF($1, ''), current_schema()), current_setting('server_encoding'), current_setting('fsync')`, schema).
 		Scan(&existing, &encoding, &fsync)
 	switch {
 	case err != nil:
@@ -145,8 +146,8 @@ func (s *database) makeTables(ctx context.Context) error {
 			return err
 		}
 		var schemaExists, exists bool
-		err := tx.QueryRowContext(ctx, `SELECT to_regnamespace($1) IS NOT NULL, to_regclass($2) IS NOT NULL`, schema, s.Schema+"inkit_queue_schema").
-			Scan(&schemaExists, &exists)
+		err := tx.QueryRowContext(ctx, `SELECT to_regnamespace($1) IS NOT NULL, to_regclass($2) IS NOT NULL`,
+			schema, s.Schema+"inkit_queue_schema").Scan(&schemaExists, &exists)
 		if err == nil && !schemaExists {
 			_, err = tx.ExecContext(ctx, `CREATE SCHEMA `+schema)
 		}
