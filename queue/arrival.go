@@ -100,7 +100,7 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 // cannot be stored.
 func (a *arrival) begins() bool {
 	q := a.q
-	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Allows(q.inFlightNow()) {
+	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Backend().Allows(q.inFlightNow()) {
 		return false
 	}
 	a.record.Attempts, a.record.Lease = 1, time.Duration(a.h.AttemptTimeout)+delivery.LeaseMargin
@@ -141,10 +141,9 @@ func (a *arrival) attempt() chan result {
 	q := a.q
 	storing := !q.db.writer.Failing()
 	attempted := make(chan result, 1)
-	placed := q.limits.TryNew()
 	q.running.Add(1)
 	go func() {
-		if !placed && !a.waitForPlace(storing) {
+		if !a.waitForPlace(storing) {
 			defer q.running.Done()
 			q.db.writer.Finish(a.addition, store.Finish{ID: a.record.ID, Queue: q.name, Outcome: store.Unbegun})
 			attempted <- result{err: errNoPlace}
@@ -153,7 +152,7 @@ func (a *arrival) attempt() chan result {
 		rec := &store.Record{ID: a.record.ID, Received: a.record.Received, Attempts: 1, EventType: a.record.EventType, ResourceID: a.record.ResourceID}
 		q.attempt(a.h, a.request, rec, func(res result) {
 			defer q.running.Done()
-			q.limits.EndNew()
+			q.limits.Free(1)
 			q.db.writer.Finish(a.addition, q.settle(a.h, rec, res, time.Since(a.began)))
 			attempted <- res
 		})
@@ -170,7 +169,7 @@ func (a *arrival) waitForPlace(storing bool) bool {
 	}
 	ctx, cancel := context.WithTimeout(a.q.attempting, wait)
 	defer cancel()
-	return a.q.limits.New(ctx)
+	return a.q.limits.Take(ctx, 1) == 1
 }
 
 // store begins to store the event, or refuses it if too many events are pending. It returns

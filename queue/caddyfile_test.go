@@ -207,21 +207,21 @@ func TestPostgresCaddyfile(t *testing.T) {
 		"a text in quotes":           {"store postgres {\n dsn \"host=host password=c0nf1d3nt1al\"\n }", `{"dsn":"host=host password=c0nf1d3nt1al","module":"postgres"}`},
 
 		"no connection string":         {"store postgres", "dsn: is required"},
-		"a text without a block":       {"store postgres postgres://c0nf1d3nt1al@host/database", "store: postgres takes a placeholder in braces"},
+		"a text without a block":       {"store postgres postgres://c0nf1d3nt1al@host/database", "store: postgres takes one placeholder in braces"},
 		"a text in place of the kind":  {"store postgres://c0nf1d3nt1al@host/database", "store: needs the kind of the database first, such as sqlite or postgres"},
-		"two placeholders":             {"store postgres {env.QUEUE_DSN} {env.c0nf1d3nt1al}", "store: postgres takes one placeholder at most"},
+		"two placeholders":             {"store postgres {env.QUEUE_DSN} {env.c0nf1d3nt1al}", "store: postgres takes one placeholder in braces"},
 		"a connection string twice":    {"store postgres {env.QUEUE_DSN} {\n dsn c0nf1d3nt1al\n }", "dsn: must not be repeated"},
 		"spaces without quotes":        {"store postgres {\n dsn host=host password=c0nf1d3nt1al\n }", "dsn: takes one value, in quotes"},
 		"an unknown word":              {"store postgres {env.QUEUE_DSN} {\n c0nf1d3nt1al\n }", "store: postgres takes only dsn and schema"},
 		"an unset variable":            {"store postgres {env.c0nf1d3nt1al}", "dsn: environment variable is unset or empty"},
 		"a missing file":               {"store postgres {file./c0nf1d3nt1al}", "dsn: file cannot be read: no such file or directory"},
-		"an invalid connection string": {"store postgres {\n dsn postgres//c0nf1d3nt1al@host\n }", "dsn: cannot be parsed as a connection string of PostgreSQL"},
-		"an invalid port":              {"store postgres {env.QUEUE_BROKEN}", "dsn: cannot be used: invalid port"},
+		"an invalid connection string": {"store postgres {\n dsn postgres//c0nf1d3nt1al@host\n }", "dsn: is not a valid connection string of PostgreSQL"},
+		"a URL without a colon":        {"store postgres {\n dsn postgres//role:c0nf1d3nt1al@host/database?sslmode=disable\n }", "dsn: is not a valid connection string"},
+		"an invalid port":              {"store postgres {env.QUEUE_BROKEN}", "dsn: is not a valid connection string"},
 		"a missing certificate":        {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=verify-full sslrootcert=/c0nf1d3nt1al\"\n }", "dsn: names a file that cannot be read: no such file or directory"},
-		"an invalid sslmode":           {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=c0nf1d3nt1al\"\n }", "dsn: cannot be used: failed to configure TLS"},
+		"an invalid sslmode":           {"store postgres {\n dsn \"host=c0nf1d3nt1al sslmode=c0nf1d3nt1al\"\n }", "dsn: is not a valid connection string"},
 		"a placeholder within a text":  {"store postgres {\n dsn postgres://role:{env.c0nf1d3nt1al}@host/database\n }", "dsn: must be either one placeholder and nothing else"},
-		"a placeholder of a shell":     {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: has a placeholder in a form that Caddy does not know"},
-		"a schema that is too long":    {"store postgres {env.QUEUE_DSN} {\n schema " + strings.Repeat("s", 64) + "\n }", "schema: must be a name of at most 63 bytes"},
+		"a placeholder of a shell":     {"store postgres {\n dsn ${c0nf1d3nt1al}\n }", "dsn: is not a valid connection string"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			adapter := caddyconfig.GetAdapter("caddyfile")

@@ -158,13 +158,13 @@ func TestBackendThatIsDownForNothing(t *testing.T) {
 			assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		}
 		time.Sleep(time.Minute)
-		assert.True(t, c.queue().breaker.Down(), "the backend stays down while events are pending")
+		assert.NotZero(t, c.queue().breaker.Backend().Down, "the backend stays down while events are pending")
 		up.Store(true)
 		_, err := c.queue().db.opened(t).Drop(t.Context(), store.Filter{})
 		require.NoError(t, err)
 		time.Sleep(17 * time.Second)
 		synctest.Wait()
-		assert.False(t, c.queue().breaker.Down())
+		assert.Zero(t, c.queue().breaker.Backend().Down)
 		assert.Zero(t, seriesOf(t, "for-nothing")["backend_down"])
 		assert.Equal(t, 1, c.logs.FilterMessage("no pending event is left to probe the backend: the backend counts as up again").Len())
 		assert.Equal(t, "the backend's body", serve(t, c.handlers[0], post(body)).body)
@@ -291,7 +291,7 @@ func TestBackendThatIsDown(t *testing.T) {
 				}
 				time.Sleep(11 * time.Second)
 				synctest.Wait()
-				assert.Equal(t, tt.down, c.queue().breaker.Down())
+				assert.Equal(t, tt.down, !c.queue().breaker.Backend().Down.IsZero())
 				warned := c.logs.FilterMessage("the backend is down: events are stored, and one attempt a second is made").FilterLevelExact(zapcore.WarnLevel)
 				if !tt.down {
 					assert.Zero(t, warned.Len())

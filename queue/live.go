@@ -17,7 +17,7 @@ func (a *App) Queues() (all []live.Queue) {
 		seen[h.Name] = true
 		all = append(all, live.Queue{
 			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*h.History), MaxEvents: h.MaxEvents,
-			Store: q.db.writer.Store, Down: q.breaker.DownSince, Wake: q.schedule.Wake,
+			Store: q.db.writer.Store, Down: func() time.Time { return q.breaker.Backend().Down }, Wake: q.schedule.Wake,
 		})
 	}
 	return all

@@ -46,10 +46,7 @@ func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
 		breaker: new(delivery.Breaker), limits: delivery.NewLimits(), overdue: make(map[string]bool),
 	}
 	q.attempting, q.cutOff = context.WithCancel(context.Background())
-	q.schedule = &delivery.Schedule{
-		Source: q, Queue: name, Woken: make(chan struct{}, 1), Breaker: q.breaker, Limits: q.limits,
-		Timeout: q.timeout, Attempt: q.attemptStored, Forgotten: q.forgetDown,
-	}
+	q.schedule = delivery.NewSchedule(q, q.breaker, q.limits)
 	q.db.join(q)
 	ctx, stop := context.WithCancel(context.Background())
 	q.stop = stop
@@ -118,31 +115,39 @@ func (q *queue) inFlightNow() (n int) {
 	return n
 }
 
-func (q *queue) timeout() time.Duration {
+// Timeout implements delivery.Queue.
+func (q *queue) Timeout() time.Duration {
 	if h := q.current(); h != nil {
 		return time.Duration(h.AttemptTimeout)
 	}
 	return 0
 }
 
-// Peek implements delivery.Source.
+// Peek implements delivery.Queue. Without a pending event for a probe, a backend that is down
+// counts as up. Then the next new event is the probe.
 func (q *queue) Peek() (store.Peek, error) {
 	p, err := q.db.peek(q.name)
 	if err == nil {
 		q.heedPause(&p)
 	}
+	if p.Empty && !q.db.writer.Failing() && q.breaker.Forget() {
+		q.db.logger.Load().Info("no pending event is left to probe the backend: the backend counts as up again", zap.String("queue", q.name))
+		q.metrics.down.Set(0)
+	}
 	return p, err
 }
 
-// Claim implements delivery.Source.
+// Claim implements delivery.Queue.
 func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
+	c.Queue = q.name
 	records, err := q.db.writer.Claim(c)
 	q.running.Add(len(records)) // here and not in the goroutine of the attempt, because Destruct may already wait
 	return records, err
 }
 
-// attemptStored makes one attempt at a stored event.
-func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree func()) {
+// AttemptStored implements delivery.Queue.
+func (q *queue) AttemptStored(r *store.Record, placeIsFree func()) {
+	claimed := time.Now()
 	ended := func(f store.Finish) {
 		f.ID, f.Queue = r.ID, q.name
 		q.db.writer.Finish(nil, f)
@@ -206,13 +211,6 @@ func (q *queue) unreached(h *Handler, id string, err error) {
 		h.logger.Warn("the backend is down: events are stored, and one attempt a second is made", zap.String("queue", q.name), zap.Error(err))
 		q.metrics.down.Set(1)
 	}
-}
-
-// forgetDown reports the backend as up, because no event is left for a probe. The next new
-// event is the probe.
-func (q *queue) forgetDown() {
-	q.db.logger.Load().Info("no pending event is left to probe the backend: the backend counts as up again", zap.String("queue", q.name))
-	q.metrics.down.Set(0)
 }
 
 // errFull means that max_events are pending.

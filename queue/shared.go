@@ -25,7 +25,7 @@ const (
 
 	// countTimeout is the timeout of one count, and peekTimeout is the timeout of one Peek.
 	countTimeout = time.Minute
-	peekTimeout  = 20 * time.Second
+	peekTimeout  = 5 * time.Second
 
 	// keepInterval is the pause between two counts of the history, which max_events bounds.
 	keepInterval = time.Minute

@@ -68,9 +68,9 @@ func TestPostgresThatFails(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)
 	name := server.NewDatabase(t)
-	var takes atomic.Bool
+	var failure atomic.Value // the name of the current failure
 	backend := newTaker(t, func(id string, attempt int) int {
-		if strings.HasPrefix(id, "kept") && !takes.Load() {
+		if strings.HasPrefix(id, "kept "+failure.Load().(string)) {
 			return http.StatusInternalServerError // so the event must be in the database
 		}
 		return sometimes(id, attempt)
@@ -85,11 +85,12 @@ func TestPostgresThatFails(t *testing.T) {
 		name string
 		fail func()
 	}{
-		{"restarted", func() { server.Stop(); server.Run() }},
-		{"killed", func() { server.Kill(); server.Run() }},
-		{"ended for a while", func() { server.Stop(); time.Sleep(pause); server.Run() }},
 		{"stopped for a while", func() { server.Signal(syscall.SIGSTOP); time.Sleep(pause); server.Signal(syscall.SIGCONT) }},
+		{"ended for a while", func() { server.Stop(); time.Sleep(pause); server.Run() }},
+		{"killed", func() { server.Kill(); server.Run() }},
+		{"restarted", func() { server.Stop(); server.Run() }}, // the shortest one last: after it, the events wait as long again as they are old
 	} {
+		failure.Store(tt.name)
 		load, stop := context.WithCancel(ctx)
 		before := len(s.ids())
 		done := s.sendAll(load, tt.name, 1_000_000)
@@ -99,7 +100,7 @@ func TestPostgresThatFails(t *testing.T) {
 		began := time.Now()
 		for i, c := range caddys {
 			one := newSender(t, c)
-			require.True(t, one.send(ctx, fmt.Sprintf("kept after %s %d", tt.name, i), 0))
+			require.True(t, one.send(ctx, fmt.Sprintf("kept %s after %d", tt.name, i), 0))
 			s.mu.Lock()
 			s.accepted = append(s.accepted, one.accepted...)
 			s.mu.Unlock()
@@ -111,7 +112,7 @@ func TestPostgresThatFails(t *testing.T) {
 		<-done
 		<-kept
 	}
-	takes.Store(true)
+	failure.Store("no more")
 	backend.hasAll(t, s.ids(), 2*time.Minute)
 	t.Logf("%d of %d requests were answered 5xx, all while there was no server for longer than senders wait", len(s.refused), s.tries)
 }

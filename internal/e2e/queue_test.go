@@ -87,14 +87,14 @@ func (s *sender) refusedNone(t *testing.T) {
 	assert.Empty(t, s.refused[:min(10, len(s.refused))], "%d of %d requests were answered 5xx", len(s.refused), s.tries)
 }
 
-// sendAll sends n events with all workers in parallel. done is closed at the end.
+// sendAll sends n events with all workers in parallel, or until ctx ends. done is closed at the end.
 func (s *sender) sendAll(ctx context.Context, name string, n int) (done chan struct{}) {
 	done = make(chan struct{})
 	var next atomic.Int64
 	var wg sync.WaitGroup
 	for range s.workers {
 		wg.Go(func() {
-			for i := int(next.Add(1)); i <= n; i = int(next.Add(1)) {
+			for i := int(next.Add(1)); i <= n && ctx.Err() == nil; i = int(next.Add(1)) {
 				s.send(ctx, fmt.Sprintf("%s-%05d", name, i), i)
 			}
 		})

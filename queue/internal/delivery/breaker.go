@@ -1,6 +1,7 @@
 package delivery
 
 import (
+	"slices"
 	"sync"
 	"time"
 )
@@ -10,23 +11,17 @@ const (
 	// events. probeInterval is the pause between two probes.
 	downAfter     = 5
 	probeInterval = time.Second
-
-	// If no event is pending for forgetAfter, a backend that is down counts as up. The time is
-	// not 0, because the writer may not have stored the last event yet.
-	forgetAfter = 15 * time.Second
 )
 
 // Breaker decides from the attempts of this process whether the backend is down. While the
 // backend is down, one attempt a second probes it. After a successful probe, the number of
 // parallel attempts doubles from 1. Changes of the system clock have no effect.
 type Breaker struct {
-	mu    sync.Mutex
-	down  bool
-	since time.Time
-	probe time.Time       // the time when the next probe may begin
-	empty time.Time       // the time since which no event is pending
-	lost  map[string]bool // the events of the failed attempts in a row
-	ramp  int             // limit of parallel attempts, 0 for no limit
+	mu   sync.Mutex
+	down time.Time // the time since which the backend is down, zero if it is up
+	last time.Time // when an attempt last did not reach the backend
+	lost []string  // the events of the failed attempts in a row
+	ramp int       // limit of parallel attempts, 0 for no limit
 }
 
 // Reached records that an attempt has reached the backend. If the backend was down,
@@ -35,9 +30,9 @@ func (b *Breaker) Reached(limit int) (down time.Duration, back bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.lost = nil
-	if b.down {
-		b.down, b.ramp = false, 1
-		return time.Since(b.since), true
+	if !b.down.IsZero() {
+		down, b.down, b.ramp = time.Since(b.down), time.Time{}, 1
+		return down, true
 	}
 	if b.ramp *= 2; b.ramp >= limit {
 		b.ramp = 0
@@ -50,71 +45,30 @@ func (b *Breaker) Reached(limit int) (down time.Duration, back bool) {
 func (b *Breaker) Unreached(id string) (down bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.probe = time.Now().Add(probeInterval)
-	if b.down {
+	b.last = time.Now()
+	if !b.down.IsZero() || slices.Contains(b.lost, id) {
 		return false
 	}
-	if b.lost == nil {
-		b.lost = make(map[string]bool)
-	}
-	if b.lost[id] = true; len(b.lost) < downAfter {
+	if b.lost = append(b.lost, id); len(b.lost) < downAfter {
 		return false
 	}
-	b.down, b.since, b.empty, b.lost, b.ramp = true, time.Now(), time.Time{}, nil, 0
+	b.down, b.lost, b.ramp = b.last, nil, 0
 	return true
 }
 
-// Down reports whether the backend is down.
-func (b *Breaker) Down() bool {
+// Forget makes a backend that was down count as up, because no event is pending for a probe.
+// It reports whether the backend was down.
+func (b *Breaker) Forget() (was bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.down
+	was = !b.down.IsZero()
+	b.down = time.Time{}
+	return was
 }
 
-// DownSince returns the time since which the backend is down, zero if it is up.
-func (b *Breaker) DownSince() time.Time {
+// Backend returns the state of the backend.
+func (b *Breaker) Backend() Backend {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if !b.down {
-		return time.Time{}
-	}
-	return b.since
-}
-
-// Allows reports whether one more attempt may begin if this number is already running.
-func (b *Breaker) Allows(running int) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return !b.down && (b.ramp == 0 || running < b.ramp)
-}
-
-// Empty records whether no event is pending. It reports whether a backend that was down
-// counts as up from now on, because no event is left for a probe.
-func (b *Breaker) Empty(empty bool) (forgotten bool) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	switch {
-	case !b.down || !empty:
-		b.empty = time.Time{}
-	case b.empty.IsZero():
-		b.empty = time.Now()
-	case time.Since(b.empty) >= forgetAfter:
-		b.down, b.empty = false, time.Time{}
-		return true
-	}
-	return false
-}
-
-// look fills in the fields of a Look that describe the backend.
-func (b *Breaker) look(l *Look) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	l.Down, l.Ramp, l.Probe = b.down, b.ramp, max(0, time.Until(b.probe))
-}
-
-// probing records that a probe begins. The probe ends with Reached, Unreached or its lease.
-func (b *Breaker) probing(lease time.Duration) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.probe = time.Now().Add(max(lease, probeInterval))
+	return Backend{Down: b.down, Probe: max(0, time.Until(b.last.Add(probeInterval))), Ramp: b.ramp}
 }

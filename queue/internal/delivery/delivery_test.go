@@ -2,6 +2,7 @@ package delivery
 
 import (
 	"context"
+	"errors"
 	"math"
 	"os/exec"
 	"strings"
@@ -44,29 +45,37 @@ func TestBackoff(t *testing.T) {
 }
 
 func TestPlan(t *testing.T) {
+	down := Backend{Down: time.Now()}
+	probed := func(next time.Duration) Backend { return Backend{Down: time.Now(), Probe: next} }
+	due := store.Peek{}
 	for _, tt := range []struct {
-		name string
-		look Look
-		want Step
+		name           string
+		backend        Backend
+		peek           store.Peek
+		limit, running int
+		claim          int
+		wait           time.Duration
 	}{
-		{"no event is pending", Look{Empty: true, Limit: 12}, Step{Wait: time.Second}},
-		{"the database fails", Look{Failed: true, Limit: 12}, Step{Wait: time.Second}},
-		{"an event is due soon", Look{Wait: 300 * time.Millisecond, Limit: 12}, Step{Wait: 300 * time.Millisecond}},
-		{"an event is due in an hour, but another process may store an earlier event", Look{Wait: time.Hour, Limit: 12}, Step{Wait: time.Second}},
-		{"events are due", Look{Limit: 12}, Step{Claim: 12}},
-		{"events are due, and attempts are running", Look{Limit: 12, Running: 5}, Step{Claim: 7}},
-		{"the number of running attempts is at the limit", Look{Limit: 12, Running: 12}, Step{Wait: time.Second}},
-		{"the number of running attempts is above a reduced limit", Look{Limit: 1, Running: 12}, Step{Wait: time.Second}},
-		{"the backend is down and was probed just now", Look{Limit: 12, Down: true, Probe: 400 * time.Millisecond}, Step{Wait: 400 * time.Millisecond}},
-		{"the running probe has a long lease", Look{Limit: 12, Down: true, Probe: 5 * time.Minute}, Step{Wait: time.Second}},
-		{"a probe is due", Look{Limit: 12, Down: true}, Step{Claim: 1, Newest: true}},
-		{"a probe is due, and an attempt is running", Look{Limit: 12, Down: true, Running: 1}, Step{Wait: time.Second}},
-		{"a probe is due, but no event is due", Look{Limit: 12, Down: true, Wait: time.Minute}, Step{Wait: time.Second}},
-		{"the first probe succeeded", Look{Limit: 12, Ramp: 1}, Step{Claim: 1, Newest: true}},
-		{"three attempts succeeded", Look{Limit: 12, Ramp: 4, Running: 1}, Step{Claim: 3, Newest: true}},
-		{"the ramp is above the limit", Look{Limit: 3, Ramp: 8}, Step{Claim: 3, Newest: true}},
+		{"no event is pending", Backend{}, store.Peek{Empty: true}, 12, 0, 0, time.Second},
+		{"an event is due soon", Backend{}, store.Peek{Wait: 300 * time.Millisecond}, 12, 0, 0, 300 * time.Millisecond},
+		{"an event is due in an hour, but another process may store an earlier event", Backend{}, store.Peek{Wait: time.Hour}, 12, 0, 0, time.Second},
+		{"events are due", Backend{}, due, 12, 0, 12, 0},
+		{"events are due, and attempts are running", Backend{}, due, 12, 5, 7, 0},
+		{"the number of running attempts is at the limit", Backend{}, due, 12, 12, 0, time.Second},
+		{"the number of running attempts is above a reduced limit", Backend{}, due, 1, 12, 0, time.Second},
+		{"the backend is down and was probed just now", probed(400 * time.Millisecond), due, 12, 0, 0, 400 * time.Millisecond},
+		{"a probe is due", down, due, 12, 0, 1, 0},
+		{"a probe is due, and an attempt is running", down, due, 12, 1, 0, time.Second},
+		{"a probe is due, but no event is due", down, store.Peek{Wait: time.Minute}, 12, 0, 0, time.Second},
+		{"the first probe succeeded", Backend{Ramp: 1}, due, 12, 0, 1, 0},
+		{"three attempts succeeded", Backend{Ramp: 4}, due, 12, 1, 3, 0},
+		{"the ramp is above the limit", Backend{Ramp: 8}, due, 3, 0, 3, 0},
 	} {
-		t.Run(tt.name, func(t *testing.T) { assert.Equal(t, tt.want, Plan(tt.look)) })
+		t.Run(tt.name, func(t *testing.T) {
+			claim, wait := Plan(tt.backend, tt.peek, tt.limit, tt.running)
+			assert.Equal(t, tt.claim, claim)
+			assert.Equal(t, tt.wait, wait)
+		})
 	}
 }
 
@@ -101,47 +110,37 @@ func TestBreaker(t *testing.T) {
 					b.Unreached(id)
 				}
 			}
-			var l Look
-			b.look(&l)
-			assert.Equal(t, tt.down, b.Down())
-			assert.Equal(t, tt.down, l.Down)
-			assert.Equal(t, tt.ramp, l.Ramp)
-			assert.Equal(t, !tt.down && (tt.ramp == 0 || tt.ramp > 1), b.Allows(1))
+			state := b.Backend()
+			assert.Equal(t, tt.down, state.isDown())
+			assert.Equal(t, tt.ramp, state.Ramp)
+			assert.Equal(t, !tt.down && (tt.ramp == 0 || tt.ramp > 1), state.Allows(1))
+			assert.Equal(t, tt.down || tt.ramp > 0, state.newest())
 		})
 	}
 }
 
-func TestBreakerForgetsABackendWithoutEvents(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		b := new(Breaker)
-		for _, id := range []string{"a", "b", "c", "d", "e"} {
-			b.Unreached(id)
-		}
-		assert.False(t, b.Empty(true))
-		time.Sleep(forgetAfter - time.Second)
-		assert.False(t, b.Empty(false), "an event has arrived")
-		assert.False(t, b.Empty(true))
-		time.Sleep(forgetAfter)
-		assert.True(t, b.Empty(true))
-		assert.False(t, b.Down())
-		assert.False(t, b.Empty(true))
-	})
+func TestBreakerForgets(t *testing.T) {
+	b := new(Breaker)
+	assert.False(t, b.Forget())
+	for _, id := range []string{"a", "b", "c", "d", "e"} {
+		b.Unreached(id)
+	}
+	assert.True(t, b.Forget())
+	assert.False(t, b.Backend().newest())
+	assert.False(t, b.Forget())
 }
 
 func TestLimits(t *testing.T) {
 	for limit, old := range map[int]int{1: 1, 2: 1, 3: 2, 4: 3, 8: 6, 16: 12} {
 		l := NewLimits()
 		l.Resize(limit)
-		assert.Equal(t, old, l.Old(t.Context(), 100), "places for old events with limit %d", limit)
-		for range limit - old {
-			assert.True(t, l.TryNew(), "the other places are for new events")
-		}
-		assert.False(t, l.TryNew(), "the limit is strict")
+		assert.Equal(t, old, l.old(), "attempts at old events with limit %d", limit)
+		assert.Equal(t, limit, l.Take(t.Context(), 100), "the limit is strict")
 	}
 	synctest.Test(t, func(t *testing.T) {
 		l := NewLimits()
 		l.Resize(1)
-		require.True(t, l.TryNew())
+		require.Equal(t, 1, l.Take(t.Context(), 1))
 		var order []string
 		var mu sync.Mutex
 		wait := func(name string, take func() bool) {
@@ -155,47 +154,74 @@ func TestLimits(t *testing.T) {
 			synctest.Wait()
 		}
 		gaveUp, giveUp := context.WithCancel(t.Context())
-		wait("a new event", func() bool { return l.New(t.Context()) })
-		wait("a new event that gives up", func() bool { return l.New(gaveUp) })
-		wait("an old event", func() bool { return l.Old(t.Context(), 1) == 1 })
-		wait("another new event", func() bool { return l.New(t.Context()) })
+		wait("a new event", func() bool { return l.Take(t.Context(), 1) == 1 })
+		wait("a new event that gives up", func() bool { return l.Take(gaveUp, 1) == 1 })
+		wait("old events", func() bool { return l.Take(t.Context(), 3) == 1 })
+		wait("another new event", func() bool { return l.Take(t.Context(), 1) == 1 })
 		giveUp()
 		for range 2 {
-			l.EndNew()
+			l.Free(1)
 			synctest.Wait()
 		}
-		l.EndOld(1)
+		l.Free(1)
 		synctest.Wait()
-		assert.Equal(t, []string{"a new event", "an old event", "another new event"}, order, "first come, first served")
+		assert.Equal(t, []string{"a new event", "old events", "another new event"}, order, "first come, first served")
 
 		l.Resize(3)
-		require.True(t, l.TryNew())
-		require.True(t, l.TryNew())
+		require.Equal(t, 1, l.Take(t.Context(), 1))
+		require.Equal(t, 1, l.Take(t.Context(), 1))
 		l.Resize(1)
 		for range 2 {
-			l.EndNew()
+			l.Free(1)
 			synctest.Wait()
-			assert.False(t, l.TryNew(), "a smaller limit applies after enough attempts have ended")
+			assert.False(t, l.places.TryAcquire(1), "a smaller limit applies after enough attempts have ended")
 		}
-		l.EndNew()
-		assert.True(t, l.TryNew())
+		l.Free(1)
+		assert.True(t, l.places.TryAcquire(1))
 	})
 }
 
-// source is a Source with due events, and records the claims.
+// source is a queue with due events, and records the claims. Its first Peek fails.
 type source struct {
 	due    []*store.Record
 	claims []store.Claim
+	first  time.Time // when the first claim was
+	peeks  int
+
+	mu                  sync.Mutex
+	running, most, done int
 }
 
-func (s *source) Peek() (store.Peek, error) { return store.Peek{Empty: len(s.due) == 0}, nil }
+func (s *source) Peek() (store.Peek, error) {
+	if s.peeks++; s.peeks == 1 {
+		return store.Peek{}, errors.New("the database fails")
+	}
+	return store.Peek{Empty: len(s.due) == 0}, nil
+}
 
 func (s *source) Claim(c *store.Claim) ([]*store.Record, error) {
-	s.claims = append(s.claims, *c)
+	if s.claims = append(s.claims, *c); len(s.claims) == 1 {
+		s.first = time.Now()
+	}
 	n := min(c.Max, len(s.due))
 	taken := s.due[:n]
 	s.due = s.due[n:]
 	return taken, nil
+}
+
+func (s *source) Timeout() time.Duration { return 30 * time.Second }
+
+func (s *source) AttemptStored(_ *store.Record, ended func()) {
+	s.mu.Lock()
+	s.running++
+	s.most = max(s.most, s.running)
+	s.mu.Unlock()
+	time.Sleep(time.Second)
+	s.mu.Lock()
+	s.running--
+	s.done++
+	s.mu.Unlock()
+	ended()
 }
 
 func TestSchedule(t *testing.T) {
@@ -204,34 +230,17 @@ func TestSchedule(t *testing.T) {
 		for range 20 {
 			src.due = append(src.due, &store.Record{ID: "event"})
 		}
-		var mu sync.Mutex
-		running, most, done := 0, 0, 0
-		s := &Schedule{
-			Source: src, Breaker: new(Breaker), Limits: NewLimits(), Queue: "default", Woken: make(chan struct{}, 1),
-			Timeout: func() time.Duration { return 30 * time.Second },
-			Attempt: func(_ *store.Record, _ time.Time, ended func()) {
-				mu.Lock()
-				running++
-				most = max(most, running)
-				mu.Unlock()
-				time.Sleep(time.Second)
-				mu.Lock()
-				running--
-				done++
-				mu.Unlock()
-				ended()
-			},
-			Forgotten: func() {},
-		}
-		s.Limits.Resize(4)
+		s := NewSchedule(src, new(Breaker), NewLimits())
+		s.limits.Resize(4)
 		ctx, stop := context.WithCancel(t.Context())
-		ended := make(chan struct{})
+		began, ended := time.Now(), make(chan struct{})
 		go func() { s.Run(ctx); close(ended) }()
-		time.Sleep(8 * time.Second)
+		time.Sleep(9 * time.Second)
 		synctest.Wait()
-		assert.Equal(t, 20, done)
-		assert.Equal(t, 3, most)
-		assert.Equal(t, store.Claim{Queue: "default", Max: 3, Lease: 32 * time.Second}, src.claims[0])
+		assert.Equal(t, pollInterval, src.first.Sub(began))
+		assert.Equal(t, 20, src.done)
+		assert.Equal(t, 3, src.most)
+		assert.Equal(t, store.Claim{Max: 3, Lease: 32 * time.Second}, src.claims[0])
 		stop()
 		<-ended
 	})

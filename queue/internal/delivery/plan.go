@@ -1,50 +1,51 @@
 package delivery
 
-import "time"
+import (
+	"cmp"
+	"time"
+
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+)
 
 // pollInterval is the longest delay until the schedule notices a due event that another
 // process has stored or released.
 const pollInterval = time.Second
 
-// Look is the state of a queue, from which Plan decides.
-type Look struct {
-	Failed  bool          // the query of the database failed
-	Empty   bool          // no event is pending
-	Wait    time.Duration // until the next event is due
-	Down    bool          // the backend is down
-	Probe   time.Duration // until the next probe of the backend may begin
-	Ramp    int           // limit of parallel attempts after the backend was down, 0 for no limit
-	Limit   int           // limit of parallel attempts at old events
-	Running int           // running attempts at old events
+// Backend is the state of the backend.
+type Backend struct {
+	Down  time.Time     // the time since which it is down, zero if it is up
+	Probe time.Duration // if it is down: until the next probe may begin
+	Ramp  int           // limit of parallel attempts after it was down, 0 for no limit
 }
 
-// Step is the next step of the schedule: claim events, or wait if Claim is 0.
-type Step struct {
-	Claim int
+func (b Backend) isDown() bool { return !b.Down.IsZero() }
 
-	// Newest is for a backend that is or was down. An event that hangs the backend looks like
-	// an outage, and would be probed forever. New events are the least likely cause.
-	Newest bool
-
-	Wait time.Duration // ends early when an event is stored or finished
+// Allows reports whether an attempt at a new event may begin if this number of attempts is
+// already running.
+func (b Backend) Allows(running int) bool {
+	return !b.isDown() && (b.Ramp == 0 || running < b.Ramp)
 }
 
-// Plan decides how many events to claim now, or how long to wait.
-func Plan(l Look) Step {
-	limit := l.Limit
+// newest reports whether the newest events come first. An event that hangs the backend looks
+// like an outage, and would be probed forever. New events are the least likely cause.
+func (b Backend) newest() bool { return b.isDown() || b.Ramp > 0 }
+
+// Plan decides how many due events to claim now, or how long to wait if it is none. The wait
+// ends early when an event is stored or finished. The limit is for attempts at old events.
+func Plan(b Backend, p store.Peek, limit, running int) (claim int, wait time.Duration) {
 	switch {
-	case l.Down:
+	case b.isDown() && (b.Probe > 0 || running > 0):
+		return 0, min(cmp.Or(b.Probe, pollInterval), pollInterval)
+	case b.isDown():
 		limit = 1
-	case l.Ramp > 0:
-		limit = min(limit, l.Ramp)
+	case b.Ramp > 0:
+		limit = min(limit, b.Ramp)
 	}
 	switch {
-	case l.Failed, l.Empty, l.Running >= limit:
-		return Step{Wait: pollInterval}
-	case l.Wait > 0:
-		return Step{Wait: min(l.Wait, pollInterval)}
-	case l.Down && l.Probe > 0:
-		return Step{Wait: min(l.Probe, pollInterval)}
+	case p.Empty, running >= limit:
+		return 0, pollInterval
+	case p.Wait > 0:
+		return 0, min(p.Wait, pollInterval)
 	}
-	return Step{Claim: limit - l.Running, Newest: l.Down || l.Ramp > 0}
+	return limit - running, 0
 }

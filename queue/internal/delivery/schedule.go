@@ -11,42 +11,40 @@ import (
 // LeaseMargin is how much longer a lease lasts than the timeout of its attempt.
 const LeaseMargin = 2 * time.Second
 
-// Source is the database with the stored events of a queue.
-type Source interface {
+// Queue has the stored events.
+type Queue interface {
+	// Peek returns the state of the queue in the database.
 	Peek() (store.Peek, error)
+
+	// Claim leases due events.
 	Claim(c *store.Claim) ([]*store.Record, error)
+
+	// Timeout returns how long an attempt may take, or 0 while no handler delivers.
+	Timeout() time.Duration
+
+	// AttemptStored makes one attempt at a claimed event, and calls ended when it is over.
+	AttemptStored(r *store.Record, ended func())
 }
 
 // Schedule attempts the stored events of a queue when they are due.
 type Schedule struct {
-	Source  Source
-	Breaker *Breaker
-	Limits  *Limits
-
-	// Queue is the name of the queue.
-	Queue string
-
-	// Timeout returns how long an attempt may take, or 0 while no handler delivers.
-	Timeout func() time.Duration
-
-	// Attempt makes one attempt, and calls ended when it is over.
-	Attempt func(r *store.Record, claimed time.Time, ended func())
-
-	// Forgotten is called when a backend that was down counts as up again, because no event
-	// is left for a probe.
-	Forgotten func()
-
-	// Woken receives the signals of Wake. It needs a buffer of one.
-	Woken chan struct{}
-
+	queue   Queue
+	breaker *Breaker
+	limits  *Limits
+	woken   chan struct{}
 	running atomic.Int64
+}
+
+// NewSchedule returns a schedule for Run.
+func NewSchedule(q Queue, b *Breaker, l *Limits) *Schedule {
+	return &Schedule{queue: q, breaker: b, limits: l, woken: make(chan struct{}, 1)}
 }
 
 // Wake makes the schedule check again, because an event may be due sooner, or an attempt
 // may begin now.
 func (s *Schedule) Wake() {
 	select {
-	case s.Woken <- struct{}{}:
+	case s.woken <- struct{}{}:
 	default:
 	}
 }
@@ -56,7 +54,7 @@ func (s *Schedule) Run(ctx context.Context) {
 	for ctx.Err() == nil {
 		wait := s.next(ctx)
 		select {
-		case <-s.Woken:
+		case <-s.woken:
 		case <-time.After(wait):
 		case <-ctx.Done():
 		}
@@ -65,43 +63,34 @@ func (s *Schedule) Run(ctx context.Context) {
 
 // next begins the attempts that may begin now, and returns how long to wait.
 func (s *Schedule) next(ctx context.Context) time.Duration {
-	timeout := s.Timeout()
+	timeout, backend := s.queue.Timeout(), s.breaker.Backend()
+	limit, running := s.limits.old(), int(s.running.Load())
 	if timeout == 0 {
 		return pollInterval
 	}
-	look := Look{Limit: oldLimit(s.Limits.Limit()), Running: int(s.running.Load())}
-	s.Breaker.look(&look)
-	if look.Down && look.Probe > 0 { // each new event wakes the schedule: do not query the database each time
-		return min(look.Probe, pollInterval)
+	if claim, wait := Plan(backend, store.Peek{}, limit, running); backend.isDown() && claim == 0 {
+		return wait // each new event wakes the schedule: do not query the database each time
 	}
-	peek, err := s.Source.Peek()
-	look.Failed, look.Empty, look.Wait = err != nil, peek.Empty, peek.Wait
-	if err == nil && s.Breaker.Empty(peek.Empty) {
-		s.Forgotten()
+	peek, err := s.queue.Peek()
+	if err != nil {
+		return pollInterval
 	}
-	step := Plan(look)
-	if step.Claim == 0 {
-		return step.Wait
+	claim, wait := Plan(backend, peek, limit, running)
+	if claim == 0 {
+		return wait
 	}
-	places := s.Limits.Old(ctx, step.Claim)
-	if places == 0 {
+	places := s.limits.Take(ctx, claim)
+	if places == 0 || s.breaker.Backend().isDown() != backend.isDown() { // this has changed during the wait for a place
+		s.limits.Free(places)
 		return 0
 	}
-	if s.Breaker.Down() != look.Down { // the backend went down or came back during the wait for a place
-		s.Limits.EndOld(places)
-		return 0
-	}
-	claim := &store.Claim{Queue: s.Queue, Max: places, Lease: timeout + LeaseMargin, Newest: step.Newest}
-	records, _ := s.Source.Claim(claim) // after an error, there are no records
-	s.Limits.EndOld(places - len(records))
-	if look.Down && len(records) > 0 {
-		s.Breaker.probing(claim.Lease)
-	}
+	// after an error, there are no records
+	records, _ := s.queue.Claim(&store.Claim{Max: places, Lease: timeout + LeaseMargin, Newest: backend.newest()})
+	s.limits.Free(places - len(records))
 	s.running.Add(int64(len(records)))
-	claimed := time.Now()
 	for _, r := range records {
-		go s.Attempt(r, claimed, func() {
-			s.Limits.EndOld(1)
+		go s.queue.AttemptStored(r, func() {
+			s.limits.Free(1)
 			s.running.Add(-1)
 			s.Wake()
 		})

@@ -13,23 +13,23 @@ import (
 )
 
 const (
-	// maxBatch is how many events one transaction adds at most.
+	// maxBatch is how many events, and how many rows of the history, one transaction adds at
+	// most, so that no event waits for long.
 	maxBatch = 500
 
-	// applyTimeout is the timeout of a transaction.
-	applyTimeout = 20 * time.Second
+	// History is written with the next transaction, or after historyPause. While the database
+	// fails, memory keeps at most historyRoom rows, and further rows are lost.
+	historyPause = time.Second
+	historyRoom  = 100_000
 
-	// After a failed transaction the writer pauses. The pause doubles each time within these
-	// bounds. openPause is the pause before a retry to open the database.
-	minPause  = 50 * time.Millisecond
-	maxPause  = 500 * time.Millisecond
-	openPause = time.Second
+	// timeout is the timeout of a transaction, and of opening the database.
+	timeout = 20 * time.Second
+
+	// pause is the time between a failure and the next try.
+	pause = 500 * time.Millisecond
 )
 
 var (
-	// ErrNotOpen is the error of a database that is not open yet.
-	ErrNotOpen = errors.New("the database is not open yet")
-
 	// ErrCalledBack is the error of an event that was delivered before it was stored.
 	ErrCalledBack = errors.New("delivered before it was written")
 
@@ -74,7 +74,7 @@ type Addition struct {
 	record   *store.Record
 	encode   func() ([]byte, error)
 	deadline time.Time
-	finish   *store.Finish // the result of an attempt that ended during the write
+	finish   *store.Finish // the result of an attempt that ended before the event was stored
 	state    state
 	err      error
 	done     chan struct{}
@@ -89,10 +89,9 @@ const (
 	ended
 )
 
-// NewAddition returns an addition for Writer.Add. If a transaction fails, the writer retries
-// until the deadline, except on a full disk. Each try calls encode to get the request of the
-// record. At the end, the writer calls the function ended with the error of Err. It must not
-// block.
+// NewAddition returns an addition for Writer.Add, which calls encode to get the request of the
+// record. If a transaction fails, the writer retries until the deadline, except on a full
+// disk. At the end, it calls the function ended with the error of Err. It must not block.
 func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
 	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
 }
@@ -114,7 +113,7 @@ func New(owner string, open func(context.Context) (store.Store, error), observer
 	w := &Writer{
 		owner: owner, open: open, observer: observer,
 		wake: make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
-		broken: ErrNotOpen, attempting: make(map[string]bool),
+		broken: errors.New("the database is not open yet"), attempting: make(map[string]bool),
 	}
 	go w.run()
 	return w
@@ -150,6 +149,13 @@ func (w *Writer) Failing() bool {
 
 // Add writes an event, unless an attempt has delivered it already.
 func (w *Writer) Add(a *Addition) {
+	encoded, err := a.encode()
+	if err != nil {
+		w.Refuse(a, err)
+		return
+	}
+	a.record.Request = encoded
+	a.record.Checksum = a.record.Sum()
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if a.state != waiting {
@@ -180,24 +186,24 @@ func (w *Writer) Finish(a *Addition, f store.Finish) {
 	case a == nil, a.state == ended && a.err == nil:
 		w.finishes = append(w.finishes, f)
 		w.poke()
-	case a.state == writing:
+	case a.state == waiting && f.Outcome == store.Delivered:
+		w.adds = slices.DeleteFunc(w.adds, func(added *Addition) bool { return added == a })
+		w.endLocked(a, ErrCalledBack)
+	default:
 		a.finish = &f
-	case a.state == waiting:
-		w.changeLocked(a, f)
 	}
 }
 
-// changeLocked applies the result of an attempt to an addition that is not written yet.
-func (w *Writer) changeLocked(a *Addition, f store.Finish) {
-	if f.Outcome == store.Delivered {
-		w.endLocked(a, ErrCalledBack)
-		return
+// Remember writes a row of the history with a later transaction.
+func (w *Writer) Remember(r *store.Record) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.history) == 0 {
+		time.AfterFunc(historyPause, w.poke)
 	}
-	if f.Outcome == store.Unbegun {
-		a.record.Attempts--
+	if len(w.history) < historyRoom {
+		w.history = append(w.history, r)
 	}
-	delete(w.attempting, a.record.ID)
-	a.record.Lease, a.record.Delay, a.record.LastError = 0, f.After, f.LastError
 }
 
 func (w *Writer) endLocked(a *Addition, err error) {
@@ -221,40 +227,17 @@ func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 	w.claims = append(w.claims, waits)
 	w.mu.Unlock()
 	w.poke()
-	if err := <-waits.done; err != nil {
-		return nil, err
-	}
-	return c.Records, nil
-}
-
-// exclude removes from a claim the events that this process already attempts, and registers
-// the others. It must run before the next transaction, which may end such an attempt.
-func (w *Writer) exclude(c *claim) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	c.Records = slices.DeleteFunc(c.Records, func(r *store.Record) bool { return w.attempting[r.ID] })
-	for _, r := range c.Records {
-		w.attempting[r.ID] = true
-	}
+	err := <-waits.done
+	return c.Records, err
 }
 
 func (w *Writer) run() {
 	defer close(w.closed)
-	pause := minPause
 	for closing := false; !closing; {
-		var retry <-chan time.Time
-		switch {
-		case !w.opened():
-			retry = time.After(openPause)
-		case w.write():
-			pause = minPause
-		default:
-			retry = time.After(pause)
-			pause = min(2*pause, maxPause)
-		}
-		wake := w.wake
-		if retry != nil {
-			wake = nil
+		w.expire()
+		wake, retry := w.wake, (<-chan time.Time)(nil)
+		if !w.opened() || !w.write() {
+			wake, retry = nil, time.After(pause)
 		}
 		select {
 		case <-wake:
@@ -263,35 +246,25 @@ func (w *Writer) run() {
 			closing = true
 		}
 	}
-	if s, _ := w.Store(); s != nil {
+	if w.store != nil {
 		w.write()
-		for w.write() && !w.remembered() { // until all history is written
+		for w.write() && len(w.history) > 0 { // nobody else uses the writer now
 		}
-		_ = s.Close()
+		_ = w.store.Close()
 	}
 }
 
-// opened opens the database if necessary, and reports whether the database is open.
+// opened opens the database if necessary, and reports whether it is open.
 func (w *Writer) opened() bool {
-	if s, _ := w.Store(); s != nil {
+	if w.store != nil {
 		return true
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	s, err := w.open(ctx)
 	w.mu.Lock()
-	if err != nil {
-		w.broken, w.failing = err, true
-		w.expireLocked(err)
-	} else {
-		w.store, w.broken, w.failing = s, nil, false
-	}
-	claims := w.claims
-	w.claims = nil
+	w.store, w.broken, w.failing = s, err, err != nil
 	w.mu.Unlock()
-	for _, c := range claims {
-		c.done <- err
-	}
 	if err != nil {
 		w.observer.Failed(err)
 		return false
@@ -300,110 +273,109 @@ func (w *Writer) opened() bool {
 	return true
 }
 
-// expireLocked ends the additions that have passed their deadline.
-func (w *Writer) expireLocked(err error) {
+// expire ends the additions that have passed their deadline.
+func (w *Writer) expire() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	w.adds = slices.DeleteFunc(w.adds, func(a *Addition) bool {
-		if a.state == waiting && !time.Now().Before(a.deadline) {
-			w.endLocked(a, err)
+		late := time.Now().After(a.deadline)
+		if late {
+			w.endLocked(a, errors.New("the event could not be stored in time"))
 		}
-		return a.state == ended
+		return late
 	})
 }
 
 // take returns the work of the next transaction.
-func (w *Writer) take() (adds []*Addition, b *store.Batch, claims []*claim, s store.Store) {
+func (w *Writer) take() (adds []*Addition, claims []*claim, b *store.Batch) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.store == nil {
-		return nil, nil, nil, nil
-	}
 	b = &store.Batch{Owner: w.owner, Finish: w.finishes}
-	w.finishes, claims, w.claims = nil, w.claims, nil
-	for _, c := range claims {
+	n := min(len(w.adds), maxBatch)
+	adds, w.adds = w.adds[:n:n], w.adds[n:]
+	for _, a := range adds {
+		a.state = writing
+		b.Add = append(b.Add, a.record)
+		if a.finish != nil {
+			b.Finish, a.finish = append(b.Finish, *a.finish), nil
+		}
+	}
+	for _, c := range w.claims {
 		b.Claims = append(b.Claims, c.Claim)
 	}
-	w.expireLocked(errors.New("the event could not be stored in time"))
-	n := min(len(w.adds), maxBatch)
-	for _, a := range w.adds[:n] {
-		a.state = writing
-	}
-	adds, w.adds = w.adds[:n:n], w.adds[n:]
-	n = min(len(w.history), maxHistory)
+	claims, w.claims, w.finishes = w.claims, nil, nil
+	n = min(len(w.history), maxBatch)
 	b.History, w.history = w.history[:n:n], w.history[n:]
 	if len(w.adds)+len(w.history) > 0 {
 		w.poke()
 	}
-	return adds, b, claims, w.store
+	return adds, claims, b
 }
 
 // write does all work that is waiting in one transaction, and reports whether it succeeded.
 func (w *Writer) write() bool {
-	adds, b, claims, s := w.take()
-	if s == nil || len(adds)+len(b.Finish)+len(b.History)+len(claims) == 0 {
+	adds, claims, b := w.take()
+	if len(b.Add)+len(b.Finish)+len(b.History)+len(b.Claims) == 0 {
 		return true
 	}
-	for _, a := range adds {
-		var err error
-		if a.record.Request, err = a.encode(); err != nil {
-			w.mu.Lock()
-			w.endLocked(a, err)
-			w.mu.Unlock()
-			continue
-		}
-		a.record.Checksum = a.record.Sum()
-		b.Add = append(b.Add, a.record)
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), applyTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	err := s.Apply(ctx, b)
+	err := w.store.Apply(ctx, b)
 	if errors.Is(err, store.ErrFull) && len(b.Add)+len(b.History) > 0 {
 		w.observer.Failed(err)
-		w.failed(adds, &store.Batch{}, err)
+		w.settle(adds, &store.Batch{}, err)
 		adds, b.Add, b.History = nil, nil, nil
-		err = s.Apply(ctx, b) // on a full disk, finishing still works
+		err = w.store.Apply(ctx, b) // on a full disk, finishing still works
 	}
+	w.settle(adds, b, err)
 	if err != nil {
 		w.observer.Failed(err)
-		w.failed(adds, b, err)
 	} else {
-		w.written(adds, b)
 		w.observer.Written(b)
 	}
 	for _, c := range claims {
 		why := err
 		if err != nil {
 			c.Records = nil // the store may have committed all the same
-			why = s.Due(ctx, c.Claim, err)
+			why = w.store.Due(ctx, c.Claim, err)
 		}
-		if why == nil {
-			w.exclude(c)
-		}
+		w.exclude(c.Claim)
 		c.done <- why
 	}
 	return err == nil && len(b.Left) == 0
 }
 
-// failed puts a batch back after its transaction has failed. On a full disk, the writer does
-// not retry the additions: their senders can retry later.
-func (w *Writer) failed(adds []*Addition, b *store.Batch, err error) {
+// settle ends the additions of a transaction, and puts back the work that it has not done.
+func (w *Writer) settle(adds []*Addition, b *store.Batch, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.failing = w.failing || len(adds) > 0
-	w.finishes = append(b.Finish, w.finishes...)
-	w.history = append(b.History, w.history...)
+	left := b.Left
+	if err == nil {
+		for _, f := range b.Finish {
+			delete(w.attempting, f.ID)
+		}
+	} else {
+		left = b.Finish
+		w.history = append(b.History, w.history...)
+	}
+	for _, f := range left {
+		w.attempting[f.ID] = true
+	}
+	w.finishes = append(left, w.finishes...)
 	var again []*Addition
 	for _, a := range adds {
 		switch {
-		case a.state == ended:
-			continue
-		case a.finish != nil: // the attempt ended during the transaction
-			a.state = waiting
-			w.changeLocked(a, *a.finish)
-			a.finish = nil
-		}
-		switch {
-		case a.state == ended:
-		case errors.Is(err, store.ErrFull), !time.Now().Before(a.deadline):
+		case err == nil && a.record.First != "":
+			w.endLocked(a, ErrDuplicate)
+		case err == nil:
+			w.endLocked(a, nil)
+			if a.finish != nil { // the attempt ended during the transaction
+				w.finishes = append(w.finishes, *a.finish)
+				w.poke()
+			}
+		case a.finish != nil && a.finish.Outcome == store.Delivered:
+			w.endLocked(a, ErrCalledBack)
+		case errors.Is(err, store.ErrFull): // the sender can retry later
 			w.endLocked(a, err)
 		default:
 			a.state = waiting
@@ -411,34 +383,18 @@ func (w *Writer) failed(adds []*Addition, b *store.Batch, err error) {
 		}
 	}
 	w.adds = append(again, w.adds...)
+	if len(adds) > 0 {
+		w.failing = err != nil
+	}
 }
 
-// written ends the additions and finishes of a transaction.
-func (w *Writer) written(adds []*Addition, b *store.Batch) {
+// exclude removes from a claim the events that this process already attempts, and registers
+// the others. It must run before the next transaction, which may end such an attempt.
+func (w *Writer) exclude(c *store.Claim) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, f := range b.Finish {
-		delete(w.attempting, f.ID)
-	}
-	for _, f := range b.Left {
-		w.attempting[f.ID] = true
-	}
-	w.finishes = append(w.finishes, b.Left...)
-	for _, a := range adds {
-		if a.state == ended {
-			continue
-		}
-		if a.record.First != "" {
-			w.endLocked(a, ErrDuplicate)
-			continue
-		}
-		w.endLocked(a, nil)
-		if a.finish != nil {
-			w.finishes = append(w.finishes, *a.finish)
-			w.poke()
-		}
-	}
-	if len(adds) > 0 {
-		w.failing = false
+	c.Records = slices.DeleteFunc(c.Records, func(r *store.Record) bool { return w.attempting[r.ID] })
+	for _, r := range c.Records {
+		w.attempting[r.ID] = true
 	}
 }

@@ -59,10 +59,11 @@ func event(id string) *store.Record {
 	return &store.Record{ID: id, Queue: "default", Lease: time.Minute, Attempts: 1}
 }
 
+func request() ([]byte, error) { return []byte("request"), nil }
+
 // add adds an event with a sender that waits this long.
 func add(w *Writer, r *store.Record, wait time.Duration) *Addition {
-	encode := func() ([]byte, error) { return []byte("request"), nil }
-	a := NewAddition(r, encode, time.Now().Add(wait), func(error) {})
+	a := NewAddition(r, request, time.Now().Add(wait), func(error) {})
 	w.Add(a)
 	return a
 }
@@ -163,6 +164,17 @@ func TestWriter(t *testing.T) {
 			require.Len(t, d.written(), 2)
 			assert.Equal(t, "status 500", d.written()[1].Finish[0].LastError)
 		}},
+		{"if an attempt fails before, the same transaction has the result, and the retry too", func(t *testing.T, w *Writer, d *database) {
+			why := broken
+			d.apply = func(*store.Batch) (err error) { err, why = why, nil; return err }
+			a := NewAddition(event("a"), request, time.Now().Add(time.Minute), func(error) {})
+			w.Finish(a, store.Finish{ID: "a", Outcome: store.Later, LastError: "status 500"})
+			w.Add(a)
+			<-a.Done()
+			require.NoError(t, a.Err())
+			assert.Equal(t, "status 500", d.written()[0].Finish[0].LastError)
+			assert.Len(t, d.written()[0].Add, 1)
+		}},
 		{"history is written with the next transaction", func(t *testing.T, w *Writer, d *database) {
 			w.Remember(event("delivered"))
 			add(w, event("a"), time.Minute)
@@ -174,7 +186,7 @@ func TestWriter(t *testing.T) {
 			assert.Len(t, d.written(), 1)
 		}},
 		{"without another transaction, history is written within a second, many rows at a time", func(t *testing.T, w *Writer, d *database) {
-			for range 2 * maxHistory {
+			for range 2 * maxBatch {
 				w.Remember(event("delivered"))
 			}
 			synctest.Wait()
@@ -182,11 +194,11 @@ func TestWriter(t *testing.T) {
 			time.Sleep(historyPause)
 			synctest.Wait()
 			require.Len(t, d.written(), 2)
-			assert.Len(t, d.written()[1].History, maxHistory)
+			assert.Len(t, d.written()[1].History, maxBatch)
 		}},
 		{"history that cannot be written is retried, and its size is bounded", func(t *testing.T, w *Writer, d *database) {
 			d.apply = func(*store.Batch) error { return broken }
-			for range historyRoom + maxHistory {
+			for range historyRoom + maxBatch {
 				w.Remember(event("delivered"))
 			}
 			time.Sleep(10 * time.Second)
@@ -219,7 +231,7 @@ func TestWriter(t *testing.T) {
 			assert.Len(t, d.written(), 1)
 		}},
 		{"Close writes all history", func(t *testing.T, w *Writer, d *database) {
-			for range 3 * maxHistory {
+			for range 3 * maxBatch {
 				w.Remember(event("delivered"))
 			}
 			t.Cleanup(func() {
@@ -227,7 +239,7 @@ func TestWriter(t *testing.T) {
 				for _, b := range d.written() {
 					rows += len(b.History)
 				}
-				assert.Equal(t, 3*maxHistory, rows)
+				assert.Equal(t, 3*maxBatch, rows)
 			})
 		}},
 		{"an event that was stored before is a duplicate", func(t *testing.T, w *Writer, d *database) {
@@ -259,7 +271,7 @@ func TestWriter(t *testing.T) {
 			d.mu.Lock()
 			locked = false
 			d.mu.Unlock()
-			time.Sleep(maxPause)
+			time.Sleep(pause)
 			records, err = w.Claim(&store.Claim{Queue: "default", Max: 2})
 			require.NoError(t, err)
 			assert.Len(t, records, 2)
@@ -339,17 +351,22 @@ func TestWriterThatNeverOpens(t *testing.T) {
 func TestWriterBeforeTheDatabaseIsOpen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		d, tries := new(database), 0
-		w := New("me", func(context.Context) (store.Store, error) {
+		var w *Writer
+		var a, delivered *Addition
+		w = New("me", func(context.Context) (store.Store, error) {
 			if tries++; tries < 4 {
 				return nil, errors.New("the server starts")
 			}
+			w.Finish(delivered, store.Finish{ID: "delivered"})
 			return d, nil
 		}, silent{})
-		a := add(w, event("a"), 5*time.Second)
+		a, delivered = add(w, event("a"), 5*time.Second), add(w, event("delivered"), 5*time.Second)
 		_, err := w.Claim(new(store.Claim))
 		require.Error(t, err)
 		<-a.Done()
 		require.NoError(t, a.Err())
+		require.ErrorIs(t, delivered.Err(), ErrCalledBack)
+		assert.Len(t, d.written()[0].Add, 1)
 		w.Close()
 	})
 }

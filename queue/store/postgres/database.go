@@ -5,6 +5,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -44,8 +45,7 @@ func (p *Postgres) Open(ctx context.Context, o store.Opening) (store.Store, erro
 		return nil, err
 	}
 	db := stdlib.OpenDBFromPool(s.pool)
-	s.DB = sqlstore.DB{Write: db, Read: db, Dialect: dialect("")}
-	s.Wrap = s.wrap
+	s.DB = sqlstore.DB{Write: db, Read: db}
 	if err := s.prepare(ctx, p.Schema, o); err != nil {
 		_ = s.Close()
 		return nil, err
@@ -91,24 +91,24 @@ ALTER TABLE {schema}inkit_queue_events SET (
 func (s *database) prepare(ctx context.Context, schema string, o store.Opening) error {
 	ctx, cancel := context.WithTimeout(ctx, 2*answerTimeout)
 	defer cancel()
-	var current sql.NullString
+	var existing sql.NullString
 	var encoding, fsync string
-	err := s.Read.QueryRowContext(ctx, `SELECT current_schema(), current_setting('server_encoding'), current_setting('fsync')`).Scan(&current, &encoding, &fsync)
+	err := s.Read.QueryRowContext(ctx, `
+		SELECT COALESCE(NULLIF($1, ''), current_schema()), current_setting('server_encoding'), current_setting('fsync')`, schema).
+		Scan(&existing, &encoding, &fsync)
 	switch {
 	case err != nil:
 		return s.wrap(err)
 	case encoding != "UTF8":
 		return fmt.Errorf("the database has the encoding %s, and must have UTF8", encoding)
-	case schema == "" && !current.Valid:
+	case !existing.Valid:
 		return errors.New("no schema in the role's search path exists: set schema")
-	case schema == "":
-		schema = current.String
-	}
-	if fsync != "on" {
+	case fsync != "on":
 		o.Logger.Warn("the server has fsync off: a crash of the server loses events, turn fsync on")
 	}
-	s.Schema = pgx.Identifier{schema}.Sanitize() + "."
-	if err := s.makeTables(ctx, schema); err != nil {
+	s.Dialect = dialect(existing.String)
+	s.Wrap = s.wrap
+	if err := s.makeTables(ctx); err != nil {
 		return err
 	}
 	return s.check(ctx)
@@ -139,23 +139,22 @@ func (s *database) check(ctx context.Context) error {
 }
 
 // makeTables creates the schema and its tables, if they are missing.
-func (s *database) makeTables(ctx context.Context, schema string) error {
+func (s *database) makeTables(ctx context.Context) error {
+	schema := strings.TrimSuffix(s.Schema, ".")
 	return s.InTx(ctx, func(tx *sql.Tx) error {
 		if _, err := tx.ExecContext(ctx, `SELECT pg_advisory_xact_lock($1)`, schemaLock); err != nil { // another Caddy may start at the same time
 			return err
 		}
 		var schemaExists, exists bool
-		err := tx.QueryRowContext(ctx, `
-			SELECT EXISTS (SELECT FROM pg_namespace WHERE nspname = $1), EXISTS (
-				SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-				WHERE n.nspname = $1 AND c.relname = 'inkit_queue_schema')`, schema).Scan(&schemaExists, &exists)
+		err := tx.QueryRowContext(ctx, `SELECT to_regnamespace($1) IS NOT NULL, to_regclass($2) IS NOT NULL`,
+			schema, s.Schema+"inkit_queue_schema").Scan(&schemaExists, &exists)
 		if err == nil && !schemaExists {
-			_, err = tx.ExecContext(ctx, `CREATE SCHEMA `+pgx.Identifier{schema}.Sanitize())
+			_, err = tx.ExecContext(ctx, `CREATE SCHEMA `+schema)
 		}
 		if err == nil {
 			err = s.Migrate(ctx, tx, exists)
 		}
-		if !exists && sqlState(err) == "42501" {
+		if !exists && code(err) == "42501" {
 			return fmt.Errorf("%w: the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate", err)
 		}
 		return err
@@ -179,12 +178,6 @@ func (s *database) Apply(ctx context.Context, b *store.Batch) error {
 		err = errors.New("no standby has confirmed the commit: the wait for it was cancelled on the server")
 	}
 	return err
-}
-
-func (s *database) Peek(ctx context.Context, queue string) (store.Peek, error) {
-	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
-	defer cancel()
-	return s.DB.Peek(ctx, queue)
 }
 
 func (s *database) Close() error {

@@ -2,6 +2,7 @@
 package postgres
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -53,13 +54,10 @@ func (Postgres) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Validate refuses an invalid connection string or schema name.
+// Validate refuses an invalid connection string.
 func (p *Postgres) Validate() error {
 	if p.DSN == "" {
 		return errors.New("dsn: is required")
-	}
-	if len(p.Schema) > 63 || strings.ContainsRune(p.Schema, 0) {
-		return errors.New("schema: must be a name of at most 63 bytes")
 	}
 	_, err := p.config(nil)
 	return err
@@ -76,14 +74,11 @@ func (p *Postgres) Validate() error {
 // may be a part of the connection string.
 func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume the name of the store
-	if d.NextArg() {
-		if _, ok := placeholder.Name(d.Val()); !ok {
-			return d.Err("store: postgres takes a placeholder in braces, any other connection string goes into the block")
+	if args := d.RemainingArgs(); len(args) > 0 {
+		if _, ok := placeholder.Name(args[0]); !ok || len(args) > 1 {
+			return d.Err("store: postgres takes one placeholder in braces, any other connection string goes into the block")
 		}
-		p.DSN = d.Val()
-	}
-	if d.NextArg() {
-		return d.Err("store: postgres takes one placeholder at most")
+		p.DSN = args[0]
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		word := d.Val()
@@ -134,60 +129,48 @@ const (
 )
 
 var (
-	embedded = regexp.MustCompile(`\{(\w+\.|\$)`)
-	foreign  = regexp.MustCompile(`^(env\..*|file\..*|\$[\w:.]+|\$\{.*\}|\$\(.*\)|%\w+%)$`)
+	embedded  = regexp.MustCompile(`\{(\w+\.|\$)`)
+	parameter = regexp.MustCompile(`^\w[\w.]*$`)
 )
 
-// config resolves and parses the connection string, and reads the files in it.
+var errInvalid = errors.New("dsn: is not a valid connection string of PostgreSQL, such as postgres://role@host/database")
+
+// config resolves and parses the connection string, and reads the files in it. Its errors
+// show no part of the connection string.
 func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) {
 	dsn := p.DSN
-	switch name, ok := placeholder.Name(dsn); {
-	case ok:
+	if name, ok := placeholder.Name(dsn); ok {
 		var err error
 		if dsn, err = placeholder.Value(name); err != nil {
-			return nil, errors.New("dsn: " + err.Error())
+			return nil, fmt.Errorf("dsn: %w", err)
 		}
-	case foreign.MatchString(dsn):
-		return nil, errors.New("dsn: has a placeholder in a form that Caddy does not know: write {env.NAME} or {file./path}")
-	case embedded.MatchString(dsn):
+	} else if embedded.MatchString(dsn) {
 		return nil, errors.New("dsn: must be either one placeholder and nothing else, or a text without placeholders")
 	}
 	config, err := pgxpool.ParseConfig(dsn)
+	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
+		return nil, fmt.Errorf("dsn: names a file that cannot be read: %w", pathErr.Err)
+	}
 	if err != nil {
-		return nil, errors.New("dsn: " + parseFailure(err))
+		return nil, errInvalid
+	}
+	c := config.ConnConfig
+	for name := range c.RuntimeParams { // the parser takes any text before a = for a name, and the server would show it
+		if !parameter.MatchString(name) {
+			return nil, errInvalid
+		}
 	}
 	if !strings.Contains(dsn, "pool_max_conns") {
 		config.MaxConns = maxConnections
 	}
-	c := config.ConnConfig
 	c.OnNotice = notice
 	// No prepared statements: pgbouncer may give the next transaction to another server.
 	c.DefaultQueryExecMode = pgx.QueryExecModeExec
-	if c.ConnectTimeout == 0 {
-		c.ConnectTimeout = connectTimeout
-	}
+	c.ConnectTimeout = cmp.Or(c.ConnectTimeout, connectTimeout)
 	if c.ValidateConnect == nil {
 		c.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
 	}
-	if c.RuntimeParams["application_name"] == "" {
-		c.RuntimeParams["application_name"] = "caddy inkit_queue"
-	}
+	c.RuntimeParams["application_name"] = cmp.Or(c.RuntimeParams["application_name"], "caddy inkit_queue")
 	c.RuntimeParams["client_encoding"] = "UTF8"
 	return config, nil
-}
-
-// knownFailures matches messages of the driver that show no part of the connection string.
-var knownFailures = regexp.MustCompile("`: (failed to configure TLS|failed to read service|invalid port|invalid connect_timeout|" +
-	`could not match \d+ port numbers to \d+ hosts|unknown target_session_attrs|unknown channel_binding|invalid require_auth)`)
-
-// parseFailure returns the reason why parsing failed. Unlike err, the reason shows no part
-// of the connection string.
-func parseFailure(err error) string {
-	if pathErr, ok := errors.AsType[*fs.PathError](err); ok {
-		return "names a file that cannot be read: " + pathErr.Err.Error()
-	}
-	if known := knownFailures.FindStringSubmatch(err.Error()); known != nil {
-		return "cannot be used: " + known[1]
-	}
-	return "cannot be parsed as a connection string of PostgreSQL, such as postgres://role@host/database"
 }
