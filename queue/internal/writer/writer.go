@@ -26,7 +26,7 @@ const (
 	timeout = 20 * time.Second
 
 	// pause is the time between a failure and the next try.
-	pause = 500 * time.Millisecond
+	pause = 200 * time.Millisecond
 )
 
 var (
