@@ -6,9 +6,9 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
@@ -35,7 +35,7 @@ const _ = uint(sqlite3.SQLITE_VERSION_NUMBER - 3_051_003)
 // Caddy creates a missing file or folder. Only Caddy's user can read it. Several queues,
 // and several processes on the machine, can share one file. The file must not be on a
 // network file system. Next to the file are SQLite's write-ahead log (`-wal`), the index of
-// the log (`-shm`), and a reserve of 1 MB (`-reserve`). Caddy deletes the reserve when the
+// the log (`-shm`), and a reserve of 1 MB (`-reserve`). Caddy empties the reserve when the
 // disk is full, because deleting events needs space too.
 type SQLite struct {
 	// The path of the file. Caddy replaces placeholders such as `{env.NAME}` when it
@@ -64,14 +64,6 @@ func (s *SQLite) Provision(caddy.Context) (err error) {
 	return err
 }
 
-// Validate refuses a path with a question mark: the driver would cut the path there.
-func (s *SQLite) Validate() error {
-	if strings.Contains(s.Path, "?") {
-		return errors.New("path: must not contain a question mark")
-	}
-	return nil
-}
-
 // UnmarshalCaddyfile sets up the store from Caddyfile tokens. Syntax:
 //
 //	store sqlite [<path>]
@@ -95,19 +87,15 @@ func (*SQLite) Migration() string { return "" }
 // Open implements store.Opener. It refuses a file that is not a database of this module. It
 // moves a damaged database aside.
 func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error) {
-	h := &healing{path: s.Path, opening: o}
-	if err := h.open(ctx); err != nil {
-		return nil, err
+	if _, err := os.Stat(s.Path); o.Existing && errors.Is(err, fs.ErrNotExist) {
+		return nil, errors.New("this database file does not exist: name another one with --db")
 	}
-	if o.Command { // a command repairs nothing: Caddy may be running
-		return h.file, nil
-	}
-	return h, nil
+	return openFile(ctx, s.Path, o)
 }
 
-// Same reports whether two stores use the same file. Both must be opened for commands.
+// Same reports whether two stores use the same file.
 func Same(a, b store.Store) bool {
 	one, isFile := a.(*file)
 	other, isFileToo := b.(*file)
-	return isFile && isFileToo && os.SameFile(one.main, other.main)
+	return isFile && isFileToo && os.SameFile(one.opened.Load().main, other.opened.Load().main)
 }
