@@ -48,43 +48,6 @@ type file struct {
 // opened has the files that the connections of a file have opened.
 type opened struct{ main, log os.FileInfo }
 
-// openFile opens the file at a path. It creates a missing file and its schema.
-func openFile(ctx context.Context, path string, o store.Opening) (*file, error) {
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, err
-	}
-	made, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	_ = made.Close()
-	if path, err = filepath.EvalSymlinks(path); err != nil {
-		return nil, err
-	}
-	busy := busyTimeout
-	if o.Command {
-		busy = commandBusyTimeout
-	}
-	f := &file{path: path, opening: o}
-	f.Dialect = sqlstore.Dialect{
-		Bytes: "BLOB", Clustered: " WITHOUT ROWID", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
-		Plain: true, Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
-	}
-	f.Write = openSQLite(path, 1, busy,
-		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
-		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize))
-	f.Read = openSQLite(path, 2, busy, "query_only(1)")
-	if err = f.open(ctx); errors.Is(err, errDamaged) {
-		err = f.repair(ctx, nil, err)
-	}
-	if err != nil {
-		_ = f.DB.Close()
-		return nil, err
-	}
-	f.hasRoom() // writes the reserve
-	return f, nil
-}
-
 func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) *sql.DB {
 	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds())}, pragmas...)
 	dsn := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path), RawQuery: "_txlock=immediate&_pragma=" + strings.Join(pragmas, "&_pragma=")}
@@ -95,10 +58,24 @@ func openSQLite(path string, connections int, busy time.Duration, pragmas ...str
 	return db
 }
 
-// open prepares the file that is now at the path.
+// open prepares the file that is now at the path. It creates a missing schema, unless the file
+// has other tables. If the schema exists, it only reads: a command must not wait while Caddy
+// writes.
 func (f *file) open(ctx context.Context) error {
-	if err := f.prepare(ctx); err != nil {
-		return err
+	var tables, ours int
+	err := f.Write.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
+	_, reserveErr := os.Stat(f.path + reserve)
+	switch {
+	case hasCode(err, sqlite3.SQLITE_NOTADB) && reserveErr != nil: // moveAside must not move another program's file
+		return errors.New("is not a database")
+	case err != nil:
+		return wrap(err)
+	case tables == 0:
+		if err := f.InTx(ctx, func(tx *sql.Tx) error { return f.Migrate(ctx, tx, false) }); err != nil {
+			return err
+		}
+	case ours == 0:
+		return errors.New("is the database of another program")
 	}
 	for range f.Read.Stats().MaxOpenConnections { // a later connection could open another file
 		conn, err := f.Read.Conn(ctx)
@@ -111,7 +88,7 @@ func (f *file) open(ctx context.Context) error {
 		}
 	}
 	main, err := os.Stat(f.path)
-	log, logErr := os.Stat(f.path + "-wal")
+	log, logErr := os.Stat(f.path + "-wal") // the first query has opened it
 	if err = errors.Join(err, logErr); err != nil {
 		return err
 	}
@@ -120,25 +97,6 @@ func (f *file) open(ctx context.Context) error {
 		_ = os.Chmod(f.path+suffix, 0o600) // fails only for a user who does not own the file
 	}
 	return nil
-}
-
-// prepare creates a missing schema, unless the file has other tables. If the schema exists, it
-// only reads: a command must not wait while Caddy writes.
-func (f *file) prepare(ctx context.Context) error {
-	var tables, ours int
-	err := f.Write.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
-	_, reserveErr := os.Stat(f.path + reserve)
-	switch {
-	case hasCode(err, sqlite3.SQLITE_NOTADB) && reserveErr != nil: // moveAside must not move another program's file
-		return errors.New("is not a database")
-	case err != nil:
-		return wrap(err)
-	case ours > 0:
-		return nil
-	case tables > 0:
-		return errors.New("is the database of another program")
-	}
-	return f.InTx(ctx, func(tx *sql.Tx) error { return f.Migrate(ctx, tx, false) })
 }
 
 // Apply implements store.Store.

@@ -87,11 +87,11 @@ func (f *file) rescue(ctx context.Context, used *opened) (err error) {
 			return err
 		}
 	}
-	fresh, err := openFile(ctx, f.path, f.opening)
+	fresh, err := (&SQLite{Path: f.path}).Open(ctx, f.opening)
 	if err != nil {
 		return fmt.Errorf("%w, and its events cannot be copied yet: %w", errMoved, err)
 	}
-	defer fresh.DB.Close()
+	defer fresh.Close()
 	// read through the open connection: a new connection would open the new file
 	from := &sqlstore.DB{Dialect: f.Dialect, Read: f.Write, Write: f.Write}
 	return store.Copy(ctx, fresh, from, false, func([]string) error { return nil })

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlstore"
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 
@@ -90,7 +91,40 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 	if _, err := os.Stat(s.Path); o.Existing && errors.Is(err, fs.ErrNotExist) {
 		return nil, errors.New("this database file does not exist: name another one with --db")
 	}
-	return openFile(ctx, s.Path, o)
+	if err := os.MkdirAll(filepath.Dir(s.Path), 0o700); err != nil {
+		return nil, err
+	}
+	made, err := os.OpenFile(s.Path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	_ = made.Close()
+	path, err := filepath.EvalSymlinks(s.Path)
+	if err != nil {
+		return nil, err
+	}
+	busy := busyTimeout
+	if o.Command {
+		busy = commandBusyTimeout
+	}
+	f := &file{path: path, opening: o}
+	f.Dialect = sqlstore.Dialect{
+		Bytes: "BLOB", Clustered: " WITHOUT ROWID", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
+		Plain: true, Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
+	}
+	f.Write = openSQLite(path, 1, busy,
+		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
+		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize))
+	f.Read = openSQLite(path, 2, busy, "query_only(1)")
+	if err = f.open(ctx); errors.Is(err, errDamaged) {
+		err = f.repair(ctx, nil, err)
+	}
+	if err != nil {
+		_ = f.DB.Close()
+		return nil, err
+	}
+	f.hasRoom() // writes the reserve
+	return f, nil
 }
 
 // Same reports whether two stores use the same file.
