@@ -75,7 +75,7 @@ func (f *file) moveAside(why error) error {
 
 // rescue copies the events of the open file into the file that is now at the path. If only the
 // log is no longer at its path, there is nothing to copy: disconnect moves the log into the file.
-func (f *file) rescue(ctx context.Context, used *opened) (err error) {
+func (f *file) rescue(ctx context.Context, used *opened) error {
 	if isFile(f.path, used.main) {
 		return nil
 	}

@@ -35,7 +35,7 @@ func TestSQLiteIsAStore(t *testing.T) {
 // before this point are stored.
 func TestSQLiteLogThatIsCut(t *testing.T) {
 	dir := t.TempDir()
-	path := filepath.Join(dir, "running?#%41.db")
+	path := filepath.Join(dir, "running?#%41.db") // the driver gets a URI
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
 	defer s.Close()
