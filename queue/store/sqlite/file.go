@@ -1,6 +1,7 @@
 package sqlite
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
@@ -63,6 +64,7 @@ func openSQLite(path string, connections int, busy time.Duration, pragmas ...str
 // writes.
 func (f *file) open(ctx context.Context) error {
 	var tables, ours int
+	var migrated error
 	err := f.Write.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
 	_, reserveErr := os.Stat(f.path + reserve)
 	switch {
@@ -71,9 +73,7 @@ func (f *file) open(ctx context.Context) error {
 	case err != nil:
 		return wrap(err)
 	case tables == 0:
-		if err := f.InTx(ctx, func(tx *sql.Tx) error { return f.Migrate(ctx, tx, false) }); err != nil {
-			return err
-		}
+		migrated = f.InTx(ctx, func(tx *sql.Tx) error { return f.Migrate(ctx, tx, false) }) // fails if another process was faster
 	case ours == 0:
 		return errors.New("is the database of another program")
 	}
@@ -84,7 +84,7 @@ func (f *file) open(ctx context.Context) error {
 		}
 		defer conn.Close()
 		if err := f.CheckVersion(ctx, conn); err != nil {
-			return wrap(err)
+			return cmp.Or(migrated, wrap(err))
 		}
 	}
 	main, err := os.Stat(f.path)
