@@ -51,7 +51,8 @@ type opened struct{ main, log os.FileInfo }
 
 func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) *sql.DB {
 	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds())}, pragmas...)
-	dsn := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path), RawQuery: "_txlock=immediate&_pragma=" + strings.Join(pragmas, "&_pragma=")}
+	query := "_txlock=immediate&_pragma=" + strings.Join(pragmas, "&_pragma=")
+	dsn := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path), RawQuery: query}
 	// this Open never fails: the first statement connects, and returns the error
 	db, _ := sql.Open("sqlite", dsn.String())
 	db.SetMaxOpenConns(connections)
@@ -65,7 +66,8 @@ func openSQLite(path string, connections int, busy time.Duration, pragmas ...str
 func (f *file) open(ctx context.Context) error {
 	var tables, ours int
 	var migrated error
-	err := f.Write.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
+	err := f.Write.QueryRowContext(ctx, `
+		SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
 	_, reserveErr := os.Stat(f.path + reserve)
 	switch {
 	case hasCode(err, sqlite3.SQLITE_NOTADB) && reserveErr != nil: // moveAside must not move another program's file
