@@ -160,7 +160,6 @@ func TestLoadErrors(t *testing.T) {
 		{"an unknown handler", "routes: ", []*Handler{with(func(h *Handler) { h.Routes = rawRoutes(`{"handler":"none"}`) })}},
 		{"an unknown store", "store: ", []*Handler{with(func(h *Handler) { h.StoreRaw = json.RawMessage(`{"module":"mysql"}`) })}},
 		{"a store with an unknown field", "store: ", []*Handler{with(func(h *Handler) { h.StoreRaw = json.RawMessage(`{"module":"sqlite","file":"/x"}`) })}},
-		{"a path with a question mark", "path: must not contain a question mark", []*Handler{with(func(h *Handler) { h.StoreRaw = sqliteAt("/x?mode=memory") })}},
 		{"a name with a space", nameForm, []*Handler{with(func(h *Handler) { h.Name = "a b" })}},
 		{"a name with a placeholder", nameForm, []*Handler{with(func(h *Handler) { h.Name = "{env.NAME}" })}},
 		{"a name of 65 characters", nameForm, []*Handler{with(func(h *Handler) { h.Name = strings.Repeat("a", 65) })}},

@@ -222,8 +222,8 @@ type Upkeep struct {
 	DamagedFiles int  // damaged databases that were moved aside and still exist
 }
 
-// Store keeps events in a database. It repairs itself: a method returns an error only if it
-// fails after the repair. Several goroutines may call its methods, but for each owner, only
+// Store keeps events in a database. It repairs itself: Apply, Peek, Counts and Tidy repair the
+// database, and after that, the other methods succeed too. Several goroutines may call its methods, but for each owner, only
 // one goroutine may call Apply. Errors show no part of an event, and no credentials.
 type Store interface {
 	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch

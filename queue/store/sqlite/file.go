@@ -1,15 +1,17 @@
 package sqlite
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"errors"
 	"fmt"
-	"io/fs"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
@@ -27,144 +29,129 @@ const (
 	// rowsPerStatement is how many events a statement adds. More events are no faster.
 	rowsPerStatement = 8
 
-	// reserveSize is the space to free when the disk is full. It equals the size of the
-	// write-ahead log, because SQLite may have to copy the whole log into the file.
+	// reserve is the suffix of a file that Caddy empties when the disk is full. Its size equals
+	// the size of the write-ahead log: SQLite may have to copy the whole log into the database.
+	reserve     = "-reserve"
 	reserveSize = 1 << 20
 )
 
-// file is an open database file. It only detects damage: healing repairs the file.
+// file is a store in a file. The methods that Caddy calls all the time repair the file, see
+// repair. If another method finds damage, it returns an error.
 type file struct {
 	sqlstore.DB
-	path string      // without symbolic links: SQLite puts its log next to the real file
-	main os.FileInfo // of the opened file
-	log  os.FileInfo // of the write-ahead log
+	path    string // without symbolic links: SQLite puts its log next to the real file
+	opening store.Opening
+	opened  atomic.Pointer[opened]
 
-	room room
+	repairing sync.Mutex
 }
 
-// openFile opens the file at a path and creates its schema.
-func openFile(ctx context.Context, path string, o store.Opening) (*file, error) {
-	if info, err := os.Stat(path); o.Existing && (errors.Is(err, fs.ErrNotExist) || err == nil && info.Size() == 0) {
-		return nil, errors.New("this database file does not exist: name another one with --db")
-	}
-	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
-		return nil, err
-	}
-	made, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	info, err := made.Stat()
-	if err := errors.Join(err, made.Close()); err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, errors.New("is not a regular file")
-	}
-	path = real(path)
-	busy := busyTimeout
-	if o.Command {
-		busy = commandBusyTimeout
-	}
-	f := &file{path: path, main: info, room: room{reserve: path + "-reserve"}}
-	f.Dialect = sqlstore.Dialect{
-		Bytes: "BLOB", Clustered: " WITHOUT ROWID", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
-		Plain: true, Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
-	}
-	f.Write = openSQLite(path, 1, busy,
-		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
-		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize))
-	f.Read = openSQLite(path, 2, busy, "query_only(1)")
-	if err = f.prepare(ctx); err == nil {
-		f.log, err = os.Stat(path + "-wal")
-	}
-	if err != nil {
-		_ = f.Close()
-		return nil, err
-	}
-	if o.Command {
-		return f, nil
-	}
-	for _, suffix := range []string{"", "-wal", "-shm"} { // existing files may be readable for other users
-		if info, err := os.Stat(path + suffix); err == nil && info.Mode().Perm()&0o077 != 0 {
-			_ = os.Chmod(path+suffix, 0o600) // fails only for a user who does not own the file
-		}
-	}
-	f.room.full = !f.room.make()
-	return f, nil
-}
-
-// real returns the path without symbolic links.
-func real(path string) string {
-	if target, err := filepath.EvalSymlinks(path); err == nil {
-		return target
-	}
-	return path
-}
+// opened has the files that the connections of a file have opened.
+type opened struct{ main, log os.FileInfo }
 
 func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) *sql.DB {
 	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds())}, pragmas...)
+	query := "_txlock=immediate&_pragma=" + strings.Join(pragmas, "&_pragma=")
+	dsn := url.URL{Scheme: "file", OmitHost: true, Path: filepath.ToSlash(path), RawQuery: query}
 	// this Open never fails: the first statement connects, and returns the error
-	db, _ := sql.Open("sqlite", path+"?_txlock=immediate&_pragma="+strings.Join(pragmas, "&_pragma="))
+	db, _ := sql.Open("sqlite", dsn.String())
 	db.SetMaxOpenConns(connections)
 	db.SetMaxIdleConns(connections)
 	return db
 }
 
-// prepare creates the schema, unless the file has other tables. If the schema exists, it
-// only reads: a command must not wait while Caddy writes.
-func (f *file) prepare(ctx context.Context) error {
-	exists, err := f.exists(ctx, f.Write) // the first read opens the log, and creates a missing log
+// open prepares the file that is now at the path. It creates a missing schema, unless the file
+// has other tables. If the schema exists, it only reads: a command must not wait while Caddy
+// writes.
+func (f *file) open(ctx context.Context) error {
+	var tables, ours int
+	var migrated error
+	err := f.Write.QueryRowContext(ctx, `
+		SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
+	_, reserveErr := os.Stat(f.path + reserve)
 	switch {
+	case hasCode(err, sqlite3.SQLITE_NOTADB) && reserveErr != nil: // moveAside must not move another program's file
+		return errors.New("is not a database")
 	case err != nil:
-		_, statErr := os.Stat(f.room.reserve)
-		if err = wrap(err); errors.Is(err, errDamaged) && statErr != nil && isCode(err, sqlite3.SQLITE_NOTADB) {
-			return errors.New("is not a database")
-		}
-		return err
-	case exists:
-		return wrap(f.CheckVersion(ctx, f.Read))
+		return wrap(err)
+	case tables == 0:
+		migrated = f.InTx(ctx, func(tx *sql.Tx) error { return f.Migrate(ctx, tx, false) }) // fails if another process was faster
+	case ours == 0:
+		return errors.New("is the database of another program")
 	}
-	return f.InTx(ctx, func(tx *sql.Tx) error {
-		exists, err := f.exists(ctx, tx) // another process may have created it since the first check
+	for range f.Read.Stats().MaxOpenConnections { // a later connection could open another file
+		conn, err := f.Read.Conn(ctx)
 		if err != nil {
 			return err
 		}
-		return f.Migrate(ctx, tx, exists)
-	})
-}
-
-// exists reports whether the schema exists, and refuses the database of another program.
-func (f *file) exists(ctx context.Context, db sqlstore.Querier) (bool, error) {
-	var tables, ours int
-	err := db.QueryRowContext(ctx, `SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
-	if err == nil && tables > 0 && ours == 0 {
-		err = errors.New("is the database of another program")
+		defer conn.Close()
+		if err := f.CheckVersion(ctx, conn); err != nil {
+			return cmp.Or(migrated, wrap(err))
+		}
 	}
-	return ours > 0, err
+	main, err := os.Stat(f.path)
+	log, logErr := os.Stat(f.path + "-wal") // the first query has opened it
+	if err = errors.Join(err, logErr); err != nil {
+		return err
+	}
+	f.opened.Store(&opened{main, log})
+	for _, suffix := range []string{"", "-wal", "-shm"} { // existing files may be readable for other users
+		_ = os.Chmod(f.path+suffix, 0o600) // fails only for a user who does not own the file
+	}
+	return nil
 }
 
-// Apply implements store.Store. While the disk is full, it adds nothing: the store needs the
-// remaining space to finish the events in the database.
+// Apply implements store.Store.
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {
-	if len(b.Add)+len(b.History)+len(b.Copied.Rows) > 0 && !f.room.isThere() {
+	used := f.opened.Load()
+	err := f.apply(ctx, b)
+	failed := err != nil
+	if !errors.Is(err, errDamaged) && !f.isAtPath(used) {
+		err = errMoved
+	}
+	if err = f.repair(ctx, used, err); err == nil && failed {
+		err = f.apply(ctx, b)
+	}
+	return err
+}
+
+// apply does not repair. While the disk is full, it adds nothing: the store needs the remaining
+// space to finish the events in the database.
+func (f *file) apply(ctx context.Context, b *store.Batch) error {
+	if len(b.Add)+len(b.History)+len(b.Copied.Rows) > 0 && !f.hasRoom() {
 		return store.ErrFull
 	}
 	err := f.DB.Apply(ctx, b)
 	if errors.Is(err, store.ErrFull) {
-		f.room.giveUp()
-		_, _ = f.Write.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`) // moves the log into the file
+		_ = os.Truncate(f.path+reserve, 0)
+		_ = checkpoint(ctx, f.Write)
 	}
 	return err
+}
+
+// Peek implements store.Store.
+func (f *file) Peek(ctx context.Context, queue string) (store.Peek, error) {
+	used := f.opened.Load()
+	p, err := f.DB.Peek(ctx, queue)
+	return p, f.repair(ctx, used, err)
+}
+
+// Counts implements store.Store.
+func (f *file) Counts(ctx context.Context) ([]store.Count, error) {
+	used := f.opened.Load()
+	counts, err := f.DB.Counts(ctx)
+	return counts, f.repair(ctx, used, err)
 }
 
 // Tidy implements store.Store. It gives free space back to the disk in small parts.
 func (f *file) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err error) {
 	const pages = 256
+	used := f.opened.Load()
+	defer func() { err = f.repair(ctx, used, err) }()
 	if _, err = f.DB.Tidy(ctx, keep); err != nil {
 		return u, err
 	}
-	names, _ := filepath.Glob(globEscape.Replace(f.path) + ".damaged-*Z")
+	names, _ := filepath.Glob(f.path + ".damaged-*Z")
 	u.DamagedFiles = len(names)
 	var free int
 	if err := f.Read.QueryRowContext(ctx, `PRAGMA freelist_count`).Scan(&free); err != nil || free < pages {
@@ -174,85 +161,42 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err
 		return u, wrap(err)
 	}
 	if u.More = free >= 2*pages; !u.More {
-		_, err = f.Write.ExecContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`)
+		_ = checkpoint(ctx, f.Write)
 	}
-	return u, wrap(err)
+	return u, nil
 }
 
-var globEscape = strings.NewReplacer(`*`, `\*`, `?`, `\?`, `[`, `\[`, `\`, `\\`)
-
-// isAtPath reports whether the file and its log are still at their paths.
-func (f *file) isAtPath() bool {
-	return isFile(f.path, f.main) && isFile(f.path+"-wal", f.log)
-}
-
-func isFile(path string, opened os.FileInfo) bool {
-	info, err := os.Stat(path)
-	return err == nil && os.SameFile(info, opened)
-}
-
-// room is the reserve file. The store deletes it when the disk is full.
-type room struct {
-	reserve string // the path of the reserve file
-
-	mu    sync.Mutex
-	full  bool      // the file is deleted
-	retry time.Time // when to try to create the file again
-}
-
-// make writes the file if it is missing, and reports whether it exists now.
-func (r *room) make() bool {
-	if info, err := os.Stat(r.reserve); err == nil && info.Size() == reserveSize {
+// hasRoom reports whether the disk has space to add events: whether the reserve is complete.
+// If not, it tries to write the reserve once a second.
+func (f *file) hasRoom() bool {
+	info, err := os.Stat(f.path + reserve)
+	switch {
+	case f.opening.Command, err == nil && info.Size() == reserveSize:
 		return true
-	}
-	file, err := os.OpenFile(r.reserve, os.O_CREATE|os.O_WRONLY|os.O_TRUNC, 0o600)
-	if err != nil {
+	case err == nil && time.Since(info.ModTime()).Abs() < time.Second:
 		return false
 	}
-	_, err = file.Write(make([]byte, reserveSize))
-	if err = errors.Join(err, file.Sync(), file.Close()); err != nil {
-		_ = os.Remove(r.reserve)
+	if err = os.WriteFile(f.path+reserve, make([]byte, reserveSize), 0o600); err != nil {
+		_ = os.Truncate(f.path+reserve, 0)
 	}
 	return err == nil
 }
 
-// isThere reports whether the disk has space to add events. If not, it tries make once a second.
-func (r *room) isThere() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.full && time.Now().After(r.retry) {
-		r.retry = time.Now().Add(time.Second)
-		r.full = !r.make()
-	}
-	return !r.full
-}
-
-func (r *room) giveUp() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.full, r.retry = true, time.Now().Add(time.Second)
-	_ = os.Remove(r.reserve)
-}
-
-// errDamaged means that SQLite cannot read the file as a database. healing moves such a file
-// aside.
-var errDamaged = errors.New("the database is damaged")
-
 // wrap translates an error of SQLite.
 func wrap(err error) error {
 	switch {
-	case isCode(err, sqlite3.SQLITE_FULL), isCode(err, sqlite3.SQLITE_IOERR_SHMSIZE):
+	case hasCode(err, sqlite3.SQLITE_FULL), hasCode(err, sqlite3.SQLITE_IOERR_SHMSIZE):
 		return fmt.Errorf("%w: %w", store.ErrFull, err)
-	case isCode(err, sqlite3.SQLITE_BUSY):
+	case hasCode(err, sqlite3.SQLITE_BUSY):
 		return fmt.Errorf("%w: %w", store.ErrLocked, err)
-	case isCode(err, sqlite3.SQLITE_CORRUPT), isCode(err, sqlite3.SQLITE_NOTADB):
+	case hasCode(err, sqlite3.SQLITE_CORRUPT), hasCode(err, sqlite3.SQLITE_NOTADB):
 		return fmt.Errorf("%w: %w", errDamaged, err)
 	}
 	return err
 }
 
-// isCode reports whether err is an SQLite error with this code or one of its extended codes.
-func isCode(err error, code int) bool {
+// hasCode reports whether err is an SQLite error with this code or one of its extended codes.
+func hasCode(err error, code int) bool {
 	sqliteErr, ok := errors.AsType[*sqlite.Error](err)
 	return ok && (sqliteErr.Code() == code || sqliteErr.Code()&0xff == code)
 }

@@ -2,11 +2,12 @@ package sqlite
 
 import (
 	"context"
+	"database/sql"
+	"database/sql/driver"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
-	"sync"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
@@ -14,237 +15,140 @@ import (
 	"go.uber.org/zap"
 )
 
-// rescueTimeout limits the time to copy the events of a deleted file.
-const rescueTimeout = time.Minute
+// errDamaged means that SQLite cannot read the file as a database. errMoved means that another
+// process has deleted or replaced the file or its log.
+var (
+	errDamaged = errors.New("the database is damaged")
+	errMoved   = errors.New("the database was deleted or replaced while it was open")
+)
 
-// healing is a store that repairs its file. If the file is damaged, healing moves it aside
-// and opens an empty file. If another process has deleted or replaced the open file, healing
-// copies the events into the file that is now at the path. This works because the process
-// still has the old file open.
-type healing struct {
-	path    string
-	opening store.Opening
-
-	// mu is read-locked while a method uses the file, and write-locked while healing replaces
-	// the file.
-	mu   sync.RWMutex
-	file *file // nil if healing could not open a new file
-}
-
-// open opens the file. If the file is damaged, it moves the file aside and opens an empty file.
-func (h *healing) open(ctx context.Context) error {
-	f, err := openFile(ctx, h.path, h.opening)
-	if errors.Is(err, errDamaged) && !h.opening.Command {
-		if err := h.moveAside(err); err != nil {
-			return err
-		}
-		f, err = openFile(ctx, h.path, h.opening)
+// repair repairs the file after an operation that had the error err. used has the files that
+// were open before the operation. repair moves a damaged file aside and opens an empty file. If
+// the open file is no longer at its path, repair copies the events into the file that is now
+// there. This works because this process still has the old file open. After a repair, repair
+// returns nil. A command repairs nothing, because Caddy may be running.
+func (f *file) repair(ctx context.Context, used *opened, err error) error {
+	moved := errors.Is(err, errMoved)
+	if f.opening.Command || !moved && !errors.Is(err, errDamaged) {
+		return err
+	}
+	f.repairing.Lock()
+	defer f.repairing.Unlock()
+	if f.opened.Load() != used { // the operation may have changed only the old file
+		return errors.New("another goroutine has replaced the database file: try again")
+	}
+	ctx = context.WithoutCancel(ctx) // an interrupted query closes its connection: a deleted file would be gone
+	if moved {
+		err = f.rescue(ctx, used)
+	} else {
+		err = f.moveAside(err)
 	}
 	if err == nil {
-		h.file = f
+		err = f.disconnect(ctx)
+	}
+	if err == nil {
+		err = f.open(ctx)
+	}
+	if err == nil && moved {
+		f.opening.Logger.Error("the database or its write-ahead log was deleted or replaced while it was open: nothing is lost")
 	}
 	return err
 }
 
 // moveAside renames a damaged database and its log. The new names contain the time.
-func (h *healing) moveAside(why error) error {
-	path := real(h.path)
-	name := path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
+func (f *file) moveAside(why error) error {
+	for _, db := range []*sql.DB{f.Read, f.Write} { // Windows cannot rename an open file
+		db.SetMaxIdleConns(0)
+		defer db.SetMaxIdleConns(db.Stats().MaxOpenConnections)
+	}
+	name := f.path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
 	for _, suffix := range []string{"-wal", "-shm", ""} {
-		if err := os.Rename(path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			h.opening.Logger.Error("cannot move the damaged database aside", zap.Error(err))
+		if err := os.Rename(f.path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			f.opening.Logger.Error("cannot move the damaged database aside", zap.Error(err))
 			return why
 		}
 	}
-	h.opening.Logger.Error("the database is damaged: it was moved aside, recover its events as in docs/queue.md",
+	f.opening.Logger.Error("the database is damaged: it was moved aside, recover its events as in docs/queue.md",
 		zap.String("moved_to", name), zap.Error(why))
 	return nil
 }
 
-// use calls f with the file. If the file is damaged, it replaces the file and calls f with
-// the new file.
-func (h *healing) use(ctx context.Context, f func(*file) error) error {
-	used, err := h.try(f)
-	if used == nil || errors.Is(err, errDamaged) {
-		if healErr := h.heal(ctx, used, err); healErr != nil {
-			return healErr
+// rescue copies the events of the open file into the file that is now at the path. If only the
+// log is no longer at its path, there is nothing to copy: disconnect moves the log into the file.
+func (f *file) rescue(ctx context.Context, used *opened) error {
+	if isFile(f.path, used.main) {
+		return nil
+	}
+	if err := checkpoint(ctx, f.Write); err != nil {
+		return err
+	}
+	if isFile(f.path+"-wal", used.log) { // SQLite would use this log for the new file
+		if err := errors.Join(os.Remove(f.path+"-wal"), os.Remove(f.path+"-shm")); err != nil {
+			return err
 		}
-		_, err = h.try(f)
+	}
+	fresh, err := (&SQLite{Path: f.path}).Open(ctx, f.opening)
+	if err != nil {
+		return fmt.Errorf("%w, and its events cannot be copied yet: %w", errMoved, err)
+	}
+	defer fresh.Close()
+	// read through the open connection: a new connection would open the new file
+	from := &sqlstore.DB{Dialect: f.Dialect, Read: f.Write, Write: f.Write}
+	return store.Copy(ctx, fresh, from, false, func([]string) error { return nil })
+}
+
+// disconnect closes all connections. The next connections open the file that is then at the
+// path. The log is moved into the file before, while no other goroutine writes.
+func (f *file) disconnect(ctx context.Context) error {
+	var write *sql.Conn
+	var bad error
+	for _, db := range []*sql.DB{f.Read, f.Write} {
+		for range db.Stats().MaxOpenConnections {
+			conn, err := db.Conn(ctx)
+			if err != nil {
+				return err
+			}
+			defer func() {
+				_ = conn.Raw(func(any) error { return bad })
+				_ = conn.Close()
+			}()
+			write = conn
+		}
+	}
+	err := checkpoint(ctx, write)
+	if err == nil || errors.Is(err, errDamaged) {
+		bad = driver.ErrBadConn
 	}
 	return err
 }
 
-// try calls f with the open file, and returns the file. Without an open file, it returns nil.
-func (h *healing) try(f func(*file) error) (*file, error) {
-	h.mu.RLock()
-	defer h.mu.RUnlock()
-	if h.file == nil {
-		return nil, nil
+// checkpoint moves the whole log into the file.
+func checkpoint(ctx context.Context, db sqlstore.Querier) error {
+	var busy, pages, moved int
+	err := db.QueryRowContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`).Scan(&busy, &pages, &moved)
+	if err == nil && busy != 0 {
+		err = store.ErrLocked
 	}
-	return h.file, f(h.file)
+	return wrap(err)
 }
 
-// with does the same as use, and returns the result of f.
-func with[T any](ctx context.Context, h *healing, f func(*file) (T, error)) (result T, err error) {
-	err = h.use(ctx, func(file *file) (err error) {
-		result, err = f(file)
-		return err
-	})
-	return result, err
+// isAtPath reports whether the open file and its log are still at their paths.
+func (f *file) isAtPath(used *opened) bool {
+	return isFile(f.path, used.main) && isFile(f.path+"-wal", used.log)
 }
 
-// heal opens a file in place of old, which is damaged, deleted or replaced. It does nothing
-// if another goroutine has already done this.
-func (h *healing) heal(ctx context.Context, old *file, damage error) error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	switch {
-	case h.file != old:
-		return nil
-	case old != nil && damage == nil:
-		return h.rescue(ctx)
-	case old != nil:
-		_ = old.Close()
-		h.file = nil
-		if err := h.moveAside(damage); err != nil {
-			return err
+func isFile(path string, opened os.FileInfo) bool {
+	info, err := os.Stat(path)
+	return err == nil && os.SameFile(info, opened)
+}
+
+// Close implements store.Store. It copies the events if the file was deleted after the last
+// transaction.
+func (f *file) Close() error {
+	if used := f.opened.Load(); !f.isAtPath(used) {
+		if err := f.repair(context.Background(), used, errMoved); err != nil {
+			f.opening.Logger.Error("cannot copy the events of a database that was deleted or replaced while it was open", zap.Error(err))
 		}
 	}
-	return h.open(ctx)
-}
-
-// rescue is for an open file that is no longer at its path. It copies the events into the
-// file that is now at the path, and creates a missing file.
-func (h *healing) rescue(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), rescueTimeout)
-	defer cancel()
-	old := h.file
-	moved, err := old.leave(ctx)
-	if err != nil {
-		return err // this process can still use the old file
-	}
-	if !moved {
-		h.opening.Logger.Error("the write-ahead log of the database was deleted while it was open: nothing is lost")
-		_ = old.Close()
-		h.file = nil
-		return h.open(ctx)
-	}
-	if err := h.open(ctx); err != nil {
-		return err
-	}
-	copied := 0
-	// read through the open connection: a new connection would open the new file
-	from := &sqlstore.DB{Dialect: old.Dialect, Read: old.Write, Write: old.Write}
-	err = store.Copy(ctx, h.file, from, false, func(ids []string) error {
-		copied += len(ids)
-		return nil
-	})
-	if err != nil {
-		_ = h.file.Close()
-		h.file = old
-		return err
-	}
-	_ = old.Close()
-	h.opening.Logger.Error("the database was deleted or replaced while it was open: its events were copied into the new one", zap.Int("events", copied))
-	return nil
-}
-
-// leave prepares to open another file at the path. It copies the log into the old file, and
-// deletes the log: SQLite would use this log for the new file. It reports false if the old
-// file is still at the path.
-func (f *file) leave(ctx context.Context) (moved bool, err error) {
-	var busy, pages, copied int
-	err = f.Write.QueryRowContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`).Scan(&busy, &pages, &copied)
-	switch {
-	case err != nil:
-		return false, wrap(err)
-	case busy != 0:
-		return false, store.ErrLocked
-	case isFile(f.path, f.main):
-		return false, nil
-	case isFile(f.path+"-wal", f.log):
-		for _, suffix := range []string{"-wal", "-shm"} {
-			if err := os.Remove(f.path + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return false, err
-			}
-		}
-	}
-	return true, nil
-}
-
-// The methods of store.Store.
-
-// Apply copies the events if the file is no longer at its path. Otherwise, the transaction
-// would be lost with the old file.
-func (h *healing) Apply(ctx context.Context, b *store.Batch) error {
-	var moved *file
-	err := h.use(ctx, func(f *file) error {
-		err := f.Apply(ctx, b)
-		if err == nil && !f.isAtPath() {
-			moved = f
-		}
-		return err
-	})
-	if err != nil || moved == nil {
-		return err
-	}
-	if err := h.heal(ctx, moved, nil); err != nil {
-		return fmt.Errorf("the database was deleted or replaced while it was open, and its events cannot be copied yet: %w", err)
-	}
-	return nil
-}
-
-func (h *healing) Due(ctx context.Context, c *store.Claim, why error) error {
-	return h.use(ctx, func(f *file) error { return f.Due(ctx, c, why) })
-}
-
-func (h *healing) Peek(ctx context.Context, queue string) (store.Peek, error) {
-	return with(ctx, h, func(f *file) (store.Peek, error) { return f.Peek(ctx, queue) })
-}
-
-func (h *healing) Counts(ctx context.Context) ([]store.Count, error) {
-	return with(ctx, h, func(f *file) ([]store.Count, error) { return f.Counts(ctx) })
-}
-
-func (h *healing) Search(ctx context.Context, filter store.Filter, withRequest bool) (store.Page, error) {
-	return with(ctx, h, func(f *file) (store.Page, error) { return f.Search(ctx, filter, withRequest) })
-}
-
-func (h *healing) ReadRows(ctx context.Context, after store.Rows, idle bool) (store.Rows, error) {
-	return with(ctx, h, func(f *file) (store.Rows, error) { return f.ReadRows(ctx, after, idle) })
-}
-
-func (h *healing) Status(ctx context.Context, queues ...string) (store.Status, error) {
-	return with(ctx, h, func(f *file) (store.Status, error) { return f.Status(ctx, queues...) })
-}
-
-func (h *healing) Pause(ctx context.Context, queue string, paused bool) (bool, error) {
-	return with(ctx, h, func(f *file) (bool, error) { return f.Pause(ctx, queue, paused) })
-}
-
-func (h *healing) Retry(ctx context.Context, filter store.Filter) (int, error) {
-	return with(ctx, h, func(f *file) (int, error) { return f.Retry(ctx, filter) })
-}
-
-func (h *healing) Drop(ctx context.Context, filter store.Filter) (int, error) {
-	return with(ctx, h, func(f *file) (int, error) { return f.Drop(ctx, filter) })
-}
-
-func (h *healing) Tidy(ctx context.Context, keep []store.Keep) (store.Upkeep, error) {
-	return with(ctx, h, func(f *file) (store.Upkeep, error) { return f.Tidy(ctx, keep) })
-}
-
-// Close copies the events if the file was deleted after the last transaction.
-func (h *healing) Close() error {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.file != nil && !h.file.isAtPath() {
-		if err := h.rescue(context.Background()); err != nil {
-			h.opening.Logger.Error("cannot copy the events of a database that was deleted or replaced while it was open", zap.Error(err))
-		}
-	}
-	if h.file == nil {
-		return nil
-	}
-	return h.file.Close()
+	return f.DB.Close()
 }

@@ -6,12 +6,13 @@ import (
 	"database/sql/driver"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlstore"
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 
@@ -35,7 +36,7 @@ const _ = uint(sqlite3.SQLITE_VERSION_NUMBER - 3_051_003)
 // Caddy creates a missing file or folder. Only Caddy's user can read it. Several queues,
 // and several processes on the machine, can share one file. The file must not be on a
 // network file system. Next to the file are SQLite's write-ahead log (`-wal`), the index of
-// the log (`-shm`), and a reserve of 1 MB (`-reserve`). Caddy deletes the reserve when the
+// the log (`-shm`), and a reserve of 1 MB (`-reserve`). Caddy empties the reserve when the
 // disk is full, because deleting events needs space too.
 type SQLite struct {
 	// The path of the file. Caddy replaces placeholders such as `{env.NAME}` when it
@@ -64,14 +65,6 @@ func (s *SQLite) Provision(caddy.Context) (err error) {
 	return err
 }
 
-// Validate refuses a path with a question mark: the driver would cut the path there.
-func (s *SQLite) Validate() error {
-	if strings.Contains(s.Path, "?") {
-		return errors.New("path: must not contain a question mark")
-	}
-	return nil
-}
-
 // UnmarshalCaddyfile sets up the store from Caddyfile tokens. Syntax:
 //
 //	store sqlite [<path>]
@@ -95,19 +88,48 @@ func (*SQLite) Migration() string { return "" }
 // Open implements store.Opener. It refuses a file that is not a database of this module. It
 // moves a damaged database aside.
 func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error) {
-	h := &healing{path: s.Path, opening: o}
-	if err := h.open(ctx); err != nil {
+	if _, err := os.Stat(s.Path); o.Existing && errors.Is(err, fs.ErrNotExist) {
+		return nil, errors.New("this database file does not exist: name another one with --db")
+	}
+	if err := os.MkdirAll(filepath.Dir(s.Path), 0o700); err != nil {
 		return nil, err
 	}
-	if o.Command { // a command repairs nothing: Caddy may be running
-		return h.file, nil
+	made, err := os.OpenFile(s.Path, os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
 	}
-	return h, nil
+	_ = made.Close()
+	path, err := filepath.EvalSymlinks(s.Path)
+	if err != nil {
+		return nil, err
+	}
+	busy := busyTimeout
+	if o.Command {
+		busy = commandBusyTimeout
+	}
+	f := &file{path: path, opening: o}
+	f.Dialect = sqlstore.Dialect{
+		Bytes: "BLOB", Clustered: " WITHOUT ROWID", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
+		Plain: true, Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
+	}
+	f.Write = openSQLite(path, 1, busy,
+		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
+		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize))
+	f.Read = openSQLite(path, 2, busy, "query_only(1)")
+	if err = f.open(ctx); errors.Is(err, errDamaged) {
+		err = f.repair(ctx, nil, err)
+	}
+	if err != nil {
+		_ = f.DB.Close()
+		return nil, err
+	}
+	f.hasRoom() // writes the reserve
+	return f, nil
 }
 
-// Same reports whether two stores use the same file. Both must be opened for commands.
+// Same reports whether two stores use the same file.
 func Same(a, b store.Store) bool {
 	one, isFile := a.(*file)
 	other, isFileToo := b.(*file)
-	return isFile && isFileToo && os.SameFile(one.main, other.main)
+	return isFile && isFileToo && os.SameFile(one.opened.Load().main, other.opened.Load().main)
 }

@@ -35,7 +35,7 @@ func TestSQLiteIsAStore(t *testing.T) {
 // before this point are stored.
 func TestSQLiteLogThatIsCut(t *testing.T) {
 	dir := t.TempDir()
-	path := filepath.Join(dir, "running.db")
+	path := filepath.Join(dir, "running?#%41.db") // the driver gets a URI
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
 	defer s.Close()
@@ -64,7 +64,7 @@ func TestSQLiteLogThatIsCut(t *testing.T) {
 			}
 			return 1
 		})
-		copied := filepath.Join(dir, fmt.Sprintf("copy-%d.db", i))
+		copied := filepath.Join(dir, fmt.Sprintf("copy-%d?mode=memory.db", i))
 		require.NoError(t, os.WriteFile(copied, database, 0o600))
 		require.NoError(t, os.WriteFile(copied+"-wal", log[:cut], 0o600))
 		s, err := (&sqlite.SQLite{Path: copied}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
