@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
@@ -14,13 +15,22 @@ func init() {
 	caddy.RegisterModule(App{})
 }
 
+// queues has the open queues by database and name, and databases has the open databases.
+// During a reload, the old and the new configuration share them.
+var (
+	queues    = caddy.NewUsagePool()
+	databases = caddy.NewUsagePool()
+)
+
 // App starts and stops the queues of a configuration. It has no settings: the
 // inkit_queue handlers load it.
 type App struct {
 	ctx      caddy.Context
 	logger   *zap.Logger
-	handlers []*Handler
 	configs  map[string]string // by name
+	handlers []*Handler        // one for each name
+	started  chan struct{}     // closed by Start
+	queues   []*queue          // of the handlers, after Start
 }
 
 // CaddyModule returns the Caddy module information.
@@ -33,18 +43,21 @@ func (App) CaddyModule() caddy.ModuleInfo {
 
 // Provision sets up the app.
 func (a *App) Provision(ctx caddy.Context) error {
-	a.ctx, a.logger, a.configs = ctx, ctx.Logger(), make(map[string]string)
+	a.ctx, a.logger, a.configs, a.started = ctx, ctx.Logger(), make(map[string]string), make(chan struct{})
 	return nil
 }
 
 // register adds a handler. A site with two listeners has its handlers twice, so two
 // handlers may have the same name if their settings are the same.
 func (a *App) register(h *Handler, config string) error {
-	if other, ok := a.configs[h.Name]; ok && other != config {
+	other, ok := a.configs[h.Name]
+	if ok && other != config {
 		return fmt.Errorf("name: two queues are called %s, and have different settings", h.Name)
 	}
-	a.configs[h.Name] = config
-	a.handlers = append(a.handlers, h)
+	if !ok {
+		a.configs[h.Name] = config
+		a.handlers = append(a.handlers, h)
+	}
 	return nil
 }
 
@@ -52,20 +65,55 @@ func (a *App) register(h *Handler, config string) error {
 // never fails: if a database is broken, Caddy still serves the sites.
 func (a *App) Start() error {
 	for _, h := range a.handlers {
-		h.use.open()
+		q := h.acquire()
+		q.attach(h)
+		a.queues = append(a.queues, q)
 	}
+	close(a.started)
 	return nil
 }
 
 // Stop prevents new attempts by this configuration. Running attempts go on. If Caddy
-// stops, they get the grace period of the HTTP servers.
+// exits, they get the grace period of the HTTP servers. A cancelled event is due immediately.
 func (a *App) Stop() error {
-	var grace time.Duration
-	if app, err := a.ctx.AppIfConfigured("http"); err == nil {
+	var grace time.Duration // 0 means no limit
+	if app, err := a.ctx.AppIfConfigured("http"); err == nil && caddy.Exiting() {
 		grace = time.Duration(app.(*caddyhttp.App).GracePeriod)
 	}
-	for _, h := range a.handlers {
-		h.use.detach(grace)
+	for i, q := range a.queues {
+		q.detach(a.handlers[i])
+		if grace > 0 {
+			time.AfterFunc(grace, q.cutOff)
+		}
 	}
 	return nil
+}
+
+// Cleanup releases the queues. If Caddy exits, it waits until they are closed.
+func (a *App) Cleanup() error {
+	for _, q := range a.queues {
+		q.release()
+	}
+	if caddy.Exiting() {
+		for _, q := range a.queues {
+			<-q.closed
+		}
+	}
+	return nil
+}
+
+// Queues implements live.Queues.
+func (a *App) Queues() (all []live.Queue) {
+	select {
+	case <-a.started:
+	default:
+		return nil
+	}
+	for i, q := range a.queues {
+		all = append(all, live.Queue{
+			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*a.handlers[i].History), MaxEvents: a.handlers[i].MaxEvents,
+			Store: q.db.writer.Store, Down: q.breaker.DownSince, Wake: q.schedule.Wake,
+		})
+	}
+	return all
 }

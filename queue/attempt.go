@@ -8,7 +8,6 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
@@ -53,49 +52,46 @@ func (r result) name() string {
 	return resultFailed
 }
 
-// attempt makes one attempt at an event. It calls done exactly once: when the handlers
-// return, but at the latest endMargin after attempt_timeout.
-func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done func(result)) {
-	if err := q.begin(rec.ID); err != nil {
-		done(result{err: err, unreachable: true})
-		return
+// attempt makes one attempt at an event. It returns when the handlers return, but at the
+// latest endMargin after attempt_timeout.
+func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record) (res result) {
+	if err := q.mayBegin(rec.ID); err != nil {
+		return result{err: err, unreachable: true}
 	}
-	began := time.Now()
-	ctx, cancel := context.WithTimeout(q.attempting, time.Duration(h.AttemptTimeout))
+	q.inFlight.Add(1)
+	defer q.inFlight.Add(-1)
+	began, timeout := time.Now(), time.Duration(h.AttemptTimeout)
+	ctx, cancel := context.WithTimeout(q.attempting, timeout)
 	defer cancel()
-	var over atomic.Bool
-	end := func(res result) {
-		h.logger.Debug("attempt", zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
-			zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
-		q.locked(func() { q.inFlight-- }) // before the event can be due again
-		done(res)
-	}
-	takeOver := func() {
-		if !over.CompareAndSwap(false, true) { // the handlers have returned
-			return
-		}
-		if q.attempting.Err() == nil {
+	ended := make(chan result, 1)
+	go func() {
+		answer := newAnswer()
+		err := q.run(h, prepare(ctx, r, h.server, answer, rec), answer, rec.ID)
+		ended <- newResult(answer, err, ctx.Err() == context.DeadlineExceeded, timeout)
+	}()
+	select {
+	case res = <-ended:
+	case <-ctx.Done(): // the timeout has passed, or Caddy stops
+		select {
+		case res = <-ended:
+		case <-time.After(endMargin):
 			h.logger.Warn("an attempt goes on after attempt_timeout: set a timeout in its handler, such as read_timeout in php_fastcgi", zap.String("id", rec.ID))
+			q.locked(func() { q.overdue[rec.ID] = true })
+			go func() {
+				<-ended
+				q.locked(func() { delete(q.overdue, rec.ID) })
+			}()
+			res = result{err: fmt.Errorf("no answer within %v", timeout), unreachable: true}
 		}
-		q.locked(func() { q.overdue[rec.ID] = true })
-		end(result{err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
 	}
-	stop := context.AfterFunc(ctx, func() { time.AfterFunc(endMargin, takeOver) }) // the timeout has passed, or Caddy stops
-	answer := newAnswer()
-	err := q.run(h, prepare(ctx, r, h.server, answer, rec), answer, rec.ID)
-	timeUp := ctx.Err() == context.DeadlineExceeded
-	stop()
-	if !over.CompareAndSwap(false, true) {
-		h.logger.Debug("an attempt that counted as failed at attempt_timeout has ended now", zap.String("id", rec.ID), zap.Error(err))
-		q.locked(func() { delete(q.overdue, rec.ID) })
-		return
-	}
-	end(newResult(answer, err, timeUp, time.Duration(h.AttemptTimeout)))
+	h.logger.Debug("attempt", zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
+		zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
+	return res
 }
 
-// begin registers an attempt. It fails while the previous attempt at the event is still
-// running, or while too many attempts are overdue.
-func (q *queue) begin(id string) error {
+// mayBegin returns an error while the previous attempt at the event is still running, or
+// while too many attempts are overdue.
+func (q *queue) mayBegin(id string) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	switch {
@@ -104,7 +100,6 @@ func (q *queue) begin(id string) error {
 	case len(q.overdue) >= maxOverdue:
 		return errors.New("too many attempts have not ended yet")
 	}
-	q.inFlight++
 	return nil
 }
 

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/stretchr/testify/assert"
@@ -143,7 +144,7 @@ func TestLoadErrors(t *testing.T) {
 		{"an explicit default equals the default", "", []*Handler{
 			with(func(*Handler) {}),
 			with(func(h *Handler) {
-				h.Concurrency, h.MaxEvents, h.AnswerAfter = 16, 1_000_000, duration(defaultAnswerAfter)
+				h.Concurrency, h.MaxEvents, h.AnswerAfter = 16, 1_000_000, duration(5*time.Second)
 			}),
 		}},
 		{"two names with different settings", "", []*Handler{with(func(*Handler) {}), with(func(h *Handler) { h.Name, h.Concurrency = "b", 1 })}},

@@ -253,7 +253,7 @@ func TestQueueThatAReloadRemoves(t *testing.T) {
 }
 
 func TestMetricsFollowTheConventions(t *testing.T) {
-	newQueueMetrics("linted")
+	createSeries("linted")
 	registry := prometheus.NewPedanticRegistry()
 	require.NoError(t, registerMetrics(registry))
 	require.NoError(t, registerMetrics(registry), "a second handler of a configuration")
