@@ -29,8 +29,8 @@ type App struct {
 	logger   *zap.Logger
 	configs  map[string]string // by name
 	handlers []*Handler        // one for each name
+	queues   []*queue          // of the handlers, from Start on
 	started  chan struct{}     // closed by Start
-	queues   []*queue          // of the handlers, after Start
 }
 
 // CaddyModule returns the Caddy module information.
@@ -117,3 +117,6 @@ func (a *App) Queues() (all []live.Queue) {
 	}
 	return all
 }
+
+// Interface guard
+var _ live.Queues = (*App)(nil)

@@ -167,11 +167,15 @@ func (a *arrival) waitForPlace() bool {
 // store begins to store the event, or refuses it if too many events are pending. It returns
 // a channel that is closed when storing ends.
 func (a *arrival) store() <-chan struct{} {
-	if a.q.db.pending(a.q.name) >= a.h.MaxEvents {
-		a.q.db.writer.Refuse(a.addition, errFull)
-		a.q.warnFull(a.h)
-	} else {
-		a.q.db.writer.Add(a.addition)
+	q := a.q
+	if q.db.pending(q.name) < a.h.MaxEvents {
+		q.db.writer.Add(a.addition)
+		return a.addition.Done()
+	}
+	q.db.writer.Refuse(a.addition, errFull)
+	q.db.outdated.Store(true) // other processes may have delivered some events
+	if q.refusedLog.Allow() {
+		a.h.logger.Error("cannot store events: max_events are pending", zap.String("queue", q.name), zap.Int("max_events", a.h.MaxEvents))
 	}
 	return a.addition.Done()
 }

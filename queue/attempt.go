@@ -41,17 +41,6 @@ type result struct {
 	retryAfter  time.Duration // from the Retry-After field
 }
 
-// name returns the label of the metric.
-func (r result) name() string {
-	switch {
-	case r.err == nil:
-		return resultDelivered
-	case r.unreachable:
-		return resultUnreachable
-	}
-	return resultFailed
-}
-
 // attempt makes one attempt at an event. It returns when the handlers return, but at the
 // latest endMargin after attempt_timeout.
 func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record) (res result) {

@@ -187,11 +187,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	if e == nil {
 		return caddyhttp.Error(http.StatusInternalServerError, errors.New("there is no verified event: inkit_webhook must come before inkit_queue"))
 	}
-	select {
-	case <-h.app.started:
-	case <-time.After(storeWait):
-		return refuse(w, errors.New("the queue has not started"))
-	}
 	q := h.acquire()
 	defer q.release()
 	id, err := uuid.NewV7()
@@ -210,8 +205,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 }
 
 // acquire returns the queue, and opens it if needed. It does not wait for the database. Each
-// request has a reference of its own, because requests of a configuration still arrive after
-// its end, on open connections. The release of the last reference closes the queue.
+// request has a reference of its own, because requests can arrive before the start of the
+// app, and after its end, on open connections. The release of the last reference closes the
+// queue.
 func (h *Handler) acquire() *queue {
 	key := h.opener.Key() + "\x00" + h.Name
 	value, _, _ := queues.LoadOrNew(key, func() (caddy.Destructor, error) {

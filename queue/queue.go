@@ -172,14 +172,16 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 		f.Outcome = store.Released
 		return f
 	}
-	attemptsTotal.WithLabelValues(q.name, res.name()).Inc()
+	label := resultFailed
 	if res.unreachable {
+		label = resultUnreachable
 		q.unreached(h, r.ID, res.err)
 	} else {
 		q.reached(h)
 	}
 	switch {
 	case res.err == nil:
+		label = resultDelivered
 		f.Outcome = store.Delivered
 		q.remember(h, r, res.status)
 	case age >= time.Duration(h.MaxAge):
@@ -191,6 +193,7 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 		f.Outcome, f.LastError = store.Later, lastError(res.err)
 		f.After = max(delivery.Backoff(age, rand.Float64()), res.retryAfter)
 	}
+	attemptsTotal.WithLabelValues(q.name, label).Inc()
 	return f
 }
 
@@ -219,15 +222,6 @@ func (q *queue) forgetDown() {
 
 // errFull means that max_events are pending.
 var errFull = errors.New("too many events are pending")
-
-// warnFull logs that events are not stored, and requests a count: other processes may have
-// delivered some events.
-func (q *queue) warnFull(h *Handler) {
-	q.db.outdated.Store(true)
-	if q.refusedLog.Allow() {
-		h.logger.Error("cannot store events: max_events are pending", zap.String("queue", q.name), zap.Int("max_events", h.MaxEvents))
-	}
-}
 
 // onceAMinute limits a log line.
 func onceAMinute() *rate.Limiter { return rate.NewLimiter(rate.Every(time.Minute), 1) }

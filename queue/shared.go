@@ -63,15 +63,14 @@ func openDatabase(h *Handler) *database {
 		d.logger.Store(h.app.logger)
 		d.ctx, d.cancel = context.WithCancel(context.Background())
 		host, _ := os.Hostname()
-		d.writer = writer.New(fmt.Sprintf("%s-%d-%s", host, os.Getpid(), rand.Text()[:6]), d.open, d)
+		owner := fmt.Sprintf("%s-%d-%s", host, os.Getpid(), rand.Text()[:6])
+		d.writer = writer.New(owner, func(ctx context.Context) (store.Store, error) {
+			return d.opener.Open(ctx, store.Opening{Logger: d.logger.Load()})
+		}, d)
 		d.counting.Go(d.keepCounts)
 		return d, nil
 	})
 	return value.(*database)
-}
-
-func (d *database) open(ctx context.Context) (store.Store, error) {
-	return d.opener.Open(ctx, store.Opening{Logger: d.logger.Load()})
 }
 
 // Destruct closes the database. Its queues are closed before.
