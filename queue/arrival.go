@@ -34,14 +34,13 @@ type arrival struct {
 	request  *request.Request
 	record   *store.Record
 	addition *writer.Addition
-	began    time.Time
 	deadline time.Time // for the response to the sender
 }
 
 func newArrival(q *queue, h *Handler, r *request.Request, record *store.Record) *arrival {
-	a := &arrival{q: q, h: h, request: r, record: record, began: record.Received}
-	a.deadline = a.began.Add(max(storeWait, time.Duration(*h.AnswerAfter)))
-	a.addition = writer.NewAddition(record, r.Encode, a.deadline, func(err error) { q.noteStored(err, time.Since(a.began)) })
+	a := &arrival{q: q, h: h, request: r, record: record}
+	a.deadline = record.Received.Add(max(storeWait, time.Duration(*h.AnswerAfter)))
+	a.addition = writer.NewAddition(record, r.Encode, a.deadline, func(err error) { q.noteStored(err, time.Since(record.Received)) })
 	return a
 }
 
@@ -77,7 +76,7 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 			}
 		case <-durable:
 			if stored, durable = a.isStored(), nil; stored {
-				limit = time.After(time.Until(a.began.Add(answerAfter)))
+				limit = time.After(time.Until(a.record.Received.Add(answerAfter)))
 			}
 		case <-limit:
 			attempted, durable = nil, nil
@@ -143,7 +142,7 @@ func (a *arrival) attempt() chan result {
 		rec := &store.Record{ID: a.record.ID, Received: a.record.Received, Attempts: 1, EventType: a.record.EventType, ResourceID: a.record.ResourceID}
 		res := q.attempt(a.h, a.request, rec)
 		q.limits.EndNew()
-		q.db.writer.Finish(a.addition, q.settle(a.h, rec, res, time.Since(a.began)))
+		q.db.writer.Finish(a.addition, q.settle(a.h, rec, res, time.Since(a.record.Received)))
 		attempted <- res
 	})
 	return attempted

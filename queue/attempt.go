@@ -42,10 +42,13 @@ type result struct {
 }
 
 // attempt makes one attempt at an event. It returns when the handlers return, but at the
-// latest endMargin after attempt_timeout.
+// latest endMargin after attempt_timeout. It fails while the previous attempt at the event is
+// still running, or while too many attempts are overdue.
 func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record) (res result) {
-	if err := q.mayBegin(rec.ID); err != nil {
-		return result{err: err, unreachable: true}
+	tooMany := false
+	q.locked(func() { tooMany = q.overdue[rec.ID] || len(q.overdue) >= maxOverdue })
+	if tooMany {
+		return result{err: errors.New("an earlier attempt has not ended yet"), unreachable: true}
 	}
 	q.inFlight.Add(1)
 	defer q.inFlight.Add(-1)
@@ -76,20 +79,6 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record) (res 
 	h.logger.Debug("attempt", zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
 		zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
 	return res
-}
-
-// mayBegin returns an error while the previous attempt at the event is still running, or
-// while too many attempts are overdue.
-func (q *queue) mayBegin(id string) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	switch {
-	case q.overdue[id]:
-		return errors.New("the previous attempt has not ended yet")
-	case len(q.overdue) >= maxOverdue:
-		return errors.New("too many attempts have not ended yet")
-	}
-	return nil
 }
 
 func (q *queue) locked(f func()) {

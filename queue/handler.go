@@ -32,9 +32,6 @@ func init() {
 
 const defaultName = "default"
 
-// refusedFor is the Retry-After field, in seconds, of a response with status 503.
-const refusedFor = "30"
-
 // Handler stores verified webhooks in a database until the backend accepts them.
 //
 // Put `inkit_webhook` in front of it. Without a verified event, an error with HTTP status
@@ -217,6 +214,6 @@ func (h *Handler) acquire() *queue {
 }
 
 func refuse(w http.ResponseWriter, err error) error {
-	w.Header().Set("Retry-After", refusedFor)
+	w.Header().Set("Retry-After", "30")
 	return caddyhttp.Error(http.StatusServiceUnavailable, err)
 }

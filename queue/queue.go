@@ -129,7 +129,7 @@ func (q *queue) Peek() (p store.Peek, err error) {
 	if s == nil {
 		return p, err
 	}
-	ctx, cancel := context.WithTimeout(q.db.ctx, peekTimeout)
+	ctx, cancel := context.WithTimeout(q.db.ctx, 20*time.Second)
 	defer cancel()
 	if p, err = s.Peek(ctx, q.name); err == nil {
 		q.heedPause(&p)

@@ -25,10 +25,6 @@ const (
 	countInterval = 5 * time.Second
 	maxCountPause = 2 * time.Minute
 	countShare    = 0.002
-
-	// countTimeout is the timeout of one count, and peekTimeout is the timeout of one Peek.
-	countTimeout = time.Minute
-	peekTimeout  = 20 * time.Second
 )
 
 // database is a database with its writer and its counts of events. Queues can share it.
@@ -219,7 +215,7 @@ func countPause(took time.Duration) time.Duration {
 // count counts the events, and tidies the database. The first count warns of queues that are
 // not configured.
 func (d *database) count(s store.Store, first bool) error {
-	ctx, cancel := context.WithTimeout(d.ctx, countTimeout)
+	ctx, cancel := context.WithTimeout(d.ctx, time.Minute)
 	defer cancel()
 	d.mu.Lock()
 	before := maps.Clone(d.counts)
