@@ -151,13 +151,11 @@ func (d *database) Written(b *store.Batch) {
 		}
 	}
 	for _, f := range b.Finish {
-		if slices.Contains(b.Left, f) {
-			continue
-		}
-		switch f.Outcome {
-		case store.Delivered:
+		switch {
+		case slices.Contains(b.Left, f):
+		case f.Outcome == store.Delivered:
 			d.changeLocked(f.Queue, store.Pending, -1)
-		case store.SetAside:
+		case f.Outcome == store.SetAside:
 			d.changeLocked(f.Queue, store.Pending, -1)
 			d.changeLocked(f.Queue, store.Dead, 1)
 		default:
