@@ -15,15 +15,12 @@ import (
 // heedPause records whether the queue is paused. For a paused queue, it changes p so that
 // no event is due.
 func (q *queue) heedPause(p *store.Peek) {
-	q.mu.Lock()
-	was := q.paused
-	q.paused = p.Paused
-	q.mu.Unlock()
+	was := q.paused.Swap(&p.Paused)
 	q.knowPause()
 	logger := q.db.logger.Load()
 	switch {
 	case p.Paused.IsZero() && !was.IsZero():
-		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(was)))
+		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(*was)))
 		pausedGauge.WithLabelValues(q.name).Set(0)
 	case !p.Paused.IsZero() && was.IsZero():
 		logger.Warn("the queue is paused: events are stored without attempts until caddy inkit-queue resume", zap.String("queue", q.name), zap.Time("since", p.Paused))
@@ -40,9 +37,7 @@ func (q *queue) isPaused() bool {
 	if !q.db.writer.Failing() {
 		<-q.pauseKnown.Done()
 	}
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	return !q.paused.IsZero()
+	return !q.paused.Load().IsZero()
 }
 
 // remember adds a delivered event to the history.

@@ -37,13 +37,13 @@ type queue struct {
 	inFlight   atomic.Int64       // running attempts
 	closed     chan struct{}
 
-	pauseKnown context.Context // ends with the first answer of the database, or after storeWait
+	paused     atomic.Pointer[time.Time] // the start of the pause, zero if the queue is not paused
+	pauseKnown context.Context           // ends with the first answer of the database, or after storeWait
 	knowPause  context.CancelFunc
 
 	mu       sync.Mutex
 	handlers []*Handler      // attached; the first one delivers
 	overdue  map[string]bool // events with an attempt that goes on after attempt_timeout
-	paused   time.Time       // the start of the pause, zero if the queue is not paused
 }
 
 func newQueue(key string, h *Handler) *queue {
@@ -51,6 +51,7 @@ func newQueue(key string, h *Handler) *queue {
 		key: key, name: h.Name, db: openDatabase(h), breaker: new(delivery.Breaker), limits: delivery.NewLimits(),
 		refusedLog: onceAMinute(), onceLog: onceAMinute(), closed: make(chan struct{}), overdue: make(map[string]bool),
 	}
+	q.paused.Store(new(time.Time))
 	q.limits.Resize(h.Concurrency)
 	q.attempting, q.cutOff = context.WithCancel(context.Background())
 	q.pauseKnown, q.knowPause = context.WithTimeout(context.Background(), storeWait)
