@@ -90,11 +90,10 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 }
 
 // begins reports whether the first attempt begins now. A paused queue begins no attempts.
-// While the backend is down, or is recovering and busy, an attempt begins only if events
-// cannot be stored.
+// While the backend is down or recovering, an attempt begins only if events cannot be stored.
 func (a *arrival) begins() bool {
 	q := a.q
-	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Allows(int(q.inFlight.Load())) {
+	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Allows() {
 		return false
 	}
 	a.record.Attempts, a.record.Lease = 1, time.Duration(a.h.AttemptTimeout)+delivery.LeaseMargin

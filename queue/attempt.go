@@ -50,8 +50,6 @@ func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record) (res 
 	if tooMany {
 		return result{err: errors.New("an earlier attempt has not ended yet"), unreachable: true}
 	}
-	q.inFlight.Add(1)
-	defer q.inFlight.Add(-1)
 	began, timeout := time.Now(), time.Duration(h.AttemptTimeout)
 	ctx, cancel := context.WithTimeout(q.attempting, timeout)
 	defer cancel()

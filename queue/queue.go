@@ -34,7 +34,6 @@ type queue struct {
 	cutOff     context.CancelFunc
 	stop       context.CancelFunc // ends the schedule
 	running    sync.WaitGroup     // the schedule, and each attempt from its claim or arrival until the writer has its result
-	inFlight   atomic.Int64       // running attempts
 	closed     chan struct{}
 
 	paused     atomic.Pointer[time.Time] // the start of the pause, zero if the queue is not paused

@@ -81,11 +81,11 @@ func (b *Breaker) DownSince() time.Time {
 	return b.since
 }
 
-// Allows reports whether one more attempt may begin if this number is already running.
-func (b *Breaker) Allows(running int) bool {
+// Allows reports whether new events get an attempt before they are stored.
+func (b *Breaker) Allows() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return !b.down && (b.ramp == 0 || running < b.ramp)
+	return !b.down && b.ramp == 0
 }
 
 // Empty records whether no event is pending. It reports whether a backend that was down

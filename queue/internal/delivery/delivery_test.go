@@ -106,7 +106,7 @@ func TestBreaker(t *testing.T) {
 			assert.Equal(t, tt.down, b.Down())
 			assert.Equal(t, tt.down, l.Down)
 			assert.Equal(t, tt.ramp, l.Ramp)
-			assert.Equal(t, !tt.down && (tt.ramp == 0 || tt.ramp > 1), b.Allows(1))
+			assert.Equal(t, !tt.down && tt.ramp == 0, b.Allows())
 		})
 	}
 }
