@@ -30,7 +30,6 @@ type App struct {
 	configs  map[string]string // by name
 	handlers []*Handler        // one for each name
 	queues   []*queue          // of the handlers, from Start on
-	started  chan struct{}     // closed by Start
 }
 
 // CaddyModule returns the Caddy module information.
@@ -43,7 +42,7 @@ func (App) CaddyModule() caddy.ModuleInfo {
 
 // Provision sets up the app.
 func (a *App) Provision(ctx caddy.Context) error {
-	a.ctx, a.logger, a.configs, a.started = ctx, ctx.Logger(), make(map[string]string), make(chan struct{})
+	a.ctx, a.logger, a.configs = ctx, ctx.Logger(), make(map[string]string)
 	return nil
 }
 
@@ -69,7 +68,6 @@ func (a *App) Start() error {
 		q.attach(h)
 		a.queues = append(a.queues, q)
 	}
-	close(a.started)
 	return nil
 }
 
@@ -104,16 +102,13 @@ func (a *App) Cleanup() error {
 
 // Queues implements live.Queues.
 func (a *App) Queues() (all []live.Queue) {
-	select {
-	case <-a.started:
-	default:
-		return nil
-	}
-	for i, q := range a.queues {
+	for _, h := range a.handlers {
+		q := h.acquire()
 		all = append(all, live.Queue{
-			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*a.handlers[i].History), MaxEvents: a.handlers[i].MaxEvents,
+			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*h.History), MaxEvents: h.MaxEvents,
 			Store: q.db.writer.Store, Down: q.breaker.DownSince, Wake: q.schedule.Wake,
 		})
+		q.release()
 	}
 	return all
 }

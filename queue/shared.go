@@ -231,6 +231,12 @@ func (d *database) count(s store.Store, first bool) error {
 	for key, c := range now { // the changes during the count
 		d.changeLocked(key.queue, key.state, c.Events-before[key].Events)
 	}
+	var keep []store.Keep
+	for name, q := range d.queues {
+		if h := q.current(); h != nil {
+			keep = append(keep, store.Keep{Queue: name, For: time.Duration(*h.History), Rows: h.MaxEvents})
+		}
+	}
 	d.mu.Unlock()
 	for _, c := range found {
 		if first && c.State == store.Pending {
@@ -238,24 +244,12 @@ func (d *database) count(s store.Store, first bool) error {
 		}
 	}
 	for u := (store.Upkeep{More: true}); u.More; {
-		if u, err = s.Tidy(ctx, d.keep()); err != nil {
+		if u, err = s.Tidy(ctx, keep); err != nil {
 			return err
 		}
 		d.damaged = u.DamagedFiles
 	}
 	return nil
-}
-
-// keep returns the limits for the history of each queue.
-func (d *database) keep() (keep []store.Keep) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	for name, q := range d.queues {
-		if h := q.current(); h != nil {
-			keep = append(keep, store.Keep{Queue: name, For: time.Duration(*h.History), Rows: h.MaxEvents})
-		}
-	}
-	return keep
 }
 
 // show sets the metrics.
