@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
@@ -14,13 +15,21 @@ func init() {
 	caddy.RegisterModule(App{})
 }
 
+// queues has the open queues by database and name, and databases has the open databases.
+// During a reload, the old and the new configuration share them.
+var (
+	queues    = caddy.NewUsagePool()
+	databases = caddy.NewUsagePool()
+)
+
 // App starts and stops the queues of a configuration. It has no settings: the
 // inkit_queue handlers load it.
 type App struct {
 	ctx      caddy.Context
 	logger   *zap.Logger
-	handlers []*Handler
 	configs  map[string]string // by name
+	handlers []*Handler        // one for each name
+	queues   []*queue          // of the handlers, from Start on
 }
 
 // CaddyModule returns the Caddy module information.
@@ -40,11 +49,14 @@ func (a *App) Provision(ctx caddy.Context) error {
 // register adds a handler. A site with two listeners has its handlers twice, so two
 // handlers may have the same name if their settings are the same.
 func (a *App) register(h *Handler, config string) error {
-	if other, ok := a.configs[h.Name]; ok && other != config {
+	other, ok := a.configs[h.Name]
+	if ok && other != config {
 		return fmt.Errorf("name: two queues are called %s, and have different settings", h.Name)
 	}
-	a.configs[h.Name] = config
-	a.handlers = append(a.handlers, h)
+	if !ok {
+		a.configs[h.Name] = config
+		a.handlers = append(a.handlers, h)
+	}
 	return nil
 }
 
@@ -52,20 +64,54 @@ func (a *App) register(h *Handler, config string) error {
 // never fails: if a database is broken, Caddy still serves the sites.
 func (a *App) Start() error {
 	for _, h := range a.handlers {
-		h.use.open()
+		q := h.acquire()
+		q.attach(h)
+		a.queues = append(a.queues, q)
 	}
 	return nil
 }
 
 // Stop prevents new attempts by this configuration. Running attempts go on. If Caddy
-// stops, they get the grace period of the HTTP servers.
+// exits, they get the grace period of the HTTP servers. A cancelled event is due immediately.
 func (a *App) Stop() error {
-	var grace time.Duration
-	if app, err := a.ctx.AppIfConfigured("http"); err == nil {
+	var grace time.Duration // 0 means no limit
+	if app, err := a.ctx.AppIfConfigured("http"); err == nil && caddy.Exiting() {
 		grace = time.Duration(app.(*caddyhttp.App).GracePeriod)
 	}
-	for _, h := range a.handlers {
-		h.use.detach(grace)
+	for i, q := range a.queues {
+		q.detach(a.handlers[i])
+		if grace > 0 {
+			time.AfterFunc(grace, q.cutOff)
+		}
 	}
 	return nil
 }
+
+// Cleanup releases the queues. If Caddy exits, it waits until they are closed.
+func (a *App) Cleanup() error {
+	for _, q := range a.queues {
+		q.release()
+	}
+	if caddy.Exiting() {
+		for _, q := range a.queues {
+			<-q.closed
+		}
+	}
+	return nil
+}
+
+// Queues implements live.Queues.
+func (a *App) Queues() (all []live.Queue) {
+	for _, h := range a.handlers {
+		q := h.acquire()
+		all = append(all, live.Queue{
+			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*h.History), MaxEvents: h.MaxEvents,
+			Store: q.db.writer.Store, Down: func() time.Time { return q.breaker.Backend().Down }, Wake: q.schedule.Wake,
+		})
+		q.release()
+	}
+	return all
+}
+
+// Interface guard
+var _ live.Queues = (*App)(nil)

@@ -26,8 +26,7 @@ func TestLoadingTouchesNoFile(t *testing.T) {
 	path := filepath.Join(dir, "folder", "queue.db")
 	c, err := provision(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(200))})
 	require.NoError(t, err)
-	require.NoError(t, c.handlers[0].Cleanup(), "Cleanup without a start, as in caddy validate")
-	c.end()
+	c.end() // without a start, as in caddy validate
 	entries, err := os.ReadDir(dir)
 	require.NoError(t, err)
 	assert.Empty(t, entries)
@@ -66,13 +65,11 @@ func TestReloads(t *testing.T) {
 			require.NoError(t, err)
 			require.NoError(t, c.app.Start())
 			old.stop(t)
-			old.handlers = c.handlers
-			old.app, old.end = c.app, c.end
+			old.app, old.handlers, old.end = c.app, c.handlers, c.end
 		}, false, true},
 		{"a reload that fails when the new configuration is loaded keeps the old one", func(t *testing.T, _ *configuration, next func() (*configuration, error)) {
 			c, err := next()
 			require.NoError(t, err)
-			require.NoError(t, c.handlers[0].Cleanup())
 			c.end()
 		}, true, false},
 		{"a reload that fails after the start of this app keeps the old one", func(t *testing.T, _ *configuration, next func() (*configuration, error)) {
@@ -143,7 +140,6 @@ func TestReloadDuringAnAttempt(t *testing.T) {
 
 		late := serve(t, old.handlers[0], post(body)) // after Cleanup, on a connection from before the reload
 		assert.Equal(t, "the backend's body", late.body)
-		old.handlers[0].use.leaving.Wait()
 		c.stop(t)
 	})
 }
@@ -159,36 +155,22 @@ func TestLateRequestOfAQueueThatIsGone(t *testing.T) {
 			late := serve(t, c.handlers[0], post(body))
 			assert.Equal(t, 201, late.status)
 			assert.Equal(t, "the backend's body", late.body)
-			c.handlers[0].use.leaving.Wait()
+			synctest.Wait()
 		}
 	})
 }
 
-// A request that arrives before the start of the app waits for the start.
+// A request that arrives before the start of the app opens the queue.
 func TestRequestBeforeTheStart(t *testing.T) {
-	for _, tt := range []struct {
-		name   string
-		starts time.Duration
-		status int
-		after  time.Duration
-	}{
-		{"the app starts soon", 3 * time.Second, 201, 3 * time.Second},
-		{"the app does not start in time", time.Minute, 503, 5 * time.Second},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				c, err := provision(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(201))})
-				require.NoError(t, err)
-				time.AfterFunc(tt.starts, func() { assert.NoError(t, c.app.Start()) })
-				got := serve(t, c.handlers[0], post(body))
-				assert.Equal(t, tt.status, got.status)
-				assert.InDelta(t, tt.after, got.after, float64(2*opening))
-				time.Sleep(tt.starts)
-				synctest.Wait()
-				c.stop(t)
-			})
-		})
-	}
+	synctest.Test(t, func(t *testing.T) {
+		c, err := provision(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(201))})
+		require.NoError(t, err)
+		assert.Equal(t, 201, serve(t, c.handlers[0], post(body)).status)
+		synctest.Wait()
+		require.NoError(t, c.app.Start())
+		assert.Equal(t, 201, serve(t, c.handlers[0], post(body)).status)
+		c.stop(t)
+	})
 }
 
 // A clean stop releases the leases, so the next process delivers immediately. Running
@@ -219,11 +201,10 @@ func TestEndGivesLeasesBack(t *testing.T) {
 				began := time.Now()
 				assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 				time.Sleep(time.Second - time.Since(began))
-				c.handlers[0].use.detach(tt.grace) // the grace period of the HTTP app
+				time.AfterFunc(tt.grace, c.queue().cutOff) // the grace period of the HTTP app
 				stopped := time.Now()
-				c.handlers[0].use.end()
+				c.stop(t)
 				assert.InDelta(t, tt.ends, time.Since(stopped), float64(50*time.Millisecond))
-				c.end()
 
 				s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 				require.NoError(t, err)
@@ -246,7 +227,11 @@ func TestSharedDatabase(t *testing.T) {
 			&Handler{Name: "a", StoreRaw: sqliteAt(path), Routes: rawRoutes(string(deliver[0].HandlersRaw[0]))},
 			&Handler{Name: "b", StoreRaw: sqliteAt(path), Routes: routes(status(500))})
 		defer c.stop(t)
-		queueOf := func(i int) *queue { return c.handlers[i].use.queue.Load() }
+		queueOf := func(i int) *queue {
+			q := c.handlers[i].acquire()
+			q.release()
+			return q
+		}
 		assert.Same(t, queueOf(0), queueOf(1))
 		assert.NotSame(t, queueOf(0), queueOf(2))
 		assert.Same(t, queueOf(0).db, queueOf(2).db)

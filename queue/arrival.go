@@ -27,9 +27,6 @@ const (
 	onceWait = time.Second
 )
 
-// errNoPlace means that the maximum number of attempts is running.
-var errNoPlace = errors.New("no attempt could begin")
-
 // arrival is a new event with its waiting sender.
 type arrival struct {
 	q        *queue
@@ -37,24 +34,27 @@ type arrival struct {
 	request  *request.Request
 	record   *store.Record
 	addition *writer.Addition
-	began    time.Time
 	deadline time.Time // for the response to the sender
-
-	storing bool // store was called
 }
 
 func newArrival(q *queue, h *Handler, r *request.Request, record *store.Record) *arrival {
-	a := &arrival{q: q, h: h, request: r, record: record, began: record.Received}
-	a.deadline = a.began.Add(max(storeWait, time.Duration(*h.AnswerAfter)))
-	a.addition = writer.NewAddition(record, r.Encode, a.deadline, func(err error) { q.noteStored(err, time.Since(a.began)) })
+	a := &arrival{q: q, h: h, request: r, record: record}
+	a.deadline = record.Received.Add(max(storeWait, time.Duration(*h.AnswerAfter)))
+	a.addition = writer.NewAddition(record, r.Encode, a.deadline, func(err error) { q.noteStored(err, time.Since(record.Received)) })
 	return a
 }
 
 // answer delivers or stores the event, and answers its sender when one of them succeeds.
-func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
+func (a *arrival) answer(w http.ResponseWriter) error {
 	answerAfter := time.Duration(*a.h.AnswerAfter)
-	var attempted chan result // nil if no attempt is running
-	if a.begins() && (a.record.Digest == nil || a.storeOnce()) {
+	var attempted chan result   // nil if no attempt is running
+	var durable <-chan struct{} // nil if the event is not being stored
+	begins := a.begins()
+	if begins && a.record.Digest != nil {
+		durable = a.store()
+		begins = a.storedOnce()
+	}
+	if begins {
 		attempted = a.attempt()
 		select {
 		case first := <-attempted:
@@ -64,62 +64,54 @@ func (a *arrival) answer(w http.ResponseWriter, r *http.Request) error {
 		case <-time.After(min(patience, answerAfter)):
 		}
 	}
-	stored, durable := false, a.store()
-	impatient, patient := answerAfter == 0, time.After(time.Until(a.began.Add(answerAfter)))
-	giveUp := time.After(time.Until(a.deadline))
-	gone := r.Context().Done()
-	for {
-		switch {
-		case stored && (impatient || attempted == nil):
-			w.WriteHeader(http.StatusOK)
-			return nil
-		case !stored && durable == nil && attempted == nil:
-			return refuse(w, errors.New("the event could not be stored, and the backend has not accepted it"))
-		}
+	if durable == nil {
+		durable = a.store()
+	}
+	stored, limit := false, time.After(time.Until(a.deadline))
+	for attempted != nil || durable != nil {
 		select {
 		case res := <-attempted:
 			if attempted = nil; res.err == nil {
 				return res.answer.copyTo(w)
 			}
 		case <-durable:
-			stored, durable = a.isStored(), nil
-		case <-patient:
-			impatient = true
-		case <-giveUp:
-			if !stored {
-				return refuse(w, errors.New("the event could not be stored in time"))
+			if stored, durable = a.isStored(), nil; stored {
+				limit = time.After(time.Until(a.record.Received.Add(answerAfter)))
 			}
-		case <-gone: // the sender may have closed only its half of the connection: then it can still read the response
-			gone, impatient = nil, true
+		case <-limit:
+			attempted, durable = nil, nil
 		}
 	}
+	if !stored {
+		return refuse(w, errors.New("the event could not be stored, and the backend has not accepted it"))
+	}
+	w.WriteHeader(http.StatusOK)
+	return nil
 }
 
 // begins reports whether the first attempt begins now. A paused queue begins no attempts.
-// While the backend is down, or is recovering and busy, an attempt begins only if events
-// cannot be stored.
+// While the backend is down or recovering, an attempt begins only if events cannot be stored.
 func (a *arrival) begins() bool {
 	q := a.q
-	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Backend().Allows(q.inFlightNow()) {
+	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Backend().Allows() {
 		return false
 	}
 	a.record.Attempts, a.record.Lease = 1, time.Duration(a.h.AttemptTimeout)+delivery.LeaseMargin
 	return true
 }
 
-// storeOnce stores an event of a type in once before its first attempt, and reports whether
-// the attempt may begin. A duplicate gets no attempt. If storing fails, the attempt begins.
-func (a *arrival) storeOnce() bool {
-	if !a.q.isFull(a.h) {
-		select {
-		case <-a.store():
-			if err := a.addition.Err(); err == nil || errors.Is(err, writer.ErrDuplicate) {
-				return err == nil
-			}
-		case <-time.After(onceWait):
+// storedOnce waits until an event of a type in once is stored before its first attempt, and
+// reports whether the attempt may begin. A duplicate gets no attempt. If storing fails, the
+// attempt begins.
+func (a *arrival) storedOnce() bool {
+	select {
+	case <-a.addition.Done():
+		if err := a.addition.Err(); err == nil || errors.Is(err, writer.ErrDuplicate) {
+			return err == nil
 		}
+	case <-time.After(onceWait):
 	}
-	if a.q.onceLog.may() {
+	if a.q.onceLog.Allow() {
 		a.h.logger.Warn("cannot store events before their first attempt: events of the types in once are attempted anyway, perhaps twice", zap.String("queue", a.q.name))
 	}
 	return true
@@ -139,33 +131,28 @@ func (a *arrival) isStored() bool {
 // attempt begins the first attempt, and returns the channel for its result.
 func (a *arrival) attempt() chan result {
 	q := a.q
-	storing := !q.db.writer.Failing()
 	attempted := make(chan result, 1)
-	q.running.Add(1)
-	go func() {
-		if !a.waitForPlace(storing) {
-			defer q.running.Done()
+	q.running.Go(func() {
+		if !a.waitForPlace() {
 			q.db.writer.Finish(a.addition, store.Finish{ID: a.record.ID, Queue: q.name, Outcome: store.Unbegun})
-			attempted <- result{err: errNoPlace}
+			attempted <- result{err: errors.New("no attempt could begin")}
 			return
 		}
 		rec := &store.Record{ID: a.record.ID, Received: a.record.Received, Attempts: 1, EventType: a.record.EventType, ResourceID: a.record.ResourceID}
-		q.attempt(a.h, a.request, rec, func(res result) {
-			defer q.running.Done()
-			q.limits.Free(1)
-			q.db.writer.Finish(a.addition, q.settle(a.h, rec, res, time.Since(a.began)))
-			attempted <- res
-		})
-	}()
+		res := q.attempt(a.h, a.request, rec)
+		q.limits.Free(1)
+		q.db.writer.Finish(a.addition, q.settle(a.h, rec, res, time.Since(a.record.Received)))
+		attempted <- res
+	})
 	return attempted
 }
 
 // waitForPlace waits until the attempt may begin. If the event can be stored, the wait is
 // short, because the schedule can attempt the event later.
-func (a *arrival) waitForPlace(storing bool) bool {
-	wait := storeWait
-	if storing {
-		wait = patience
+func (a *arrival) waitForPlace() bool {
+	wait := patience
+	if a.q.db.writer.Failing() {
+		wait = storeWait
 	}
 	ctx, cancel := context.WithTimeout(a.q.attempting, wait)
 	defer cancel()
@@ -175,14 +162,15 @@ func (a *arrival) waitForPlace(storing bool) bool {
 // store begins to store the event, or refuses it if too many events are pending. It returns
 // a channel that is closed when storing ends.
 func (a *arrival) store() <-chan struct{} {
-	switch {
-	case a.storing:
-	case a.q.isFull(a.h):
-		a.q.db.writer.Refuse(a.addition, errFull)
-		a.q.warnFull(a.h)
-	default:
-		a.q.db.writer.Add(a.addition)
+	q := a.q
+	if q.db.pending(q.name) < a.h.MaxEvents {
+		q.db.writer.Add(a.addition)
+		return a.addition.Done()
 	}
-	a.storing = true
+	q.db.writer.Refuse(a.addition, errFull)
+	q.db.outdated.Store(true) // other processes may have delivered some events
+	if q.refusedLog.Allow() {
+		a.h.logger.Error("cannot store events: max_events are pending", zap.String("queue", q.name), zap.Int("max_events", a.h.MaxEvents))
+	}
 	return a.addition.Done()
 }

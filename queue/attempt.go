@@ -8,7 +8,6 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"sync/atomic"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
@@ -42,70 +41,42 @@ type result struct {
 	retryAfter  time.Duration // from the Retry-After field
 }
 
-// name returns the label of the metric.
-func (r result) name() string {
-	switch {
-	case r.err == nil:
-		return resultDelivered
-	case r.unreachable:
-		return resultUnreachable
+// attempt makes one attempt at an event. It returns when the handlers return, but at the
+// latest endMargin after attempt_timeout. It fails while the previous attempt at the event is
+// still running, or while too many attempts are overdue.
+func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record) (res result) {
+	tooMany := false
+	q.locked(func() { tooMany = q.overdue[rec.ID] || len(q.overdue) >= maxOverdue })
+	if tooMany {
+		return result{err: errors.New("an earlier attempt has not ended yet"), unreachable: true}
 	}
-	return resultFailed
-}
-
-// attempt makes one attempt at an event. It calls done exactly once: when the handlers
-// return, but at the latest endMargin after attempt_timeout.
-func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record, done func(result)) {
-	if err := q.begin(rec.ID); err != nil {
-		done(result{err: err, unreachable: true})
-		return
-	}
-	began := time.Now()
-	ctx, cancel := context.WithTimeout(q.attempting, time.Duration(h.AttemptTimeout))
+	began, timeout := time.Now(), time.Duration(h.AttemptTimeout)
+	ctx, cancel := context.WithTimeout(q.attempting, timeout)
 	defer cancel()
-	var over atomic.Bool
-	end := func(res result) {
-		h.logger.Debug("attempt", zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
-			zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
-		q.locked(func() { q.inFlight-- }) // before the event can be due again
-		done(res)
-	}
-	takeOver := func() {
-		if !over.CompareAndSwap(false, true) { // the handlers have returned
-			return
-		}
-		if q.attempting.Err() == nil {
+	ended := make(chan result, 1)
+	go func() {
+		answer := newAnswer()
+		err := q.run(h, prepare(ctx, r, h.server, answer, rec), answer, rec.ID)
+		ended <- newResult(answer, err, ctx.Err() == context.DeadlineExceeded, timeout)
+	}()
+	select {
+	case res = <-ended:
+	case <-ctx.Done(): // the timeout has passed, or Caddy stops
+		select {
+		case res = <-ended:
+		case <-time.After(endMargin):
 			h.logger.Warn("an attempt goes on after attempt_timeout: set a timeout in its handler, such as read_timeout in php_fastcgi", zap.String("id", rec.ID))
+			q.locked(func() { q.overdue[rec.ID] = true })
+			go func() {
+				<-ended
+				q.locked(func() { delete(q.overdue, rec.ID) })
+			}()
+			res = result{err: fmt.Errorf("no answer within %v", timeout), unreachable: true}
 		}
-		q.locked(func() { q.overdue[rec.ID] = true })
-		end(result{err: fmt.Errorf("no answer within %v", time.Duration(h.AttemptTimeout)), unreachable: true})
 	}
-	stop := context.AfterFunc(ctx, func() { time.AfterFunc(endMargin, takeOver) }) // the timeout has passed, or Caddy stops
-	answer := newAnswer()
-	err := q.run(h, prepare(ctx, r, h.server, answer, rec), answer, rec.ID)
-	timeUp := ctx.Err() == context.DeadlineExceeded
-	stop()
-	if !over.CompareAndSwap(false, true) {
-		h.logger.Debug("an attempt that counted as failed at attempt_timeout has ended now", zap.String("id", rec.ID), zap.Error(err))
-		q.locked(func() { delete(q.overdue, rec.ID) })
-		return
-	}
-	end(newResult(answer, err, timeUp, time.Duration(h.AttemptTimeout)))
-}
-
-// begin registers an attempt. It fails while the previous attempt at the event is still
-// running, or while too many attempts are overdue.
-func (q *queue) begin(id string) error {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	switch {
-	case q.overdue[id]:
-		return errors.New("the previous attempt has not ended yet")
-	case len(q.overdue) >= maxOverdue:
-		return errors.New("too many attempts have not ended yet")
-	}
-	q.inFlight++
-	return nil
+	h.logger.Debug("attempt", zap.String("id", rec.ID), zap.String("event_type", rec.EventType), zap.String("resource_id", rec.ResourceID),
+		zap.Int("attempt", rec.Attempts), zap.Int("status", res.status), zap.Duration("duration", time.Since(began)), zap.Error(res.err))
+	return res
 }
 
 func (q *queue) locked(f func()) {

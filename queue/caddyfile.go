@@ -73,8 +73,6 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		case "once":
 			if h.Once = d.RemainingArgs(); len(h.Once) == 0 {
 				err = d.Err("once: takes one or more event types")
-			} else if wrong := validateOnce(h.Once); wrong != nil {
-				err = d.Err(wrong.Error())
 			}
 		case "remember":
 			h.Remember, err = parseDuration(d, word, 1)

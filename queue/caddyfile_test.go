@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/stretchr/testify/assert"
@@ -79,8 +80,6 @@ func TestCaddyfileErrors(t *testing.T) {
 		{"a negative history", queue("history -1s"), strings.ReplaceAll(takesOne, "%s", "history")},
 		{"remember of 0", queue("remember 0"), strings.ReplaceAll(takesOne, "%s", "remember")},
 		{"once without a type", queue("once"), "once: takes one or more event types, at Caddyfile:3"},
-		{"once with a hyphen", queue("once A-B"), "once: an event type must be letters, digits, '_' and '*', at Caddyfile:3"},
-		{"once with a type twice", queue("once A B A"), "once: A is listed twice, at Caddyfile:3"},
 		{"deliver repeated", queue("name a" + proxy), "deliver: must not be repeated, at Caddyfile:7"},
 
 		{"name without a name", queue("name"), "name: takes one name, at Caddyfile:3"},
@@ -143,7 +142,7 @@ func TestLoadErrors(t *testing.T) {
 		{"an explicit default equals the default", "", []*Handler{
 			with(func(*Handler) {}),
 			with(func(h *Handler) {
-				h.Concurrency, h.MaxEvents, h.AnswerAfter = 16, 1_000_000, duration(defaultAnswerAfter)
+				h.Concurrency, h.MaxEvents, h.AnswerAfter = 16, 1_000_000, duration(5*time.Second)
 			}),
 		}},
 		{"two names with different settings", "", []*Handler{with(func(*Handler) {}), with(func(h *Handler) { h.Name, h.Concurrency = "b", 1 })}},

@@ -30,20 +30,7 @@ func init() {
 	caddy.RegisterModule(Handler{})
 }
 
-// The defaults of the options.
-const (
-	defaultName           = "default"
-	defaultAnswerAfter    = 5 * time.Second
-	defaultAttemptTimeout = 30 * time.Second
-	defaultMaxAge         = 5 * 24 * time.Hour
-	defaultMaxEvents      = 1_000_000
-	defaultConcurrency    = 16
-	defaultHistory        = 7 * 24 * time.Hour
-	defaultRemember       = 30 * 24 * time.Hour
-)
-
-// refusedFor is the Retry-After field, in seconds, of a response with status 503.
-const refusedFor = "30"
+const defaultName = "default"
 
 // Handler stores verified webhooks in a database until the backend accepts them.
 //
@@ -111,12 +98,10 @@ type Handler struct {
 	// The handlers that deliver an event, such as `reverse_proxy`. Required.
 	Routes caddyhttp.RouteList `json:"routes,omitempty"`
 
-	once   *regexp.Regexp // the types of Once, nil for none
 	opener store.Opener
 	server *caddyhttp.Server
 	logger *zap.Logger
 	app    *App
-	use    *use
 }
 
 // CaddyModule returns the Caddy module information.
@@ -130,23 +115,15 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 // Provision sets the defaults, and registers this handler with the app. It opens nothing.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
-	h.use = newUse(h)
 	h.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
 	h.Name = cmp.Or(h.Name, defaultName)
-	if h.AnswerAfter == nil {
-		h.AnswerAfter = new(caddy.Duration)
-		*h.AnswerAfter = caddy.Duration(defaultAnswerAfter)
-	}
-	if h.History == nil {
-		h.History = new(caddy.Duration)
-		*h.History = caddy.Duration(defaultHistory)
-	}
-	h.Remember = cmp.Or(h.Remember, caddy.Duration(defaultRemember))
-	h.once = onceForm(h.Once)
-	h.AttemptTimeout = cmp.Or(h.AttemptTimeout, caddy.Duration(defaultAttemptTimeout))
-	h.MaxAge = cmp.Or(h.MaxAge, caddy.Duration(defaultMaxAge))
-	h.MaxEvents = cmp.Or(h.MaxEvents, defaultMaxEvents)
-	h.Concurrency = cmp.Or(h.Concurrency, defaultConcurrency)
+	h.AnswerAfter = cmp.Or(h.AnswerAfter, new(caddy.Duration(5*time.Second)))
+	h.AttemptTimeout = cmp.Or(h.AttemptTimeout, caddy.Duration(30*time.Second))
+	h.MaxAge = cmp.Or(h.MaxAge, caddy.Duration(5*24*time.Hour))
+	h.MaxEvents = cmp.Or(h.MaxEvents, 1_000_000)
+	h.Concurrency = cmp.Or(h.Concurrency, 16)
+	h.History = cmp.Or(h.History, new(caddy.Duration(7*24*time.Hour)))
+	h.Remember = cmp.Or(h.Remember, caddy.Duration(30*24*time.Hour))
 	config, err := json.Marshal(h) // before LoadModule, which deletes the JSON of the module
 	if err != nil {
 		return err
@@ -184,38 +161,21 @@ var nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 
 // Validate refuses invalid settings.
 func (h *Handler) Validate() error {
-	switch {
-	case !nameForm.MatchString(h.Name):
+	for word, number := range map[string]int64{
+		"answer_after": int64(*h.AnswerAfter), "attempt_timeout": int64(h.AttemptTimeout), "max_age": int64(h.MaxAge),
+		"max_events": int64(h.MaxEvents), "concurrency": int64(h.Concurrency), "history": int64(*h.History), "remember": int64(h.Remember),
+	} {
+		if number < 0 {
+			return fmt.Errorf("%s: must not be negative", word)
+		}
+	}
+	if !nameForm.MatchString(h.Name) {
 		return errors.New("name must have 1 to 64 characters: letters, digits, '.', '_' or '-'")
-	case *h.AnswerAfter < 0:
-		return errors.New("answer_after: must not be negative")
-	case h.AttemptTimeout < 0:
-		return errors.New("attempt_timeout: must not be negative")
-	case h.MaxAge < 0:
-		return errors.New("max_age: must not be negative")
-	case h.MaxEvents < 0:
-		return errors.New("max_events: must not be negative")
-	case h.Concurrency < 0:
-		return errors.New("concurrency: must not be negative")
-	case *h.History < 0:
-		return errors.New("history: must not be negative")
-	case h.Remember < 0:
-		return errors.New("remember: must not be negative")
-	case validateOnce(h.Once) != nil:
-		return validateOnce(h.Once)
-	case len(h.Routes) == 0:
+	}
+	if len(h.Routes) == 0 {
 		return errors.New("routes: at least one is required")
 	}
-	return nil
-}
-
-// Cleanup releases the queue. The queue may stay open, because after a reload requests still
-// arrive on open connections.
-func (h *Handler) Cleanup() error {
-	if h.use != nil {
-		h.use.cleanup()
-	}
-	return nil
+	return validateOnce(h.Once)
 }
 
 // ServeHTTP stores and delivers the event of a request. The next handler is not called.
@@ -224,11 +184,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	if e == nil {
 		return caddyhttp.Error(http.StatusInternalServerError, errors.New("there is no verified event: inkit_webhook must come before inkit_queue"))
 	}
-	q := h.use.enter()
-	if q == nil {
-		return refuse(w, errors.New("the queue has not started"))
-	}
-	defer h.use.leave()
+	q := h.acquire()
+	defer q.release()
 	id, err := uuid.NewV7()
 	if err != nil {
 		return err
@@ -241,10 +198,22 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		digest := sha256.Sum256(e.Body)
 		record.Digest, record.Remember = digest[:], time.Duration(h.Remember)
 	}
-	return newArrival(q, h, newRequest(r, e), record).answer(w, r)
+	return newArrival(q, h, newRequest(r, e), record).answer(w)
+}
+
+// acquire returns the queue, and opens it if needed. It does not wait for the database. Each
+// request has a reference of its own, because requests can arrive before the start of the
+// app, and after its end, on open connections. The release of the last reference closes the
+// queue.
+func (h *Handler) acquire() *queue {
+	key := h.opener.Key() + "\x00" + h.Name
+	value, _, _ := queues.LoadOrNew(key, func() (caddy.Destructor, error) {
+		return newQueue(key, h), nil
+	})
+	return value.(*queue)
 }
 
 func refuse(w http.ResponseWriter, err error) error {
-	w.Header().Set("Retry-After", refusedFor)
+	w.Header().Set("Retry-After", "30")
 	return caddyhttp.Error(http.StatusServiceUnavailable, err)
 }

@@ -3,48 +3,28 @@ package queue
 import (
 	"errors"
 	"fmt"
+	"path"
 	"regexp"
 	"slices"
-	"strings"
-	"sync"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"go.uber.org/zap"
 )
 
-// pause records whether an operator has paused a queue, as far as this process knows.
-type pause struct {
-	known chan struct{} // closed after the first response of the database, or after storeWait
-	close func()
-
-	mu    sync.Mutex
-	since time.Time // zero if it is not paused
-}
-
-func newPause() *pause {
-	p := &pause{known: make(chan struct{})}
-	p.close = sync.OnceFunc(func() { close(p.known) })
-	time.AfterFunc(storeWait, p.close)
-	return p
-}
-
 // heedPause records whether the queue is paused. For a paused queue, it changes p so that
 // no event is due.
 func (q *queue) heedPause(p *store.Peek) {
-	q.pause.mu.Lock()
-	was := q.pause.since
-	q.pause.since = p.Paused
-	q.pause.mu.Unlock()
-	q.pause.close()
+	was := q.paused.Swap(&p.Paused)
+	q.knowPause()
 	logger := q.db.logger.Load()
 	switch {
 	case p.Paused.IsZero() && !was.IsZero():
-		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(was)))
-		q.metrics.paused.Set(0)
+		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(*was)))
+		pausedGauge.WithLabelValues(q.name).Set(0)
 	case !p.Paused.IsZero() && was.IsZero():
 		logger.Warn("the queue is paused: events are stored without attempts until caddy inkit-queue resume", zap.String("queue", q.name), zap.Time("since", p.Paused))
-		q.metrics.paused.Set(1)
+		pausedGauge.WithLabelValues(q.name).Set(1)
 	}
 	if !p.Paused.IsZero() {
 		p.Empty, p.Wait = false, store.Latest
@@ -55,11 +35,9 @@ func (q *queue) heedPause(p *store.Peek) {
 // database is open, because the backend of a paused queue must not get an event.
 func (q *queue) isPaused() bool {
 	if !q.db.writer.Failing() {
-		<-q.pause.known
+		<-q.pauseKnown.Done()
 	}
-	q.pause.mu.Lock()
-	defer q.pause.mu.Unlock()
-	return !q.pause.since.IsZero()
+	return !q.paused.Load().IsZero()
 }
 
 // remember adds a delivered event to the history.
@@ -86,14 +64,10 @@ func validateOnce(types []string) error {
 	return nil
 }
 
-// onceForm returns a pattern that matches the event types, or nil if there are none.
-func onceForm(types []string) *regexp.Regexp {
-	if validateOnce(types) != nil || len(types) == 0 {
-		return nil
-	}
-	return regexp.MustCompile("^(?s:" + strings.ReplaceAll(strings.Join(types, "|"), "*", ".*") + ")$")
-}
-
+// isOnce reports whether once lists an event type.
 func (h *Handler) isOnce(eventType string) bool {
-	return h.once != nil && h.once.MatchString(eventType)
+	return slices.ContainsFunc(h.Once, func(pattern string) bool {
+		match, _ := path.Match(pattern, eventType)
+		return match
+	})
 }

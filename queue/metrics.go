@@ -74,47 +74,26 @@ func registerMetrics(registry prometheus.Registerer) error {
 	return nil
 }
 
-// queueMetrics are the metrics of one queue. All series exist from the start, at 0.
-type queueMetrics struct {
-	queue                 string
-	stored, attempts      map[string]prometheus.Counter // by result
-	storeSeconds          prometheus.Observer
-	down, damaged, paused prometheus.Gauge
-	pending, dead, oldest prometheus.Gauge
-}
-
-func newQueueMetrics(queue string) *queueMetrics {
-	m := &queueMetrics{
-		queue:  queue,
-		stored: make(map[string]prometheus.Counter), attempts: make(map[string]prometheus.Counter),
-		storeSeconds: storeSeconds.WithLabelValues(queue),
-		down:         backendDown.WithLabelValues(queue),
-		paused:       pausedGauge.WithLabelValues(queue),
-		damaged:      damagedFiles.WithLabelValues(queue),
-		pending:      eventsGauge.WithLabelValues(queue, store.Pending),
-		dead:         eventsGauge.WithLabelValues(queue, store.Dead),
-		oldest:       oldestGauge.WithLabelValues(queue),
-	}
+// createSeries creates all series of a queue at 0: a counter that first appears at 1 shows no
+// increase.
+func createSeries(queue string) {
 	for _, result := range []string{resultStored, resultDelivered, resultDuplicate, resultRefused, resultFailed} {
-		m.stored[result] = storedTotal.WithLabelValues(queue, result)
+		storedTotal.WithLabelValues(queue, result)
 	}
 	for _, result := range []string{resultDelivered, resultFailed, resultUnreachable} {
-		m.attempts[result] = attemptsTotal.WithLabelValues(queue, result)
+		attemptsTotal.WithLabelValues(queue, result)
 	}
-	return m
+	for _, gauge := range []*prometheus.GaugeVec{oldestGauge, backendDown, pausedGauge, damagedFiles} {
+		gauge.WithLabelValues(queue)
+	}
+	eventsGauge.WithLabelValues(queue, store.Pending)
+	eventsGauge.WithLabelValues(queue, store.Dead)
+	storeSeconds.WithLabelValues(queue)
 }
 
-// show sets the gauges.
-func (m *queueMetrics) show(pending, dead store.Count, damaged int) {
-	m.pending.Set(float64(pending.Events))
-	m.dead.Set(float64(dead.Events))
-	m.oldest.Set(pending.Oldest.Seconds())
-	m.damaged.Set(float64(damaged))
-}
-
-// remove deletes the gauges of a closed queue, because no code updates them any more.
-func (m *queueMetrics) remove() {
+// deleteGauges deletes the gauges of a closed queue, because no code updates them any more.
+func deleteGauges(queue string) {
 	for _, gauge := range []*prometheus.GaugeVec{eventsGauge, oldestGauge, backendDown, pausedGauge, damagedFiles} {
-		gauge.DeletePartialMatch(prometheus.Labels{"queue": m.queue})
+		gauge.DeletePartialMatch(prometheus.Labels{"queue": queue})
 	}
 }

@@ -182,6 +182,7 @@ func TestRefusedByAnOldCount(t *testing.T) {
 		c.queue().db.opened(t)
 		time.Sleep(opener.counting + countInterval + time.Second)
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		synctest.Wait()
 		_, err := c.queue().db.opened(t).Drop(t.Context(), store.Filter{}) // like another process
 		require.NoError(t, err)
 		assert.Equal(t, 503, serve(t, c.handlers[0], post(body)).status)
@@ -205,6 +206,7 @@ func TestRefusedEventCountsOnce(t *testing.T) {
 		defer c.stop(t)
 		c.queue().db.opened(t)
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		synctest.Wait()
 		slow.Store(true)
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		series := seriesOf(t, "full")
@@ -231,7 +233,7 @@ func TestQueueThatAReloadRemoves(t *testing.T) {
 		for range 4 {
 			serve(t, first.handlers[1], post(body))
 		}
-		synctest.Wait()
+		time.Sleep(2 * countInterval)
 		second := load("kept")
 		first.stop(t)
 		time.Sleep(5 * time.Minute)
@@ -253,7 +255,7 @@ func TestQueueThatAReloadRemoves(t *testing.T) {
 }
 
 func TestMetricsFollowTheConventions(t *testing.T) {
-	newQueueMetrics("linted")
+	createSeries("linted")
 	registry := prometheus.NewPedanticRegistry()
 	require.NoError(t, registerMetrics(registry))
 	require.NoError(t, registerMetrics(registry), "a second handler of a configuration")

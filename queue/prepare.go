@@ -2,6 +2,7 @@ package queue
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"io"
@@ -62,18 +63,14 @@ func newRequest(r *http.Request, e *event.Event) *request.Request {
 
 // prepare makes the request of one attempt. It shares no data with other attempts.
 func prepare(ctx context.Context, r *request.Request, server *caddyhttp.Server, w http.ResponseWriter, rec *store.Record) *http.Request {
-	if r.Local != nil {
-		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(r.Local))
-	} else {
-		ctx = context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(&request.Address{Net: "tcp"})) // without it, Caddy's placeholders panic
-	}
+	local := cmp.Or(r.Local, &request.Address{Net: "tcp"}) // without an address, Caddy's placeholders panic
 	req := (&http.Request{
 		Method: r.Method, URL: r.Original.URL(), RequestURI: r.Original.URI, Host: r.Host,
 		Proto: r.Proto, Header: r.Header.Clone(), RemoteAddr: r.RemoteAddr,
 		ContentLength: int64(len(r.Body)),
 		Body:          io.NopCloser(bytes.NewReader(r.Body)),
 		GetBody:       func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(r.Body)), nil },
-	}).WithContext(ctx)
+	}).WithContext(context.WithValue(ctx, http.LocalAddrContextKey, net.Addr(local)))
 	req.ProtoMajor, req.ProtoMinor, _ = http.ParseHTTPVersion(r.Proto)
 	if r.TLS != nil {
 		req.TLS = &tls.ConnectionState{

@@ -6,6 +6,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/delivery"
@@ -13,40 +14,48 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/writer"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"go.uber.org/zap"
+	"golang.org/x/time/rate"
 )
 
 // queue delivers all events of one queue name in one database. It outlives the
 // handlers of a configuration. The first attached handler delivers until it is detached,
 // because during a reload the new configuration may still fail.
 type queue struct {
+	key      string // in queues
 	name     string
 	db       *database
-	metrics  *queueMetrics
 	breaker  *delivery.Breaker
 	limits   *delivery.Limits
 	schedule *delivery.Schedule
-	pause    *pause
 
-	refusedLog, onceLog seldom
+	refusedLog, onceLog *rate.Limiter
 
 	attempting context.Context // the parent of the context of each attempt
 	cutOff     context.CancelFunc
 	stop       context.CancelFunc // ends the schedule
 	running    sync.WaitGroup     // the schedule, and each attempt from its claim or arrival until the writer has its result
+	closed     chan struct{}
+
+	paused     atomic.Pointer[time.Time] // the start of the pause, zero if the queue is not paused
+	pauseKnown context.Context           // ends with the first answer of the database, or after storeWait
+	knowPause  context.CancelFunc
 
 	mu       sync.Mutex
 	handlers []*Handler      // attached; the first one delivers
-	inFlight int             // running attempts
 	overdue  map[string]bool // events with an attempt that goes on after attempt_timeout
 }
 
-func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
+func newQueue(key string, h *Handler) *queue {
 	q := &queue{
-		name: name, db: openDatabase(opener, logger), metrics: newQueueMetrics(name), pause: newPause(),
-		breaker: new(delivery.Breaker), limits: delivery.NewLimits(), overdue: make(map[string]bool),
+		key: key, name: h.Name, db: openDatabase(h), breaker: new(delivery.Breaker), limits: delivery.NewLimits(),
+		refusedLog: onceAMinute(), onceLog: onceAMinute(), closed: make(chan struct{}), overdue: make(map[string]bool),
 	}
+	q.paused.Store(new(time.Time))
+	q.limits.Resize(h.Concurrency)
 	q.attempting, q.cutOff = context.WithCancel(context.Background())
 	q.schedule = delivery.NewSchedule(q, q.breaker, q.limits)
+	q.pauseKnown, q.knowPause = context.WithTimeout(context.Background(), storeWait)
+	createSeries(q.name)
 	q.db.join(q)
 	ctx, stop := context.WithCancel(context.Background())
 	q.stop = stop
@@ -54,49 +63,44 @@ func newQueue(name string, opener store.Opener, logger *zap.Logger) *queue {
 	return q
 }
 
-// Destruct waits for the running attempts, and closes the unused queue.
+// release releases a reference to the queue.
+func (q *queue) release() { _, _ = queues.Delete(q.key) }
+
+// Destruct closes the unused queue in the background, when the running attempts have ended.
 func (q *queue) Destruct() error {
 	q.stop()
-	q.running.Wait()
-	q.cutOff()
-	q.db.leave(q)
-	_, err := databases.Delete(q.db.opener.Key())
-	return err
+	go func() {
+		q.running.Wait()
+		q.cutOff()
+		q.db.leave(q)
+		_, _ = databases.Delete(q.db.opener.Key())
+		close(q.closed)
+	}()
+	return nil
 }
 
 // attach adds a handler. It delivers when all handlers before it are detached.
 func (q *queue) attach(h *Handler) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if q.handlers = append(q.handlers, h); len(q.handlers) == 1 {
-		q.followLocked(h)
-	}
+	q.handlers = append(q.handlers, h)
+	q.followLocked()
 }
 
 func (q *queue) detach(h *Handler) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h })
+	q.followLocked()
+}
+
+// followLocked uses the settings of the handler that delivers.
+func (q *queue) followLocked() {
 	if len(q.handlers) > 0 {
-		q.followLocked(q.handlers[0])
+		q.limits.Resize(q.handlers[0].Concurrency)
+		q.db.logger.Store(q.handlers[0].app.logger)
+		q.schedule.Wake()
 	}
-}
-
-// lend uses the settings of a handler after the end of its configuration, if no handler is
-// attached: the last requests of that configuration still need settings.
-func (q *queue) lend(h *Handler) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	if len(q.handlers) == 0 {
-		q.followLocked(h)
-	}
-}
-
-// followLocked uses the settings of a handler.
-func (q *queue) followLocked(h *Handler) {
-	q.limits.Resize(h.Concurrency)
-	q.db.logger.Store(h.app.logger)
-	q.schedule.Wake()
 }
 
 // current returns the handler that delivers, or nil.
@@ -109,12 +113,6 @@ func (q *queue) current() *Handler {
 	return nil
 }
 
-// inFlightNow returns the number of running attempts.
-func (q *queue) inFlightNow() (n int) {
-	q.locked(func() { n = q.inFlight })
-	return n
-}
-
 // Timeout implements delivery.Queue.
 func (q *queue) Timeout() time.Duration {
 	if h := q.current(); h != nil {
@@ -125,14 +123,19 @@ func (q *queue) Timeout() time.Duration {
 
 // Peek implements delivery.Queue. Without a pending event for a probe, a backend that is down
 // counts as up. Then the next new event is the probe.
-func (q *queue) Peek() (store.Peek, error) {
-	p, err := q.db.peek(q.name)
-	if err == nil {
+func (q *queue) Peek() (p store.Peek, err error) {
+	s, err := q.db.writer.Store()
+	if s == nil {
+		return p, err
+	}
+	ctx, cancel := context.WithTimeout(q.db.ctx, peekTimeout)
+	defer cancel()
+	if p, err = s.Peek(ctx, q.name); err == nil {
 		q.heedPause(&p)
 	}
 	if p.Empty && !q.db.writer.Failing() && q.breaker.Forget() {
 		q.db.logger.Load().Info("no pending event is left to probe the backend: the backend counts as up again", zap.String("queue", q.name))
-		q.metrics.down.Set(0)
+		backendDown.WithLabelValues(q.name).Set(0)
 	}
 	return p, err
 }
@@ -147,24 +150,23 @@ func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
 
 // AttemptStored implements delivery.Queue.
 func (q *queue) AttemptStored(r *store.Record, placeIsFree func()) {
+	defer q.running.Done()
 	claimed := time.Now()
-	ended := func(f store.Finish) {
-		f.ID, f.Queue = r.ID, q.name
-		q.db.writer.Finish(nil, f)
-		placeIsFree()
-		q.running.Done()
-	}
+	f := store.Finish{ID: r.ID, Queue: q.name}
 	h := q.current()
 	decoded, err := request.Decode(r)
 	switch {
 	case h == nil:
-		ended(store.Finish{Outcome: store.Unbegun})
+		f.Outcome = store.Unbegun
 	case err != nil:
 		h.logger.Error("a stored event is damaged: it is dead now, and is never delivered", zap.String("id", r.ID), zap.Error(err))
-		ended(store.Finish{Outcome: store.SetAside, LastError: lastError(err)})
+		f.Outcome, f.LastError = store.SetAside, lastError(err)
 	default:
-		q.attempt(h, decoded, r, func(res result) { ended(q.settle(h, r, res, r.Age+time.Since(claimed))) })
+		res := q.attempt(h, decoded, r)
+		f = q.settle(h, r, res, r.Age+time.Since(claimed))
 	}
+	q.db.writer.Finish(nil, f)
+	placeIsFree()
 }
 
 // settle records the result of an attempt in the metrics, the breaker and the history. It
@@ -175,14 +177,16 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 		f.Outcome = store.Released
 		return f
 	}
-	q.metrics.attempts[res.name()].Inc()
+	label := resultFailed
 	if res.unreachable {
+		label = resultUnreachable
 		q.unreached(h, r.ID, res.err)
 	} else {
 		q.reached(h)
 	}
 	switch {
 	case res.err == nil:
+		label = resultDelivered
 		f.Outcome = store.Delivered
 		q.remember(h, r, res.status)
 	case age >= time.Duration(h.MaxAge):
@@ -194,6 +198,7 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 		f.Outcome, f.LastError = store.Later, lastError(res.err)
 		f.After = max(delivery.Backoff(age, rand.Float64()), res.retryAfter)
 	}
+	attemptsTotal.WithLabelValues(q.name, label).Inc()
 	return f
 }
 
@@ -201,7 +206,7 @@ func (q *queue) reached(h *Handler) {
 	down, back := q.breaker.Reached(q.limits.Limit())
 	if back {
 		h.logger.Info("the backend is back", zap.String("queue", q.name), zap.Duration("down", down), zap.Int("pending", q.db.pending(q.name)))
-		q.metrics.down.Set(0)
+		backendDown.WithLabelValues(q.name).Set(0)
 		q.schedule.Wake()
 	}
 }
@@ -209,52 +214,29 @@ func (q *queue) reached(h *Handler) {
 func (q *queue) unreached(h *Handler, id string, err error) {
 	if q.breaker.Unreached(id) {
 		h.logger.Warn("the backend is down: events are stored, and one attempt a second is made", zap.String("queue", q.name), zap.Error(err))
-		q.metrics.down.Set(1)
+		backendDown.WithLabelValues(q.name).Set(1)
 	}
 }
 
 // errFull means that max_events are pending.
 var errFull = errors.New("too many events are pending")
 
-func (q *queue) isFull(h *Handler) bool { return q.db.pending(q.name) >= h.MaxEvents }
-
-// warnFull logs that events are not stored, and requests a count.
-func (q *queue) warnFull(h *Handler) {
-	q.db.countSoon()
-	if q.refusedLog.may() {
-		h.logger.Error("cannot store events: max_events are pending", zap.String("queue", q.name), zap.Int("max_events", h.MaxEvents))
-	}
-}
-
-// seldom limits a log line to one per minute.
-type seldom struct {
-	mu   sync.Mutex
-	last time.Time
-}
-
-func (s *seldom) may() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if time.Since(s.last) < time.Minute {
-		return false
-	}
-	s.last = time.Now()
-	return true
-}
+// onceAMinute limits a log line.
+func onceAMinute() *rate.Limiter { return rate.NewLimiter(rate.Every(time.Minute), 1) }
 
 // noteStored counts an event by the result of storing it.
 func (q *queue) noteStored(err error, took time.Duration) {
+	result := resultFailed
 	switch {
 	case err == nil:
-		q.metrics.stored[resultStored].Inc()
-		q.metrics.storeSeconds.Observe(took.Seconds())
+		result = resultStored
+		storeSeconds.WithLabelValues(q.name).Observe(took.Seconds())
 	case errors.Is(err, writer.ErrCalledBack):
-		q.metrics.stored[resultDelivered].Inc()
+		result = resultDelivered
 	case errors.Is(err, errFull):
-		q.metrics.stored[resultRefused].Inc()
+		result = resultRefused
 	case errors.Is(err, writer.ErrDuplicate):
-		q.metrics.stored[resultDuplicate].Inc()
-	default:
-		q.metrics.stored[resultFailed].Inc()
+		result = resultDuplicate
 	}
+	storedTotal.WithLabelValues(q.name, result).Inc()
 }

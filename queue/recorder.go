@@ -13,8 +13,7 @@ type answer struct {
 	header http.Header
 	sent   http.Header // a copy of header, made when the status was written
 	status int         // 0 if no status was written
-	body   []byte
-	cut    bool // the body is longer than maxAnswer
+	body   []byte      // up to maxAnswer, and one byte more if it is longer
 }
 
 func newAnswer() *answer { return &answer{header: make(http.Header)} }
@@ -29,9 +28,7 @@ func (a *answer) WriteHeader(status int) {
 
 func (a *answer) Write(p []byte) (int, error) {
 	a.WriteHeader(http.StatusOK)
-	kept := p[:min(len(p), maxAnswer-len(a.body))]
-	a.body = append(a.body, kept...)
-	a.cut = a.cut || len(kept) < len(p)
+	a.body = append(a.body, p[:min(len(p), maxAnswer+1-len(a.body))]...)
 	return len(p), nil
 }
 
@@ -43,7 +40,7 @@ func (a *answer) copyTo(w http.ResponseWriter) error {
 	header := w.Header()
 	maps.Copy(header, a.sent)
 	header.Del("Trailer") // the trailers are not stored
-	if a.cut {
+	if len(a.body) > maxAnswer {
 		header.Del("Content-Length")
 		a.body = nil // a part of the body would look complete
 	}

@@ -278,7 +278,7 @@ if (str_contains($body, 'hangs')) sleep(3600);`)
 	c.logged("an attempt goes on after attempt_timeout")
 	waitFor(t, "it is tried again, but not while that goes on", c.process, func() bool {
 		list := c.list(t)
-		return len(list) == 1 && list[0].Attempts > 2 && list[0].LastError == "the previous attempt has not ended yet"
+		return len(list) == 1 && list[0].Attempts > 2 && list[0].LastError == "an earlier attempt has not ended yet"
 	})
 	for i := range 20 {
 		send(fmt.Sprintf("good-%d.", i))

@@ -113,7 +113,7 @@ func TestBreaker(t *testing.T) {
 			state := b.Backend()
 			assert.Equal(t, tt.down, state.isDown())
 			assert.Equal(t, tt.ramp, state.Ramp)
-			assert.Equal(t, !tt.down && (tt.ramp == 0 || tt.ramp > 1), state.Allows(1))
+			assert.Equal(t, !tt.down && tt.ramp == 0, state.Allows())
 			assert.Equal(t, tt.down || tt.ramp > 0, state.newest())
 		})
 	}

@@ -20,11 +20,8 @@ type Backend struct {
 
 func (b Backend) isDown() bool { return !b.Down.IsZero() }
 
-// Allows reports whether an attempt at a new event may begin if this number of attempts is
-// already running.
-func (b Backend) Allows(running int) bool {
-	return !b.isDown() && (b.Ramp == 0 || running < b.Ramp)
-}
+// Allows reports whether new events get an attempt before they are stored.
+func (b Backend) Allows() bool { return !b.newest() }
 
 // newest reports whether the newest events come first. An event that hangs the backend looks
 // like an outage, and would be probed forever. New events are the least likely cause.

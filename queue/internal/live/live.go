@@ -27,6 +27,6 @@ type Queue struct {
 
 // Queues is the app of inkit_queue.
 type Queues interface {
-	// Queues returns the queues of the app's configuration, or nil before the app has started.
+	// Queues returns the queues of the app's configuration.
 	Queues() []Queue
 }
