@@ -60,7 +60,7 @@ sends a deleted event of a type in once again, it is delivered.
 		}
 		would := 0
 		err := o.each(cmd.Context(), func(d *target) error {
-			return store.Each(cmd.Context(), d, *filter, false, func(page []*store.Record) error { would += len(page); return nil })
+			return store.Each(cmd.Context(), d, *filter, func(page []*store.Record) error { would += len(page); return nil })
 		})
 		if err == nil {
 			err = fmt.Errorf("would drop %d events: add --yes to drop them", would)
@@ -100,7 +100,7 @@ func (o *origin) change(ctx context.Context, ids []string, filter store.Filter, 
 	} else {
 		filter.Limit = changeStep
 		err = o.each(ctx, func(d *target) error {
-			return store.Each(ctx, d, filter, false, func(page []*store.Record) error {
+			return store.Each(ctx, d, filter, func(page []*store.Record) error {
 				part := filter
 				part.IDs = idsOf(page)
 				_, err := step(d, part)

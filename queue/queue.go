@@ -167,7 +167,7 @@ func (q *queue) attemptStored(r *store.Record, claimed time.Time, placeIsFree fu
 func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duration) store.Finish {
 	f := store.Finish{ID: r.ID, Queue: q.name}
 	if res.err != nil && q.attempting.Err() != nil { // Caddy is stopping, and has cancelled the attempt
-		f.Outcome = store.Released
+		f.Outcome = store.Later
 		return f
 	}
 	q.metrics.attempts[res.name()].Inc()

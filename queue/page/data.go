@@ -244,7 +244,7 @@ func (h *Handler) change(ctx context.Context, f store.Filter, what func(store.St
 			err = errors.Join(err, openErr)
 			continue
 		}
-		changeErr := store.Each(ctx, s, f, false, func(page []*store.Record) error {
+		changeErr := store.Each(ctx, s, f, func(page []*store.Record) error {
 			some := f
 			some.IDs, some.After, some.Limit = make([]string, len(page)), "", 0
 			for i, r := range page {

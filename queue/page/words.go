@@ -202,7 +202,7 @@ func newPicture(s store.Status) (p picture) {
 		b := &p.Bars[i]
 		b.X, b.Hour, b.Pending = i, now.Add(time.Duration(i-23)*time.Hour).Format("15:04"), s.Kept[i]
 		for _, q := range s.Queues {
-			b.Delivered += q.Hours[i]
+			b.Delivered += q.Delivered[i]
 			b.Failed += q.Failed[i]
 		}
 		p.Most = max(p.Most, b.Delivered+b.Failed+b.Pending)

@@ -69,7 +69,7 @@ func openFile(ctx context.Context, path string, o store.Opening) (*file, error) 
 	f := &file{path: path, main: info, room: room{reserve: path + "-reserve"}}
 	f.Dialect = sqlstore.Dialect{
 		Bytes: "BLOB", Clustered: " WITHOUT ROWID", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
-		Plain: true, Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
+		Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
 	}
 	f.Write = openSQLite(path, 1, busy,
 		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
@@ -77,6 +77,9 @@ func openFile(ctx context.Context, path string, o store.Opening) (*file, error) 
 	f.Read = openSQLite(path, 2, busy, "query_only(1)")
 	if err = f.prepare(ctx); err == nil {
 		f.log, err = os.Stat(path + "-wal")
+	}
+	if err == nil && !o.Command {
+		err = wrap(f.PrepareApply(ctx))
 	}
 	if err != nil {
 		_ = f.Close()
