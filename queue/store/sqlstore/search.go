@@ -89,9 +89,10 @@ func bounds(f store.Filter, table string) *condition {
 	return c
 }
 
-// addRest adds the other part of a filter's condition. The concatenations avoid the index of
+// rest returns the other part of a filter's condition. The concatenations avoid the index of
 // due times: the database must read the rows in the order of their ids.
-func (c *condition) addRest(f store.Filter, table string) {
+func rest(f store.Filter, table string) *condition {
+	c := new(condition)
 	if table == events && !has(f, store.Dead) {
 		c.add("state || '' = 'pending'")
 	}
@@ -110,14 +111,15 @@ func (c *condition) addRest(f store.Filter, table string) {
 	if f.IDs != nil {
 		c.ids(f.IDs)
 	}
+	return c
 }
 
 var likeEscape = strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`)
 
 // where returns the condition of a filter in a table.
 func where(f store.Filter, table string) *condition {
-	c := bounds(f, table)
-	c.addRest(f, table)
+	c, other := bounds(f, table), rest(f, table)
+	c.add(other.String(), other.args...)
 	return c
 }
 
@@ -141,13 +143,14 @@ func (d *DB) Search(ctx context.Context, f store.Filter, withRequest bool) (stor
 // time, until it has enough records or reaches the time limit.
 func (d *DB) searchTable(ctx context.Context, table string, f store.Filter, withRequest bool) (page store.Page, err error) {
 	began := time.Now()
+	other := rest(f, table)
 	order, until := " ORDER BY id", "id <= ?"
 	if f.Newest {
 		order, until = " ORDER BY id DESC", "id >= ?"
 	}
 	for {
 		c, end := bounds(f, table), ""
-		if f.IDs == nil && f.Resource == "" {
+		if len(other.parts) > 0 && f.IDs == nil && f.Resource == "" {
 			err := d.each(ctx, d.Read, []any{&end}, nil, `SELECT id FROM {schema}`+table+` WHERE `+c.String()+order+
 				fmt.Sprintf(` LIMIT 1 OFFSET %d`, searchStep-1), c.args...)
 			if err != nil {
@@ -157,7 +160,7 @@ func (d *DB) searchTable(ctx context.Context, table string, f store.Filter, with
 		if end != "" {
 			c.add(until, end)
 		}
-		c.addRest(f, table)
+		c.add(other.String(), other.args...)
 		found, err := d.records(ctx, d.Read, `SELECT `+recordColumns(table, withRequest)+` FROM {schema}`+table+
 			` WHERE `+c.String()+order+fmt.Sprint(` LIMIT `, f.Limit), c.args...)
 		if err != nil {
