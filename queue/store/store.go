@@ -232,9 +232,9 @@ type Upkeep struct {
 // one goroutine may call Apply. Errors show no part of an event, and no credentials.
 type Store interface {
 	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch
-	// is on the disk. After a connection error, the batch may be on the disk. Adding an
-	// existing event changes nothing. If another owner has the lease of an event, a finish
-	// changes the event only if it is Delivered.
+	// is on the disk, and Left and the claims have their results. After a connection error,
+	// the batch may be on the disk. Adding an existing event changes nothing. If another
+	// owner has the lease of an event, a finish changes the event only if it is Delivered.
 	Apply(ctx context.Context, b *Batch) error
 
 	// Due fills Records with due events, but sets no lease: events in a read-only database

@@ -90,7 +90,8 @@ func bounds(f store.Filter, table string) *condition {
 }
 
 // rest returns the other part of a filter's condition. The concatenations avoid the index of
-// due times: the database must read the rows in the order of their ids.
+// due times: the database must read the rows in the order of their ids. For a filter without
+// pending and dead events, both parts select no row of events.
 func rest(f store.Filter, table string) *condition {
 	c := new(condition)
 	if table == events && !has(f, store.Dead) {
@@ -106,15 +107,13 @@ func rest(f store.Filter, table string) *condition {
 		c.add("resource_id = ? AND resource_id <> ''", label(f.Resource))
 	}
 	if f.Error != "" {
-		c.add(`lower(last_error) LIKE lower(?) ESCAPE '\'`, "%"+likeEscape.Replace(f.Error)+"%")
+		c.add("replace(lower(last_error), lower(?), '') <> lower(last_error)", f.Error) // LIKE has wildcards
 	}
 	if f.IDs != nil {
 		c.ids(f.IDs)
 	}
 	return c
 }
-
-var likeEscape = strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`)
 
 // where returns the condition of a filter in a table.
 func where(f store.Filter, table string) *condition {
@@ -224,9 +223,6 @@ func milliseconds(ms int64) time.Duration { return time.Duration(max(0, ms)) * t
 
 // Retry implements store.Store.
 func (d *DB) Retry(ctx context.Context, f store.Filter) (int, error) {
-	if !slices.Contains(tables(f), events) {
-		return 0, nil
-	}
 	c := where(f, events)
 	return d.change(ctx, `
 		UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL

@@ -80,8 +80,7 @@ func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (
 
 // Apply implements store.Store.
 func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
-	b.Left = nil
-	err := d.InTx(ctx, func(tx *sql.Tx) error {
+	return d.InTx(ctx, func(tx *sql.Tx) error {
 		added, err := d.once(ctx, tx, b.Add)
 		if err != nil {
 			return err
@@ -100,6 +99,7 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 				return err
 			}
 		}
+		b.Left = nil
 		if done[deliverEvents]+done[keepEvents] < len(b.Finish) && d.Skip != "" {
 			if err := d.left(ctx, tx, b); err != nil {
 				return err
@@ -112,13 +112,6 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 		}
 		return nil
 	})
-	if err != nil {
-		b.Left = nil
-		for _, claim := range b.Claims {
-			claim.Records = nil
-		}
-	}
-	return err
 }
 
 // plain returns a text that every database accepts: UTF-8 without NUL. Otherwise one event
@@ -201,6 +194,7 @@ func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.C
 			SELECT e.id FROM {schema}inkit_queue_events AS e
 			WHERE e.queue = ? AND e.state = 'pending' AND e.due > {now} + CAST(? AS BIGINT) LIMIT 500 {skip})`,
 		claim.Queue, max(store.Latest, claim.Lease).Milliseconds())
+	claim.Records = nil
 	if err == nil && claim.Newest { // first look at the last arrivals: sorting all due events is slow
 		err = d.claimFrom(ctx, tx, owner, claim, fmt.Sprintf(`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT %d) AS n
 			CROSS JOIN {schema}inkit_queue_events AS e WHERE e.id = n.id AND`, 16+4*claim.Max), `e.id DESC`)
