@@ -182,9 +182,9 @@ func (d *DB) searchTable(ctx context.Context, table string, f store.Filter, with
 
 // recordColumns returns the columns of a table for records.
 func recordColumns(table string, withRequest bool) string {
-	columns := `id, queue, state, received, {now} - queued, due, lease, attempts, last_error, event_type, resource_id, NULL, 0`
+	columns := `id, queue, state, received, due, {now} - queued, lease, attempts, last_error, event_type, resource_id, NULL, 0`
 	if table == history {
-		columns = `id, queue, 'delivered', received, 0, NULL, NULL, attempts, '', event_type, resource_id, finished, status`
+		columns = `id, queue, 'delivered', received, NULL, 0, NULL, attempts, '', event_type, resource_id, finished, status`
 	}
 	if withRequest && table == events {
 		return columns + ", request, checksum"
@@ -198,7 +198,7 @@ func (d *DB) records(ctx context.Context, db Querier, query string, args ...any)
 	var received, due, lease, finished sql.NullInt64
 	var age int64
 	err = d.each(ctx, db, []any{
-		&r.ID, &r.Queue, &r.State, &received, &age, &due, &lease, &r.Attempts, &r.LastError,
+		&r.ID, &r.Queue, &r.State, &received, &due, &age, &lease, &r.Attempts, &r.LastError,
 		&r.EventType, &r.ResourceID, &finished, &r.Status, &r.Request, &r.Checksum,
 	}, func() {
 		one := r

@@ -50,7 +50,7 @@ func (d *DB) PrepareApply(ctx context.Context) error {
 	d.prepared = make(map[statement][]*sql.Stmt)
 	for _, s := range []statement{addEvents, addHistory, deliverEvents, keepEvents} {
 		for n := range d.Rows {
-			stmt, err := d.Write.PrepareContext(ctx, d.text(s.forRows(n+1)))
+			stmt, err := d.Write.PrepareContext(ctx, d.text(s.forRows(n+1))) //nolint:sqlclosecheck // used until the database is closed
 			if err != nil {
 				return err
 			}
@@ -64,7 +64,8 @@ func (d *DB) PrepareApply(ctx context.Context) error {
 // rows.
 func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (total int, err error) {
 	for some := range slices.Chunk(events, d.Rows) {
-		n, args := 0, slices.Concat(some...)
+		var n int
+		args := slices.Concat(some...)
 		if stmts := d.prepared[s]; stmts != nil {
 			n, err = changed(tx.StmtContext(ctx, stmts[len(some)-1]).ExecContext(ctx, args...)) //nolint:sqlclosecheck // the transaction closes it
 		} else {
@@ -91,9 +92,11 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 			statement
 			rows [][]any
 		}{
-			{addEvents, eventRows(b.Owner, added)}, {addHistory, historyRows(b.History)},
+			{addEvents, eventRows(b.Owner, added)},
+			{addHistory, historyRows(b.History)},
 			{insert(b.Copied.Table, wholeRow(b.Copied.Table)), b.Copied.Rows},
-			{deliverEvents, delivered}, {keepEvents, others},
+			{deliverEvents, delivered},
+			{keepEvents, others},
 		} {
 			if done[step.statement], err = d.run(ctx, tx, step.statement, step.rows); err != nil {
 				return err
