@@ -101,8 +101,8 @@ type Claim struct {
 
 // Batch is the work of one transaction.
 type Batch struct {
-	Owner   string // the owner of the leases in Add and Claims
-	Add     []*Record
+	Owner   string    // the owner of the leases in Add and Claims
+	Add     []*Record // a few thousand at most, because one statement writes all keys
 	Finish  []Finish
 	Claims  []*Claim
 	History []*Record // rows of the history
@@ -269,7 +269,8 @@ type Store interface {
 	Retry(ctx context.Context, filter Filter) (int, error)
 
 	// Drop deletes events and their keys, and returns the number of deleted events. If Inkit
-	// sends a dropped event again, the queue stores it.
+	// sends a dropped event again, the queue stores it. It is for a few thousand events at
+	// most: callers name the events of a page.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
 	// Tidy does a small part of the upkeep: it deletes expired history and keys, and gives
