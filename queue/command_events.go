@@ -38,7 +38,7 @@ func listCommand(o *origin) *cobra.Command {
 				write = func(r *store.Record) error { return printRow(table, r) }
 			}
 			filter.Limit = *left
-			err := store.Each(cmd.Context(), d, *filter, false, func(page []*store.Record) error {
+			err := store.Each(cmd.Context(), d, *filter, func(page []*store.Record) error {
 				for _, r := range page {
 					if err := write(r); err != nil {
 						return err

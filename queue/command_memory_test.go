@@ -31,7 +31,7 @@ func TestListFilters(t *testing.T) {
 		{"a type", "--type DOCUMENT_CREATE_FINISHED", "i1-due i2-later i3-dead i4-leased"},
 		{"another type", "--type DOCUMENT", ""},
 		{"an error", "--error 404", "i3-dead"},
-		{"since", "--since 1h", ""},
+		{"since", "--since 1h --state delivered", ""},
 		{"until", "--until 1h --state delivered", "0-d1"},
 		{"a limit", "--limit 2", "i1-due i2-later"},
 		{"a limit of one", "--limit 1 --state all", "0-d1"},

@@ -58,7 +58,7 @@ func (o *origin) eachQueue(ctx context.Context, f func(d *target, q store.QueueS
 func encodeStatus(q store.QueueStatus, database string, size int64) error {
 	status := map[string]any{
 		"queue": q.Queue, "database": database, "size": size, "pending": q.Pending, "dead": q.Dead, "oldest_age_seconds": int(q.Oldest.Seconds()),
-		"delivered_hour": q.LastHour, "delivered_day": q.LastDay, "duplicates": q.Duplicates, "errors": append([]store.ErrorCount{}, q.Errors...),
+		"delivered_hour": q.Delivered[23], "delivered_day": q.Delivered.Sum(), "duplicates": q.Duplicates, "errors": append([]store.ErrorCount{}, q.Errors...),
 	}
 	if q.Pending > 0 {
 		status["next_attempt"] = seconds(time.Now().Add(q.Next))
@@ -84,7 +84,7 @@ func printStatus(q store.QueueStatus, database string, size int64) {
 		line("pending", "0")
 	}
 	line("dead", "%d", q.Dead)
-	line("delivered", "%d in the last hour, %d in the last day", q.LastHour, q.LastDay)
+	line("delivered", "%d in the last hour, %d in the last day", q.Delivered[23], q.Delivered.Sum())
 	line("duplicates", "%d", q.Duplicates)
 	name := "last errors"
 	for _, e := range q.Errors {

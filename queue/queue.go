@@ -174,7 +174,7 @@ func (q *queue) AttemptStored(r *store.Record, placeIsFree func()) {
 func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duration) store.Finish {
 	f := store.Finish{ID: r.ID, Queue: q.name}
 	if res.err != nil && q.attempting.Err() != nil { // Caddy is stopping, and has cancelled the attempt
-		f.Outcome = store.Released
+		f.Outcome = store.Later
 		return f
 	}
 	label := resultFailed

@@ -133,7 +133,7 @@ func newPicture(s store.Status) (p picture) {
 	for i := range p.Bars {
 		delivered, failed, pending := 0, 0, s.Kept[i]
 		for _, q := range s.Queues {
-			delivered += q.Hours[i]
+			delivered += q.Delivered[i]
 			failed += q.Failed[i]
 		}
 		p.Bars[i].Hour = now.Add(time.Duration(i-23) * time.Hour).Format("15:04")

@@ -45,12 +45,10 @@ type Record struct {
 	Delay time.Duration
 	Lease time.Duration
 
-	// Set by a store, with the store's clock: when the event's age starts, when the next
-	// attempt is due, and when the lease of the running attempt ends.
-	Queued, Due, LeasedUntil time.Time
-
-	// Age is the event's age at the time of the claim.
-	Age time.Duration
+	// Set by a store, with the store's clock: when the next attempt is due, when the lease of
+	// the running attempt ends, and the event's age at the time of the claim or search.
+	Due, LeasedUntil time.Time
+	Age              time.Duration
 
 	// Only in the history: when the backend accepted the event, and the status of the answer.
 	Finished time.Time
@@ -78,7 +76,7 @@ type Finish struct {
 	ID, Queue string
 	Outcome   Outcome
 	After     time.Duration // for Later: the wait before the next attempt
-	LastError string        // for Later and SetAside
+	LastError string        // for Later and SetAside; if it is empty, the event keeps its last error
 }
 
 // Outcome is the result of an attempt.
@@ -87,10 +85,9 @@ type Outcome int
 // The outcomes of an attempt.
 const (
 	Delivered Outcome = iota // the event is deleted
-	Later                    // the event is attempted again
+	Later                    // the event is attempted again, by any owner
 	SetAside                 // the event is dead
-	Released                 // Caddy stops: the event is due now, for any owner
-	Unbegun                  // like Released, but the attempt did not begin and does not count
+	Unbegun                  // like Later, but the attempt did not begin and does not count
 )
 
 // Claim asks for due events. Store.Apply fills Records.
@@ -104,8 +101,8 @@ type Claim struct {
 
 // Batch is the work of one transaction.
 type Batch struct {
-	Owner   string // the owner of the leases in Add and Claims
-	Add     []*Record
+	Owner   string    // the owner of the leases in Add and Claims
+	Add     []*Record // a few thousand at most, because one statement writes all keys
 	Finish  []Finish
 	Claims  []*Claim
 	History []*Record // rows of the history
@@ -141,7 +138,6 @@ type Filter struct {
 	Since    time.Time // received at this time or later
 	Until    time.Time // received before this time
 	IDs      []string  // only events with these ids, nil for all events
-	Due      bool      // only pending events that are due now
 
 	After  string // start after this position: Page.Next, or an id
 	Newest bool   // the newest event first, otherwise the oldest first
@@ -180,7 +176,18 @@ type Rows struct {
 type Status struct {
 	Size   int64 // in bytes
 	Queues []QueueStatus
-	Kept   [24]int // pending and dead events of all queues, by their hour of arrival
+	Kept   Hours // pending and dead events of all queues, by their hour of arrival
+}
+
+// Hours has a number for each of the last 24 hours. The last hour ends now.
+type Hours [24]int
+
+// Sum returns the number for the last day.
+func (h Hours) Sum() (sum int) {
+	for _, n := range h {
+		sum += n
+	}
+	return sum
 }
 
 // QueueStatus is the state of one queue. Its numbers of deliveries come from the history.
@@ -192,11 +199,9 @@ type QueueStatus struct {
 	Next          time.Duration // until the next attempt is due, 0 if an attempt is due now or no event is pending
 	Paused        time.Time     // start of the pause, zero if the queue is not paused
 
-	LastHour, LastDay int     // delivered events
-	Hours             [24]int // delivered events by hour: the last hour ends now
-	Retries           int     // failed attempts of the events that were delivered in the last day
-	Failed            [24]int // Retries by the hour of the delivery
-	Duplicates        int     // duplicates of all remembered events
+	Delivered  Hours // delivered events
+	Failed     Hours // failed attempts of these events, by the hour of the delivery
+	Duplicates int   // duplicates of all remembered events
 
 	// Errors are the most frequent last errors of pending and dead events, at most five.
 	// If there are many events, only the oldest and the newest events count.
@@ -227,9 +232,9 @@ type Upkeep struct {
 // one goroutine may call Apply. Errors show no part of an event, and no credentials.
 type Store interface {
 	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch
-	// is on the disk. After a connection error, the batch may be on the disk. Adding an
-	// existing event changes nothing. If another owner has the lease of an event, a finish
-	// changes the event only if it is Delivered.
+	// is on the disk, and Left and the claims have their results. After a connection error,
+	// the batch may be on the disk. Adding an existing event changes nothing. If another
+	// owner has the lease of an event, a finish changes the event only if it is Delivered.
 	Apply(ctx context.Context, b *Batch) error
 
 	// Due fills Records with due events, but sets no lease: events in a read-only database
@@ -264,7 +269,8 @@ type Store interface {
 	Retry(ctx context.Context, filter Filter) (int, error)
 
 	// Drop deletes events and their keys, and returns the number of deleted events. If Inkit
-	// sends a dropped event again, the queue stores it.
+	// sends a dropped event again, the queue stores it. It is for a few thousand events at
+	// most: callers name the events of a page.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
 	// Tidy does a small part of the upkeep: it deletes expired history and keys, and gives
@@ -311,11 +317,11 @@ type Opener interface {
 	Migration() string
 }
 
-// Each calls f with each page of matching events. While f runs, no read of the database is
+// Each calls f with each page of matching events, without requests. While f runs, no read of the database is
 // open. So f may be slow, for example wait for a terminal, and SQLite's log does not grow.
-func Each(ctx context.Context, s Store, filter Filter, withRequest bool, f func(page []*Record) error) error {
+func Each(ctx context.Context, s Store, filter Filter, f func(page []*Record) error) error {
 	for {
-		page, err := s.Search(ctx, filter, withRequest)
+		page, err := s.Search(ctx, filter, false)
 		if err != nil {
 			return err
 		}

@@ -31,7 +31,7 @@ const Step = 100
 // InSteps calls f for the events that a filter selects, and with a filter for these events.
 func InSteps(ctx context.Context, s store.Store, filter store.Filter, f func(page []*store.Record, step store.Filter) error) error {
 	filter.Limit = Step
-	return store.Each(ctx, s, filter, false, func(page []*store.Record) error {
+	return store.Each(ctx, s, filter, func(page []*store.Record) error {
 		step := filter
 		step.IDs = nil
 		for _, r := range page {

@@ -267,7 +267,7 @@ func TestWriter(t *testing.T) {
 			records, err := w.Claim(&store.Claim{Queue: "default", Max: 2})
 			require.NoError(t, err)
 			assert.Equal(t, []*store.Record{{ID: "b"}}, records)
-			w.Finish(nil, store.Finish{ID: "b", Outcome: store.Released})
+			w.Finish(nil, store.Finish{ID: "b", Outcome: store.Later})
 			d.mu.Lock()
 			locked = false
 			d.mu.Unlock()

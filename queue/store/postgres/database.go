@@ -60,10 +60,9 @@ func dialect(schema string) sqlstore.Dialect {
 		qualified = pgx.Identifier{schema}.Sanitize() + "."
 	}
 	return sqlstore.Dialect{
-		Bytes: "BYTEA", Schema: qualified, Rows: 100, Skip: "FOR UPDATE OF e SKIP LOCKED",
+		Bytes: "BYTEA", Schema: qualified, Rows: 100, Numbered: true, Skip: "FOR UPDATE OF e SKIP LOCKED",
 		// not clock_timestamp(): PostgreSQL uses no index for it
 		Now: "(extract(epoch FROM statement_timestamp()) * 1000)::bigint",
-		Tx:  &sql.TxOptions{Isolation: sql.LevelReadCommitted},
 		// The default of a role or database may not be durable. With pgbouncer, only settings
 		// of a transaction are reliable. If this Caddy crashes, its locks must end soon,
 		// because other Caddys wait for them.

@@ -110,7 +110,7 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 	f := &file{path: path, opening: o}
 	f.Dialect = sqlstore.Dialect{
 		Bytes: "BLOB", Clustered: " WITHOUT ROWID", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
-		Plain: true, Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
+		Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
 	}
 	f.Write = openSQLite(path, 1, busy,
 		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
@@ -118,6 +118,9 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 	f.Read = openSQLite(path, 2, busy, "query_only(1)")
 	if err = f.open(ctx); errors.Is(err, errDamaged) {
 		err = f.repair(ctx, nil, err)
+	}
+	if err == nil && !o.Command {
+		err = wrap(f.PrepareApply(ctx))
 	}
 	if err != nil {
 		_ = f.DB.Close()

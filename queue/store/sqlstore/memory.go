@@ -3,9 +3,7 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -16,32 +14,25 @@ import (
 // tidyStep is the maximum number of rows that one statement of Tidy deletes.
 const tidyStep = 500
 
-// columns has the columns of each table that store.Copy copies. The primary key comes first.
-var columns = map[string][]string{
-	"events":  {"id", "queue", "state", "received", "queued", "due", "lease", "owner", "attempts", "last_error", "event_type", "resource_id", "request", "checksum"},
-	"history": {"id", "queue", "event_type", "resource_id", "received", "finished", "attempts", "status"},
-	"once":    {"queue", "digest", "id", "expires", "duplicates"},
-	"paused":  {"queue", "since"},
+// columns has the columns of each table that store.Copy copies.
+var columns = map[string]string{
+	"events":  "id, queue, state, received, queued, due, lease, owner, attempts, last_error, event_type, resource_id, request, checksum",
+	"history": "id, queue, event_type, resource_id, received, finished, attempts, status",
+	"once":    "queue, digest, id, expires, duplicates",
+	"paused":  "queue, since",
 }
 
-// insert returns a statement that adds whole rows to a table.
-func insert(table string) statement {
-	all := columns[table]
-	return statement{
-		`(` + strings.Repeat("?, ", max(1, len(all))-1) + `?)`,
-		`INSERT INTO {schema}inkit_queue_` + table + ` (` + strings.Join(all, ", ") + `) VALUES {rows} ON CONFLICT DO NOTHING`,
-	}
+// wholeRow returns the text of a row with an argument for each column.
+func wholeRow(table string) string {
+	return "(" + strings.Repeat("?, ", strings.Count(columns[table], ",")) + "?)"
 }
 
 // ReadRows implements store.Store.
 func (d *DB) ReadRows(ctx context.Context, after store.Rows, idle bool) (store.Rows, error) {
-	page, all, key, c := store.Rows{Table: after.Table}, columns[after.Table], 1, new(condition)
-	if page.Table == "once" {
-		key = 2
-	}
-	order := strings.Join(all[:key], ", ")
+	page, all, c := store.Rows{Table: after.Table}, strings.Split(columns[after.Table], ", "), new(condition)
+	key := max(0, slices.Index(all, "id")) // a queue has one row in paused
 	if n := len(after.Rows); n > 0 {
-		c.add("("+order+") > ($%d"+strings.Repeat(", $%d", key-1)+")", after.Rows[n-1][:key]...)
+		c.add(all[key]+" > ?", after.Rows[n-1][key])
 	}
 	if idle && page.Table == "events" {
 		c.add("(lease IS NULL OR lease <= {now})")
@@ -50,10 +41,10 @@ func (d *DB) ReadRows(ctx context.Context, after store.Rows, idle bool) (store.R
 	for i := range row {
 		dest[i] = &row[i]
 	}
-	err := d.each(ctx, d.Read, dest, func() { page.Rows = append(page.Rows, slices.Clone(row)) },
-		`SELECT `+strings.Join(all, ", ")+` FROM {schema}inkit_queue_`+page.Table+` WHERE `+c.String()+
-			` ORDER BY `+order+fmt.Sprint(` LIMIT `, store.MaxPage), c.args...)
-	return page, d.Wrap(err)
+	err := d.read(ctx, dest, func() { page.Rows = append(page.Rows, slices.Clone(row)) },
+		`SELECT `+columns[page.Table]+` FROM {schema}inkit_queue_`+page.Table+` WHERE `+c.String()+
+			` ORDER BY `+all[key]+fmt.Sprint(` LIMIT `, store.MaxPage), c.args...)
+	return page, err
 }
 
 // historyRows returns the rows of the history for delivered events.
@@ -67,41 +58,39 @@ func historyRows(history []*store.Record) (rows [][]any) {
 // once writes the keys of new events, and returns the events to store. If a key
 // already exists, its event is a duplicate of the first event.
 func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) ([]*store.Record, error) {
-	same := make(map[string][]*store.Record) // events of this batch by queue and digest
+	var keys []any
 	for _, r := range added {
 		r.First = ""
 		if r.Digest != nil {
-			key := r.Queue + "\x00" + string(r.Digest)
-			same[key] = append(same[key], r)
+			keys = append(keys, r.Queue, r.Digest, r.ID, r.Remember.Milliseconds())
 		}
 	}
-	rows := make([][]any, 0, len(same))
-	for _, key := range slices.Sorted(maps.Keys(same)) { // sorted, so that two transactions cannot deadlock
-		r := same[key][0]
-		rows = append(rows, []any{r.Queue, r.Digest, r.ID, r.Remember.Milliseconds(), len(same[key]) - 1})
+	if keys == nil {
+		return added, nil
 	}
+	firsts := make(map[string]string) // ids by queue and digest
 	var queue, digest, id string
-	for some := range slices.Chunk(rows, d.Rows) {
-		err := d.each(ctx, tx, []any{&queue, &digest, &id}, func() {
-			for _, r := range same[queue+"\x00"+digest] {
-				if r.ID != id {
-					r.First = id
-				}
-			}
-		}, d.query(addKeys, len(some)), slices.Concat(some...)...)
-		if err != nil {
-			return nil, err
-		}
+	err := d.each(ctx, tx, []any{&queue, &digest, &id}, func() { firsts[queue+"\x00"+digest] = id }, addKeys.forRows(len(keys)/4), keys...)
+	if err != nil {
+		return nil, err
 	}
-	return slices.DeleteFunc(slices.Clone(added), func(r *store.Record) bool { return r.First != "" }), nil
+	return slices.DeleteFunc(slices.Clone(added), func(r *store.Record) bool {
+		if first, ok := firsts[r.Queue+"\x00"+string(r.Digest)]; ok && first != r.ID {
+			r.First = first
+		}
+		return r.First != ""
+	}), nil
 }
 
 // keyOver is the condition for a key that no longer counts: it has expired, and its event is gone.
 const keyOver = `o.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = o.id)`
 
+// addKeys sorts the keys, so that two transactions cannot deadlock.
 var addKeys = statement{
-	`(?, ?, ?, {now} + CAST(? AS BIGINT), CAST(? AS INTEGER))`,
-	`INSERT INTO {schema}inkit_queue_once AS o (queue, digest, id, expires, duplicates) VALUES {rows}
+	`(?, CAST(? AS {bytes}), ?, CAST(? AS BIGINT))`,
+	`INSERT INTO {schema}inkit_queue_once AS o (queue, digest, id, expires, duplicates)
+	SELECT column1, column2, min(column3), {now} + max(column4), count(*) - 1 FROM (VALUES {rows}) AS v
+	GROUP BY column1, column2 ORDER BY column1, column2
 	ON CONFLICT (queue, digest) DO UPDATE SET
 		id = CASE WHEN ` + keyOver + ` THEN excluded.id ELSE o.id END,
 		expires = CASE WHEN ` + keyOver + ` THEN excluded.expires ELSE o.expires END,
@@ -110,17 +99,13 @@ var addKeys = statement{
 }
 
 // Pause implements store.Store.
-func (d *DB) Pause(ctx context.Context, queue string, paused bool) (changed bool, err error) {
-	query := `DELETE FROM {schema}inkit_queue_paused WHERE queue = $1`
+func (d *DB) Pause(ctx context.Context, queue string, paused bool) (bool, error) {
+	query := `DELETE FROM {schema}inkit_queue_paused WHERE queue = ?`
 	if paused {
-		query = `INSERT INTO {schema}inkit_queue_paused (queue, since) VALUES ($1, {now}) ON CONFLICT (queue) DO NOTHING`
+		query = `INSERT INTO {schema}inkit_queue_paused (queue, since) VALUES (?, {now}) ON CONFLICT (queue) DO NOTHING`
 	}
-	err = d.InTx(ctx, func(tx *sql.Tx) error {
-		n, err := d.exec(ctx, tx, query, queue)
-		changed = n > 0
-		return err
-	})
-	return changed, err
+	n, err := d.change(ctx, query, queue)
+	return n > 0, err
 }
 
 // Tidy implements store.Store. It deletes a few rows at a time, so that no event waits long.
@@ -129,30 +114,27 @@ func (d *DB) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err e
 		until := time.Now().Add(-k.For).UnixMilli()
 		if k.Rows > 0 {
 			var over int64
-			err := d.Read.QueryRowContext(ctx, d.text(`SELECT finished FROM {schema}inkit_queue_history WHERE queue = $1
-				ORDER BY finished DESC LIMIT 1 OFFSET `+fmt.Sprint(k.Rows)), k.Queue).Scan(&over)
-			if err != nil && !errors.Is(err, sql.ErrNoRows) {
-				return u, d.Wrap(err)
+			err := d.read(ctx, []any{&over}, nil, `SELECT finished FROM {schema}inkit_queue_history WHERE queue = ?
+				ORDER BY finished DESC LIMIT 1 OFFSET `+fmt.Sprint(k.Rows), k.Queue)
+			if err != nil {
+				return u, err
 			}
 			until = max(until, over)
 		}
 		if err := d.deleteAll(ctx, `DELETE FROM {schema}inkit_queue_history WHERE id IN (SELECT e.id FROM {schema}inkit_queue_history AS e
-			WHERE e.queue = $1 AND e.finished <= $2 ORDER BY e.finished`, k.Queue, until); err != nil {
-			return u, d.Wrap(err)
+			WHERE e.queue = ? AND e.finished <= ? ORDER BY e.finished`, k.Queue, until); err != nil {
+			return u, err
 		}
 	}
-	return u, d.Wrap(d.deleteAll(ctx, `DELETE FROM {schema}inkit_queue_once WHERE (queue, digest) IN (SELECT e.queue, e.digest FROM {schema}inkit_queue_once AS e
-		WHERE e.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = e.id)`))
+	return u, d.deleteAll(ctx, `DELETE FROM {schema}inkit_queue_once WHERE (queue, digest) IN (SELECT e.queue, e.digest FROM {schema}inkit_queue_once AS e
+		WHERE e.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = e.id)`)
 }
 
 // deleteAll repeats a DELETE until it deletes fewer than tidyStep rows.
 func (d *DB) deleteAll(ctx context.Context, query string, args ...any) error {
 	for n := tidyStep; n == tidyStep; {
-		err := d.InTx(ctx, func(tx *sql.Tx) (err error) {
-			n, err = d.exec(ctx, tx, query+fmt.Sprintf(` LIMIT %d {skip})`, tidyStep), args...)
-			return err
-		})
-		if err != nil {
+		var err error
+		if n, err = d.change(ctx, query+fmt.Sprintf(` LIMIT %d {skip})`, tidyStep), args...); err != nil {
 			return err
 		}
 	}

@@ -3,7 +3,6 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -14,13 +13,13 @@ import (
 )
 
 const (
-	// searchStep is how many rows one statement reads. After searchTime, a search stops and
-	// returns its position.
+	// searchStep is how many rows one statement reads. After searchTime, the search of a table
+	// stops and returns its position.
 	searchStep = 5000
 	searchTime = 200 * time.Millisecond
 
-	// idMargin is the largest difference between the time in an id and the event's time.
-	idMargin = time.Second
+	events  = "inkit_queue_events"
+	history = "inkit_queue_history"
 )
 
 // condition is the WHERE condition of a statement, and its arguments.
@@ -29,25 +28,18 @@ type condition struct {
 	args  []any
 }
 
-// add adds a part. It replaces each %d by the number of an argument.
 func (c *condition) add(part string, args ...any) {
-	numbers := make([]any, len(args))
-	for i, arg := range args {
-		c.args = append(c.args, arg)
-		numbers[i] = len(c.args)
-	}
-	c.parts = append(c.parts, fmt.Sprintf(part, numbers...))
+	c.parts, c.args = append(c.parts, part), append(c.args, args...)
 }
 
 func (c *condition) String() string { return strings.Join(append(c.parts, "TRUE"), " AND ") }
 
-// in adds the condition that a column has one of the values. Without values, no row matches.
-func (c *condition) in(column string, values []string) {
-	args := make([]any, len(values))
-	for i, value := range values {
-		args[i] = value
+// ids adds the condition that the id is one of these. Without ids, no row matches.
+func (c *condition) ids(ids []string) {
+	c.add("id IN (NULL" + strings.Repeat(", ?", len(ids)) + ")")
+	for _, id := range ids {
+		c.args = append(c.args, id)
 	}
-	c.add(column+" IN (NULL"+strings.Repeat(", $%d", len(values))+")", args...)
 }
 
 // idAt returns the smallest id with a time.
@@ -60,95 +52,74 @@ func idAt(t time.Time) string {
 	return id.String()
 }
 
-// position adds the bounds of ids: the times of a filter, because ids have an index, the
-// position of the filter, and the end of a step unless it is empty.
-func (c *condition) position(f store.Filter, end string) {
-	if !f.Since.IsZero() {
-		c.add("id >= $%d", idAt(f.Since.Add(-idMargin)))
-	}
-	if !f.Until.IsZero() {
-		c.add("id < $%d", idAt(f.Until.Add(idMargin)))
-	}
-	after, until := "id > $%d", "id <= $%d"
-	if f.Newest {
-		after, until = "id < $%d", "id >= $%d"
-	}
-	if f.After != "" {
-		c.add(after, f.After)
-	}
-	if end != "" {
-		c.add(until, end)
-	}
+// has reports whether a filter selects events in a state.
+func has(f store.Filter, state string) bool {
+	return f.States == nil && state != store.History || slices.Contains(f.States, state)
 }
 
-// order returns the ORDER BY of a search.
-func order(f store.Filter) string {
-	if f.Newest {
-		return " ORDER BY id DESC"
+// tables returns the tables that a filter searches.
+func tables(f store.Filter) (found []string) {
+	if has(f, store.Pending) || has(f, store.Dead) {
+		found = append(found, events)
 	}
-	return " ORDER BY id"
+	if has(f, store.History) && f.Error == "" {
+		found = append(found, history)
+	}
+	return found
 }
 
-// where returns the condition of a filter in a table. state is the part for the filter's states.
-func where(f store.Filter, state, end string) *condition {
+// bounds returns the part of a filter's condition for which an index finds the rows in the
+// order of their ids. An id contains the time of its event.
+func bounds(f store.Filter, table string) *condition {
 	c := new(condition)
-	c.add(state)
-	if f.Queue != "" && f.Due {
-		c.add("queue = $%d", f.Queue)
-	} else if f.Queue != "" {
-		c.add("queue || '' = $%d", f.Queue) // avoids an index of queues: the database must read the rows in the order of their ids
-	}
-	if f.Due {
-		c.add("state = 'pending' AND due <= {now}")
-	}
-	if f.Type != "" {
-		c.add("event_type = $%d", label(f.Type))
-	}
-	if f.Resource != "" {
-		c.add("resource_id = $%d AND resource_id <> ''", label(f.Resource))
-	}
-	if f.Error != "" {
-		c.add(`lower(last_error) LIKE lower($%d) ESCAPE '\'`, "%"+likeEscape.Replace(f.Error)+"%")
+	if table == events && !has(f, store.Pending) {
+		c.add("state = 'dead'")
 	}
 	if !f.Since.IsZero() {
-		c.add("received >= $%d", f.Since.UnixMilli())
+		c.add("id >= ?", idAt(f.Since))
 	}
 	if !f.Until.IsZero() {
-		c.add("received < $%d", f.Until.UnixMilli())
+		c.add("id < ?", idAt(f.Until))
 	}
-	c.position(f, end)
-	if f.IDs != nil {
-		c.in("id", f.IDs)
+	if f.After != "" && f.Newest {
+		c.add("id < ?", f.After)
+	} else if f.After != "" {
+		c.add("id > ?", f.After)
 	}
 	return c
 }
 
-var likeEscape = strings.NewReplacer(`\`, `\\`, `%`, `\%`, `_`, `\_`)
-
-const (
-	events  = "inkit_queue_events"
-	history = "inkit_queue_history"
-
-	isDead = "state = 'dead'" // the condition of an index
-)
-
-// tables returns the tables that a filter searches, each with the condition for the states.
-func tables(f store.Filter) map[string]string {
-	found := make(map[string]string)
-	pending := f.States == nil || slices.Contains(f.States, store.Pending)
-	dead := f.States == nil || slices.Contains(f.States, store.Dead)
-	switch {
-	case pending && dead:
-		found[events] = "TRUE"
-	case pending:
-		found[events] = "state || '' = 'pending'"
-	case dead:
-		found[events] = isDead
+// rest returns the other part of a filter's condition. The concatenations avoid the index of
+// due times: the database must read the rows in the order of their ids. For a filter without
+// pending and dead events, both parts select no row of events.
+func rest(f store.Filter, table string) *condition {
+	c := new(condition)
+	if table == events && !has(f, store.Dead) {
+		c.add("state || '' = 'pending'")
 	}
-	if slices.Contains(f.States, store.History) && f.Error == "" && !f.Due {
-		found[history] = "TRUE"
+	if f.Queue != "" {
+		c.add("queue || '' = ?", f.Queue)
 	}
-	return found
+	if f.Type != "" {
+		c.add("event_type = ?", label(f.Type))
+	}
+	if f.Resource != "" {
+		c.add("resource_id = ? AND resource_id <> ''", label(f.Resource))
+	}
+	if f.Error != "" {
+		c.add("replace(lower(last_error), lower(?), '') <> lower(last_error)", f.Error) // LIKE has wildcards
+	}
+	if f.IDs != nil {
+		c.ids(f.IDs)
+	}
+	return c
+}
+
+// where returns the condition of a filter in a table.
+func where(f store.Filter, table string) *condition {
+	c, other := bounds(f, table), rest(f, table)
+	c.add(other.String(), other.args...)
+	return c
 }
 
 // Search implements store.Store.
@@ -156,10 +127,9 @@ func (d *DB) Search(ctx context.Context, f store.Filter, withRequest bool) (stor
 	if f.Limit <= 0 || f.Limit > store.MaxPage {
 		f.Limit = store.MaxPage
 	}
-	searched := tables(f)
 	var parts []store.Page
-	for table, state := range searched {
-		part, err := d.searchTable(ctx, table, state, f, withRequest, searchTime/time.Duration(len(searched)))
+	for _, table := range tables(f) {
+		part, err := d.searchTable(ctx, table, f, withRequest)
 		if err != nil {
 			return store.Page{}, d.Wrap(err)
 		}
@@ -170,18 +140,28 @@ func (d *DB) Search(ctx context.Context, f store.Filter, withRequest bool) (stor
 
 // searchTable searches one table. If no index fits the filter, it reads searchStep rows at a
 // time, until it has enough records or reaches the time limit.
-func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filter, withRequest bool, limit time.Duration) (page store.Page, err error) {
+func (d *DB) searchTable(ctx context.Context, table string, f store.Filter, withRequest bool) (page store.Page, err error) {
 	began := time.Now()
-	indexed := f.IDs != nil || f.Resource != "" || f.Due || // or every row matches
-		f.Queue == "" && f.Type == "" && f.Error == "" && (state == "TRUE" || state == isDead)
+	other := rest(f, table)
+	order, until := " ORDER BY id", "id <= ?"
+	if f.Newest {
+		order, until = " ORDER BY id DESC", "id >= ?"
+	}
 	for {
-		end := ""
-		if !indexed {
-			if end, err = d.stepEnd(ctx, table, state, f); err != nil {
+		c, end := bounds(f, table), ""
+		if len(other.parts) > 0 && f.IDs == nil && f.Resource == "" {
+			err := d.each(ctx, d.Read, []any{&end}, nil, `SELECT id FROM {schema}`+table+` WHERE `+c.String()+order+
+				fmt.Sprintf(` LIMIT 1 OFFSET %d`, searchStep-1), c.args...)
+			if err != nil {
 				return page, err
 			}
 		}
-		found, err := d.searchRows(ctx, table, state, f, end, withRequest)
+		if end != "" {
+			c.add(until, end)
+		}
+		c.add(other.String(), other.args...)
+		found, err := d.records(ctx, d.Read, `SELECT `+recordColumns(table, withRequest)+` FROM {schema}`+table+
+			` WHERE `+c.String()+order+fmt.Sprint(` LIMIT `, f.Limit), c.args...)
 		if err != nil {
 			return page, err
 		}
@@ -192,7 +172,7 @@ func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filte
 			return page, nil
 		case end == "":
 			return page, nil
-		case time.Since(began) > limit:
+		case time.Since(began) > searchTime:
 			page.Next = end
 			return page, nil
 		}
@@ -200,99 +180,79 @@ func (d *DB) searchTable(ctx context.Context, table, state string, f store.Filte
 	}
 }
 
-// stepEnd returns the id of the last row that the next statement reads, or "" if the
-// statement reads all remaining rows.
-func (d *DB) stepEnd(ctx context.Context, table, state string, f store.Filter) (id string, err error) {
-	c := new(condition)
-	c.position(f, "")
-	if state == isDead {
-		c.add(state)
-	}
-	err = d.Read.QueryRowContext(ctx, d.text(`SELECT id FROM {schema}`+table+` WHERE `+c.String()+
-		order(f)+fmt.Sprintf(` LIMIT 1 OFFSET %d`, searchStep-1)), c.args...).Scan(&id)
-	if errors.Is(err, sql.ErrNoRows) {
-		return "", nil
-	}
-	return id, err
-}
-
-const (
-	eventColumns   = `id, queue, state, received, queued, due, lease, attempts, last_error, event_type, resource_id, 0, 0, `
-	historyColumns = `id, queue, 'delivered', received, 0, 0, NULL, attempts, '', event_type, resource_id, finished, status, `
-)
-
-// searchRows returns the rows that a filter selects, up to the id end.
-func (d *DB) searchRows(ctx context.Context, table, state string, f store.Filter, end string, withRequest bool) (found []*store.Record, err error) {
-	c := where(f, state, end)
-	columns := eventColumns
+// recordColumns returns the columns of a table for records.
+func recordColumns(table string, withRequest bool) string {
+	columns := `id, queue, state, received, due, {now} - queued, lease, attempts, last_error, event_type, resource_id, NULL, 0`
 	if table == history {
-		columns = historyColumns
+		columns = `id, queue, 'delivered', received, NULL, 0, NULL, attempts, '', event_type, resource_id, finished, status`
 	}
 	if withRequest && table == events {
-		columns += "request, checksum"
-	} else {
-		columns += "NULL, NULL"
+		return columns + ", request, checksum"
 	}
+	return columns + ", NULL, NULL"
+}
+
+// records runs a statement that returns recordColumns.
+func (d *DB) records(ctx context.Context, db Querier, query string, args ...any) (found []*store.Record, err error) {
 	var r store.Record
-	var received, queued, due, finished int64
-	var lease sql.NullInt64
-	err = d.each(ctx, d.Read, []any{
-		&r.ID, &r.Queue, &r.State, &received, &queued, &due, &lease, &r.Attempts, &r.LastError,
+	var received, due, lease, finished sql.NullInt64
+	var age int64
+	err = d.each(ctx, db, []any{
+		&r.ID, &r.Queue, &r.State, &received, &due, &age, &lease, &r.Attempts, &r.LastError,
 		&r.EventType, &r.ResourceID, &finished, &r.Status, &r.Request, &r.Checksum,
 	}, func() {
 		one := r
-		one.Received = time.UnixMilli(received)
-		if r.State == store.History {
-			one.Finished = time.UnixMilli(finished)
-		} else {
-			one.Queued, one.Due = time.UnixMilli(queued), time.UnixMilli(due)
-		}
-		if lease.Valid {
-			one.LeasedUntil = time.UnixMilli(lease.Int64)
-		}
+		one.Received, one.Due, one.LeasedUntil, one.Finished = at(received), at(due), at(lease), at(finished)
+		one.Age = milliseconds(age)
 		found = append(found, &one)
-	}, `SELECT `+columns+` FROM {schema}`+table+` WHERE `+c.String()+order(f)+fmt.Sprint(` LIMIT `, f.Limit), c.args...)
+	}, query, args...)
 	return found, err
 }
 
-// Retry implements store.Store.
-func (d *DB) Retry(ctx context.Context, f store.Filter) (n int, err error) {
-	state, ok := tables(f)[events]
-	if !ok {
-		return 0, nil
+// at returns a time from a database.
+func at(ms sql.NullInt64) time.Time {
+	if !ms.Valid {
+		return time.Time{}
 	}
-	c := where(f, state, "")
-	err = d.InTx(ctx, func(tx *sql.Tx) (err error) {
-		n, err = d.exec(ctx, tx, `
-			UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
-			WHERE `+c.String()+` AND (lease IS NULL OR lease <= {now})`, c.args...)
-		return err
-	})
-	return n, err
+	return time.UnixMilli(ms.Int64)
+}
+
+// milliseconds returns a duration from a database. It is never negative, because a clock may
+// have been wrong.
+func milliseconds(ms int64) time.Duration { return time.Duration(max(0, ms)) * time.Millisecond }
+
+// Retry implements store.Store.
+func (d *DB) Retry(ctx context.Context, f store.Filter) (int, error) {
+	c := where(f, events)
+	return d.change(ctx, `
+		UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
+		WHERE `+c.String()+` AND (lease IS NULL OR lease <= {now})`, c.args...)
 }
 
 // Drop implements store.Store.
 func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
-	err = d.InTx(ctx, func(tx *sql.Tx) (err error) {
-		for table, state := range tables(f) {
-			c := where(f, state, "")
-			if _, err := d.exec(ctx, tx, `
-				DELETE FROM {schema}inkit_queue_once WHERE id IN (SELECT id FROM {schema}`+table+` WHERE `+c.String()+`)`, c.args...); err != nil {
-				return err
-			}
-			dropped, err := d.exec(ctx, tx, `DELETE FROM {schema}`+table+` WHERE `+c.String(), c.args...)
+	err = d.InTx(ctx, func(tx *sql.Tx) error {
+		var id string
+		var gone []string
+		for _, table := range tables(f) {
+			c := where(f, table)
+			err := d.each(ctx, tx, []any{&id}, func() { gone = append(gone, id) },
+				`DELETE FROM {schema}`+table+` WHERE `+c.String()+` RETURNING id`, c.args...)
 			if err != nil {
 				return err
 			}
-			n += dropped
 		}
-		if f.IDs == nil || n > 0 || !slices.Contains(f.States, store.History) {
-			return nil
+		n = len(gone)
+		if n == 0 && has(f, store.History) { // a key may stay longer than its event's history
+			gone = f.IDs
 		}
-		c := new(condition) // a key may stay longer than its event's history
-		c.in("id", f.IDs)
-		n, err = d.exec(ctx, tx, `DELETE FROM {schema}inkit_queue_once WHERE `+c.String()+
+		c := new(condition)
+		c.ids(gone)
+		keys, err := d.exec(ctx, tx, `DELETE FROM {schema}inkit_queue_once WHERE `+c.String()+
 			` AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS e WHERE e.id = inkit_queue_once.id)`, c.args...)
+		if n == 0 {
+			n = keys
+		}
 		return err
 	})
 	return n, err

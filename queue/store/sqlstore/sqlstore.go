@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-	"sync"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
@@ -23,17 +22,16 @@ var schema string
 // Dialect has the differences between databases. Its values replace {bytes}, {clustered},
 // {schema}, {now} and {skip} in the statements of this package.
 type Dialect struct {
-	Bytes     string         // the column type for bytes
-	Clustered string         // makes the primary key store the rows of a table
-	Schema    string         // the prefix of table names, including the dot
-	Rows      int            // how many events one statement adds or finishes
-	Plain     bool           // write ? instead of $1 in rows of VALUES: the driver of SQLite is slow with many $1
-	Now       string         // the time in milliseconds, constant during a statement
-	Skip      string         // makes a SELECT skip locked rows; empty if no row can be locked
-	Begin     string         // the first statement of a transaction that writes, or empty
-	Tx        *sql.TxOptions // the options of a transaction that writes
-	More      string         // statements after schema.sql
-	Size      string         // a SELECT of the size of the database in bytes
+	Bytes     string // the column type for bytes
+	Clustered string // makes the primary key store the rows of a table
+	Schema    string // the prefix of table names, including the dot
+	Rows      int    // how many events one statement adds or finishes
+	Numbered  bool   // arguments are $1, $2 and so on, and not ?
+	Now       string // the time in milliseconds, constant during a statement
+	Skip      string // makes a SELECT skip locked rows; empty if no row can be locked
+	Begin     string // the first statement of a transaction that writes, or empty
+	More      string // statements after schema.sql
+	Size      string // a SELECT of the size of the database in bytes
 
 	// Wrap translates an error of the driver into an error of package store.
 	Wrap func(error) error
@@ -44,19 +42,30 @@ type DB struct {
 	Dialect
 	Write, Read *sql.DB
 
-	prepared sync.Map // *sql.Stmt by prepared, if Plain
+	prepared map[statement][]*sql.Stmt // for one event, for two events, and so on
 }
 
+// text returns a statement of this package in the dialect.
 func (d *DB) text(query string) string {
 	for _, part := range [][2]string{{"{bytes}", d.Bytes}, {"{clustered}", d.Clustered}, {"{schema}", d.Schema}, {"{now}", d.Now}, {"{skip}", d.Skip}} {
 		query = strings.ReplaceAll(query, part[0], part[1]) // faster than a strings.Replacer
 	}
-	return query
+	if !d.Numbered {
+		return query
+	}
+	var b strings.Builder
+	for i, part := range strings.Split(query, "?") {
+		if i > 0 {
+			fmt.Fprint(&b, "$", i)
+		}
+		b.WriteString(part)
+	}
+	return b.String()
 }
 
 // InTx calls f in a transaction that writes.
 func (d *DB) InTx(ctx context.Context, f func(tx *sql.Tx) error) error {
-	tx, err := d.Write.BeginTx(ctx, d.Tx)
+	tx, err := d.Write.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted})
 	if err != nil {
 		return d.Wrap(err)
 	}
@@ -75,12 +84,24 @@ func (d *DB) InTx(ctx context.Context, f func(tx *sql.Tx) error) error {
 
 // exec runs a statement, and returns the number of changed rows.
 func (d *DB) exec(ctx context.Context, tx *sql.Tx, query string, args ...any) (int, error) {
-	result, err := tx.ExecContext(ctx, d.text(query), args...)
+	return changed(tx.ExecContext(ctx, d.text(query), args...))
+}
+
+func changed(result sql.Result, err error) (int, error) {
 	if err != nil {
 		return 0, err
 	}
 	n, err := result.RowsAffected()
 	return int(n), err
+}
+
+// change runs a statement in a transaction, and returns the number of changed rows.
+func (d *DB) change(ctx context.Context, query string, args ...any) (n int, err error) {
+	err = d.InTx(ctx, func(tx *sql.Tx) (err error) {
+		n, err = d.exec(ctx, tx, query, args...)
+		return err
+	})
+	return n, err
 }
 
 // each runs a query, scans each row into dest, and calls row.
@@ -94,9 +115,17 @@ func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query
 		if err := rows.Scan(dest...); err != nil {
 			return err
 		}
-		row()
+		if row != nil {
+			row()
+		}
 	}
 	return rows.Err()
+}
+
+// read runs a query outside of a transaction. It scans each row into dest, and calls row
+// unless row is nil.
+func (d *DB) read(ctx context.Context, dest []any, row func(), query string, args ...any) error {
+	return d.Wrap(d.each(ctx, d.Read, dest, row, query, args...))
 }
 
 // SchemaSQL returns the statements that create the schema.

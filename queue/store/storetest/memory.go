@@ -371,8 +371,8 @@ func statuses(t *testing.T, s store.Store) {
 	require.NoError(t, err)
 	require.Len(t, status.Queues, 2)
 	got := status.Queues[0]
-	assert.Equal(t, []any{"default", 29, 1, 2, 4, 3}, []any{got.Queue, got.Pending, got.Dead, got.LastHour, got.LastDay, got.Retries})
-	assert.Equal(t, [24]int{0: 1, 22: 1, 23: 2}, got.Hours)
+	assert.Equal(t, []any{"default", 29, 1, 4, 3}, []any{got.Queue, got.Pending, got.Dead, got.Delivered.Sum(), got.Failed.Sum()})
+	assert.Equal(t, store.Hours{0: 1, 22: 1, 23: 2}, got.Delivered)
 	assert.InDelta(t, 30*time.Minute, got.Next, float64(time.Minute))
 	assert.Zero(t, got.Paused)
 	assert.Equal(t, []store.ErrorCount{
@@ -383,8 +383,8 @@ func statuses(t *testing.T, s store.Store) {
 	add(t, s, record(id.String()))
 	status, err = s.Status(t.Context())
 	require.NoError(t, err)
-	assert.Equal(t, [24]int{23: 1}, status.Kept, "by the time in the id")
-	assert.Equal(t, [24]int{0: 1, 23: 2}, status.Queues[0].Failed)
+	assert.Equal(t, store.Hours{23: 1}, status.Kept, "by the time in the id")
+	assert.Equal(t, store.Hours{0: 1, 23: 2}, status.Queues[0].Failed)
 	assert.Equal(t, "paused", status.Queues[1].Queue)
 	assert.WithinDuration(t, time.Now(), status.Queues[1].Paused, time.Minute)
 }
