@@ -180,7 +180,7 @@ func TestPostgresPause(t *testing.T) {
 	require.Error(t, err)
 	status, err := c.command("inkit-queue", "status", "--config", config)
 	require.NoError(t, err)
-	assert.Regexp(t, `(?m)^  paused      for \d+s\n  pending     8, `, status)
+	assert.Regexp(t, `(?m)^  paused +for \d+ s\n  pending +8, `, status)
 
 	_, err = c.command("inkit-queue", "resume", "--config", config)
 	require.NoError(t, err)
