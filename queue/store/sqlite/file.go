@@ -118,7 +118,7 @@ func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 // apply does not repair. While the disk is full, it adds nothing: the store needs the remaining
 // space to finish the events in the database.
 func (f *file) apply(ctx context.Context, b *store.Batch) error {
-	if len(b.Add)+len(b.History)+len(b.Copied.Rows) > 0 && !f.hasRoom() {
+	if len(b.Add)+len(b.History)+len(b.Copied.Rows) > 0 && !f.hasRoom(false) {
 		return store.ErrFull
 	}
 	err := f.DB.Apply(ctx, b)
@@ -167,13 +167,14 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err
 }
 
 // hasRoom reports whether the disk has space to add events: whether the reserve is complete.
-// If not, it tries to write the reserve once a second.
-func (f *file) hasRoom() bool {
+// If not, it tries to write the reserve once a second. The first try at the start does not
+// wait: a power cut may have left a part of the reserve.
+func (f *file) hasRoom(start bool) bool {
 	info, err := os.Stat(f.path + reserve)
 	switch {
 	case f.opening.Command, err == nil && info.Size() == reserveSize:
 		return true
-	case err == nil && time.Since(info.ModTime()).Abs() < time.Second:
+	case err == nil && !start && time.Since(info.ModTime()).Abs() < time.Second:
 		return false
 	}
 	if err = os.WriteFile(f.path+reserve, make([]byte, reserveSize), 0o600); err != nil {

@@ -126,7 +126,7 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 		_ = f.DB.Close()
 		return nil, err
 	}
-	f.hasRoom() // writes the reserve
+	f.hasRoom(true) // writes the reserve
 	return f, nil
 }
 
