@@ -218,13 +218,7 @@ type ErrorCount struct {
 type Keep struct {
 	Queue string
 	For   time.Duration
-	Rows  int // the maximum number of rows, 0 for no limit in this call
-}
-
-// Upkeep is the result of Store.Tidy.
-type Upkeep struct {
-	More         bool // Tidy has more to do
-	DamagedFiles int  // damaged databases that were moved aside and still exist
+	Rows  int // the maximum number of rows
 }
 
 // Store keeps events in a database. It repairs itself: Apply, Peek, Counts and Tidy repair the
@@ -273,9 +267,9 @@ type Store interface {
 	// most: callers name the events of a page.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
-	// Tidy does a small part of the upkeep: it deletes expired history and keys, and gives
-	// free space back to the disk.
-	Tidy(ctx context.Context, keep []Keep) (Upkeep, error)
+	// Tidy deletes expired history and keys, and gives free space back to the disk. It returns
+	// how many damaged databases were moved aside and still exist.
+	Tidy(ctx context.Context, keep []Keep) (damagedFiles int, err error)
 
 	Close() error
 }

@@ -42,7 +42,7 @@ type DB struct {
 	Dialect
 	Write, Read *sql.DB
 
-	prepared map[statement][]*sql.Stmt // for one event, for two events, and so on
+	prepared map[string]*sql.Stmt // by the text that exec gets
 }
 
 // text returns a statement of this package in the dialect.
@@ -84,10 +84,13 @@ func (d *DB) InTx(ctx context.Context, f func(tx *sql.Tx) error) error {
 
 // exec runs a statement, and returns the number of changed rows.
 func (d *DB) exec(ctx context.Context, tx *sql.Tx, query string, args ...any) (int, error) {
-	return changed(tx.ExecContext(ctx, d.text(query), args...))
-}
-
-func changed(result sql.Result, err error) (int, error) {
+	var result sql.Result
+	var err error
+	if stmt := d.prepared[query]; stmt != nil {
+		result, err = tx.StmtContext(ctx, stmt).ExecContext(ctx, args...) //nolint:sqlclosecheck // the transaction closes it
+	} else {
+		result, err = tx.ExecContext(ctx, d.text(query), args...)
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -130,15 +133,6 @@ func (d *DB) read(ctx context.Context, dest []any, row func(), query string, arg
 
 // SchemaSQL returns the statements that create the schema.
 func (d *DB) SchemaSQL() string { return d.text(schema + d.More) }
-
-// Migrate creates the schema if it is missing. The caller must lock out other processes.
-func (d *DB) Migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
-	if exists {
-		return d.CheckVersion(ctx, tx)
-	}
-	_, err := tx.ExecContext(ctx, d.SchemaSQL())
-	return err
-}
 
 // Querier is a database, or a transaction in it.
 type Querier interface {

@@ -47,14 +47,15 @@ func (s statement) forRows(n int) string {
 // PrepareApply prepares the statements of Apply: SQLite is as slow in parsing them as in
 // running them.
 func (d *DB) PrepareApply(ctx context.Context) error {
-	d.prepared = make(map[statement][]*sql.Stmt)
+	d.prepared = make(map[string]*sql.Stmt)
 	for _, s := range []statement{addEvents, addHistory, deliverEvents, keepEvents} {
 		for n := range d.Rows {
-			stmt, err := d.Write.PrepareContext(ctx, d.text(s.forRows(n+1))) //nolint:sqlclosecheck // used until the database is closed
+			query := s.forRows(n + 1)
+			stmt, err := d.Write.PrepareContext(ctx, d.text(query)) //nolint:sqlclosecheck // used until the database is closed
 			if err != nil {
 				return err
 			}
-			d.prepared[s] = append(d.prepared[s], stmt)
+			d.prepared[query] = stmt
 		}
 	}
 	return nil
@@ -64,13 +65,7 @@ func (d *DB) PrepareApply(ctx context.Context) error {
 // rows.
 func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (total int, err error) {
 	for some := range slices.Chunk(events, d.Rows) {
-		var n int
-		args := slices.Concat(some...)
-		if stmts := d.prepared[s]; stmts != nil {
-			n, err = changed(tx.StmtContext(ctx, stmts[len(some)-1]).ExecContext(ctx, args...)) //nolint:sqlclosecheck // the transaction closes it
-		} else {
-			n, err = d.exec(ctx, tx, s.forRows(len(some)), args...)
-		}
+		n, err := d.exec(ctx, tx, s.forRows(len(some)), slices.Concat(some...)...)
 		if err != nil {
 			return total, err
 		}
@@ -82,7 +77,7 @@ func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (
 // Apply implements store.Store.
 func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 	return d.InTx(ctx, func(tx *sql.Tx) error {
-		added, err := d.once(ctx, tx, b.Add)
+		err := d.once(ctx, tx, b.Add)
 		if err != nil {
 			return err
 		}
@@ -92,7 +87,7 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 			statement
 			rows [][]any
 		}{
-			{addEvents, eventRows(b.Owner, added)},
+			{addEvents, eventRows(b)},
 			{addHistory, historyRows(b.History)},
 			{insert(b.Copied.Table, wholeRow(b.Copied.Table)), b.Copied.Rows},
 			{deliverEvents, delivered},
@@ -133,13 +128,16 @@ func label(text string) string {
 	return text
 }
 
-// eventRows returns the arguments of addEvents.
-func eventRows(batchOwner string, added []*store.Record) (rows [][]any) {
-	for _, r := range added {
+// eventRows returns the arguments of addEvents. A duplicate is not added.
+func eventRows(b *store.Batch) (rows [][]any) {
+	for _, r := range b.Add {
+		if r.First != "" {
+			continue
+		}
 		var lease, owner any
 		delay := r.Delay
 		if r.Lease > 0 {
-			lease, owner, delay = r.Lease.Milliseconds(), batchOwner, r.Lease
+			lease, owner, delay = r.Lease.Milliseconds(), b.Owner, r.Lease
 		}
 		rows = append(rows, []any{
 			r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
