@@ -281,9 +281,6 @@ var (
 
 	// ErrLocked means that another process is writing, or has not ended its transaction.
 	ErrLocked = errors.New("the database is locked")
-
-	// ErrVersion means that an earlier or a later version of this module made the database.
-	ErrVersion = errors.New("the database has the schema of another version")
 )
 
 // Opening has the settings for Open.

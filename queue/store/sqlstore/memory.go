@@ -22,11 +22,6 @@ var columns = map[string]string{
 	"paused":  "queue, since",
 }
 
-// wholeRow returns the text of a row with an argument for each column.
-func wholeRow(table string) string {
-	return "(" + strings.Repeat("?, ", strings.Count(columns[table], ",")) + "?)"
-}
-
 // ReadRows implements store.Store.
 func (d *DB) ReadRows(ctx context.Context, after store.Rows, idle bool) (store.Rows, error) {
 	page, all, c := store.Rows{Table: after.Table}, strings.Split(columns[after.Table], ", "), new(condition)

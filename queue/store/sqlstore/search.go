@@ -8,7 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
@@ -32,9 +31,9 @@ func (c *condition) add(part string, args ...any) {
 	c.parts, c.args = append(c.parts, part), append(c.args, args...)
 }
 
-// when adds a part if a filter has its field.
-func (c *condition) when(has bool, part string, arg any) {
-	if has {
+// when adds a part if it is used.
+func (c *condition) when(used bool, part string, arg any) {
+	if used {
 		c.add(part, arg)
 	}
 }
@@ -49,14 +48,10 @@ func (c *condition) ids(ids []string) {
 	}
 }
 
-// idAt returns the smallest id with a time.
+// idAt returns the beginning of the ids with a time: a UUID starts with the milliseconds.
 func idAt(t time.Time) string {
-	var id uuid.UUID
-	ms := max(0, t.UnixMilli())
-	for i := range 6 {
-		id[i] = byte(ms >> (40 - 8*i))
-	}
-	return id.String()
+	ms := fmt.Sprintf("%012x", max(0, t.UnixMilli()))
+	return ms[:8] + "-" + ms[8:]
 }
 
 // has reports whether a filter selects events in a state.

@@ -9,8 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
 // version is the version of schema.sql.
@@ -147,7 +145,7 @@ func (d *DB) CheckVersion(ctx context.Context, db Querier) error {
 		return err
 	}
 	if found != version {
-		return fmt.Errorf("%w: %d, and this Caddy needs %d", store.ErrVersion, found, version)
+		return fmt.Errorf("the database has the schema of another version: %d, and this Caddy needs %d", found, version)
 	}
 	return nil
 }

@@ -14,15 +14,18 @@ import (
 // statement is a statement for many events. In text, {rows} stands for one row per event.
 type statement struct{ row, text string }
 
-// insert returns a statement that adds rows to a table.
-func insert(table, row string) statement {
+// insert returns a statement that adds rows to a table, with an argument for each column.
+func insert(table string) statement {
+	row := "(" + strings.Repeat("?, ", strings.Count(columns[table], ",")) + "?)"
 	return statement{row, `INSERT INTO {schema}inkit_queue_` + table + ` (` + columns[table] + `) VALUES {rows} ON CONFLICT DO NOTHING`}
 }
 
 var (
-	addEvents = insert("events",
-		`(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)
-	addHistory    = insert("history", wholeRow("history"))
+	addEvents = statement{
+		`(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`,
+		insert("events").text,
+	}
+	addHistory    = insert("history")
 	deliverEvents = statement{
 		`?`,
 		`DELETE FROM {schema}inkit_queue_events WHERE id IN (
@@ -77,8 +80,7 @@ func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (
 // Apply implements store.Store.
 func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 	return d.InTx(ctx, func(tx *sql.Tx) error {
-		err := d.once(ctx, tx, b.Add)
-		if err != nil {
+		if err := d.once(ctx, tx, b.Add); err != nil {
 			return err
 		}
 		delivered, others := finishRows(b)
@@ -89,13 +91,15 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 		}{
 			{addEvents, eventRows(b)},
 			{addHistory, historyRows(b.History)},
-			{insert(b.Copied.Table, wholeRow(b.Copied.Table)), b.Copied.Rows},
+			{insert(b.Copied.Table), b.Copied.Rows},
 			{deliverEvents, delivered},
 			{keepEvents, others},
 		} {
-			if done[step.statement], err = d.run(ctx, tx, step.statement, step.rows); err != nil {
+			n, err := d.run(ctx, tx, step.statement, step.rows)
+			if err != nil {
 				return err
 			}
+			done[step.statement] = n
 		}
 		b.Left = nil
 		if done[deliverEvents]+done[keepEvents] < len(b.Finish) && d.Skip != "" {
