@@ -40,9 +40,8 @@ type Record struct {
 	Request    []byte // the encoded request
 	Checksum   []byte // the checksum of ID and Request
 
-	// For Batch.Add: the wait before the event is due, and the lease if the batch's owner is
-	// attempting the event now. During the lease, other owners must not attempt the event.
-	Delay time.Duration
+	// For Batch.Add: the lease, if the batch's owner is attempting the event now. During the
+	// lease, other owners must not attempt the event.
 	Lease time.Duration
 
 	// Set by a store, with the store's clock: when the next attempt is due, when the lease of

@@ -139,12 +139,11 @@ func eventRows(b *store.Batch) (rows [][]any) {
 			continue
 		}
 		var lease, owner any
-		delay := r.Delay
 		if r.Lease > 0 {
-			lease, owner, delay = r.Lease.Milliseconds(), b.Owner, r.Lease
+			lease, owner = r.Lease.Milliseconds(), b.Owner
 		}
 		rows = append(rows, []any{
-			r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
+			r.ID, r.Queue, r.Received.UnixMilli(), r.Lease.Milliseconds(), lease, owner,
 			r.Attempts, plain(r.LastError), label(r.EventType), label(r.ResourceID), r.Request, r.Checksum,
 		})
 	}

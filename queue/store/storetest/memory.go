@@ -356,7 +356,7 @@ func statuses(t *testing.T, s store.Store) {
 
 	add(t, s, records(30, func(i int, r *store.Record) {
 		r.LastError = fmt.Sprint("status ", 500+i%7)
-		r.Delay = 30 * time.Minute
+		r.Lease = 30 * time.Minute
 	})...)
 	finish(t, s, "me", store.Finish{ID: "event-00000", Outcome: store.SetAside, LastError: "status 404"})
 	ago := func(name string, ago time.Duration, attempts int) *store.Record {
