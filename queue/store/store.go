@@ -81,7 +81,6 @@ type Finish struct {
 // Outcome is the result of an attempt.
 type Outcome int
 
-// The outcomes of an attempt.
 const (
 	Delivered Outcome = iota // the event is deleted
 	Later                    // the event is attempted again, by any owner
@@ -152,7 +151,6 @@ type Page struct {
 
 	// Next is the position of the next page. It is empty on the last page. A slow search
 	// stops early, perhaps without a record, after it has read all events up to Next.
-	// TimeOf returns the time of Next.
 	Next string
 }
 
@@ -220,9 +218,10 @@ type Keep struct {
 	Rows  int // the maximum number of rows
 }
 
-// Store keeps events in a database. It repairs itself: Apply, Peek, Counts and Tidy repair the
-// database, and after that, the other methods succeed too. Several goroutines may call its methods, but for each owner, only
-// one goroutine may call Apply. Errors show no part of an event, and no credentials.
+// Store keeps events in a database. Apply, Peek, Counts and Tidy repair the database, and
+// after that, the other methods succeed too. Several goroutines may call its methods, but for
+// each owner, only one goroutine may call Apply. Errors show no part of an event, and no
+// credentials.
 type Store interface {
 	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch
 	// is on the disk, and Left and the claims have their results. After a connection error,
@@ -307,8 +306,8 @@ type Opener interface {
 	Migration() string
 }
 
-// Each calls f with each page of matching events, without requests. While f runs, no read of the database is
-// open. So f may be slow, for example wait for a terminal, and SQLite's log does not grow.
+// Each calls f with each page of matching events, without requests. While f runs, no read of
+// the database is open. So f may be slow, and SQLite's log does not grow.
 func Each(ctx context.Context, s Store, filter Filter, f func(page []*Record) error) error {
 	for {
 		page, err := s.Search(ctx, filter, false)

@@ -105,7 +105,7 @@ func (d *DB) change(ctx context.Context, query string, args ...any) (n int, err 
 	return n, err
 }
 
-// each runs a query, scans each row into dest, and calls row.
+// each runs a query, scans each row into dest, and calls row unless row is nil.
 func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query string, args ...any) error {
 	rows, err := db.QueryContext(ctx, d.text(query), args...)
 	if err != nil {
@@ -123,8 +123,7 @@ func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query
 	return rows.Err()
 }
 
-// read runs a query outside of a transaction. It scans each row into dest, and calls row
-// unless row is nil.
+// read is each outside of a transaction.
 func (d *DB) read(ctx context.Context, dest []any, row func(), query string, args ...any) error {
 	return d.Wrap(d.each(ctx, d.Read, dest, row, query, args...))
 }
