@@ -64,13 +64,16 @@ func kept(t *testing.T) (path string) {
 		require.NoError(t, a.seal())
 		switch id {
 		case "i2-later":
-			a.rec.Attempts, a.rec.Delay, a.rec.LastError = 3, time.Hour, "status 500: \x1b[31mno"
+			a.rec.Attempts, a.rec.LastError = 3, "status 500: \x1b[31mno"
 		case "i3-dead", "i4-leased":
 			a.rec.Attempts, a.rec.Lease = 1, time.Hour
 		}
 		b.Add = append(b.Add, a.rec)
 	}
-	b.Finish = []store.Finish{{ID: "i3-dead", Queue: "default", Outcome: store.SetAside, LastError: "status 404"}}
+	b.Finish = []store.Finish{
+		{ID: "i2-later", Queue: "default", Outcome: store.Later, After: time.Hour},
+		{ID: "i3-dead", Queue: "default", Outcome: store.SetAside, LastError: "status 404"},
+	}
 	b.History = []*store.Record{{
 		ID: "0-d1", Queue: "default", Received: time.Date(2026, 11, 25, 6, 31, 0, 0, time.UTC), Finished: time.Date(2026, 11, 25, 6, 32, 0, 0, time.UTC),
 		EventType: "DOCUMENT_CREATE_FINISHED", ResourceID: "doc_2N0X2g4f3b1JJU75fqzDZs", Attempts: 2, Status: 204,

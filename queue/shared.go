@@ -246,13 +246,8 @@ func (d *database) count(s store.Store, first bool) error {
 			d.warn(c.Queue)
 		}
 	}
-	for u := (store.Upkeep{More: true}); u.More; {
-		if u, err = s.Tidy(ctx, keep); err != nil {
-			return err
-		}
-		d.damaged = u.DamagedFiles
-	}
-	return nil
+	d.damaged, err = s.Tidy(ctx, keep)
+	return err
 }
 
 // show sets the metrics.

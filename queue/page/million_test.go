@@ -47,7 +47,7 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int) {
 	record := func(i int) *store.Record {
 		return &store.Record{
 			ID: uuid.Must(uuid.NewV7()).String(), Queue: "default", Received: time.Now(), EventType: fmt.Sprint("TYPE_", i%10), ResourceID: fmt.Sprint("doc_", i),
-			LastError: fmt.Sprint("status ", 500+i%5), Delay: time.Hour, Request: []byte(strings.Repeat("x", 600)), Checksum: make([]byte, 32),
+			LastError: fmt.Sprint("status ", 500+i%5), Request: []byte(strings.Repeat("x", 600)), Checksum: make([]byte, 32),
 		}
 	}
 	began := time.Now()
@@ -59,6 +59,7 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int) {
 			r.Finished, r.Attempts, r.Status, r.LastError = time.Now(), 1, 200, ""
 			b.History = append(b.History, r)
 			b.Add = append(b.Add, record(i+n+500))
+			b.Finish = append(b.Finish, store.Finish{ID: b.Add[2*n].ID, Outcome: store.Later, After: time.Hour}, store.Finish{ID: b.Add[2*n+1].ID, Outcome: store.Later, After: time.Hour})
 		}
 		require.NoError(t, s.Apply(t.Context(), b))
 	}

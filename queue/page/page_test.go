@@ -84,7 +84,7 @@ func (p *fixture) event(db string, change func(*store.Record, *request.Request))
 	p.t.Helper()
 	r := &store.Record{
 		ID: uuid.Must(uuid.NewV7()).String(), Queue: "default", State: store.Pending, Received: time.Now(), Attempts: 1,
-		EventType: "DOCUMENT_CREATE_FINISHED", ResourceID: "doc_1", LastError: "status 500", Delay: time.Minute,
+		EventType: "DOCUMENT_CREATE_FINISHED", ResourceID: "doc_1", LastError: "status 500",
 	}
 	stored := &request.Request{
 		Method: "POST", Host: "example.com", Proto: "HTTP/2.0", RemoteAddr: "192.0.2.1:1234",
@@ -98,7 +98,7 @@ func (p *fixture) event(db string, change func(*store.Record, *request.Request))
 	r.Request, err = stored.Encode()
 	require.NoError(p.t, err)
 	r.Checksum = r.Sum()
-	require.NoError(p.t, p.stores[db].Apply(p.t.Context(), &store.Batch{Owner: "test", Add: []*store.Record{r}}))
+	require.NoError(p.t, p.stores[db].Apply(p.t.Context(), &store.Batch{Owner: "test", Add: []*store.Record{r}, Finish: []store.Finish{{ID: r.ID, Outcome: store.Later, After: time.Minute}}}))
 	return r.ID
 }
 

@@ -40,9 +40,8 @@ type Record struct {
 	Request    []byte // the encoded request
 	Checksum   []byte // the checksum of ID and Request
 
-	// For Batch.Add: the wait before the event is due, and the lease if the batch's owner is
-	// attempting the event now. During the lease, other owners must not attempt the event.
-	Delay time.Duration
+	// For Batch.Add: the lease, if the batch's owner is attempting the event now. During the
+	// lease, other owners must not attempt the event.
 	Lease time.Duration
 
 	// Set by a store, with the store's clock: when the next attempt is due, when the lease of
@@ -82,7 +81,6 @@ type Finish struct {
 // Outcome is the result of an attempt.
 type Outcome int
 
-// The outcomes of an attempt.
 const (
 	Delivered Outcome = iota // the event is deleted
 	Later                    // the event is attempted again, by any owner
@@ -153,7 +151,6 @@ type Page struct {
 
 	// Next is the position of the next page. It is empty on the last page. A slow search
 	// stops early, perhaps without a record, after it has read all events up to Next.
-	// TimeOf returns the time of Next.
 	Next string
 }
 
@@ -218,18 +215,13 @@ type ErrorCount struct {
 type Keep struct {
 	Queue string
 	For   time.Duration
-	Rows  int // the maximum number of rows, 0 for no limit in this call
+	Rows  int // the maximum number of rows
 }
 
-// Upkeep is the result of Store.Tidy.
-type Upkeep struct {
-	More         bool // Tidy has more to do
-	DamagedFiles int  // damaged databases that were moved aside and still exist
-}
-
-// Store keeps events in a database. It repairs itself: Apply, Peek, Counts and Tidy repair the
-// database, and after that, the other methods succeed too. Several goroutines may call its methods, but for each owner, only
-// one goroutine may call Apply. Errors show no part of an event, and no credentials.
+// Store keeps events in a database. Apply, Peek, Counts and Tidy repair the database, and
+// after that, the other methods succeed too. Several goroutines may call its methods, but for
+// each owner, only one goroutine may call Apply. Errors show no part of an event, and no
+// credentials.
 type Store interface {
 	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch
 	// is on the disk, and Left and the claims have their results. After a connection error,
@@ -273,9 +265,9 @@ type Store interface {
 	// most: callers name the events of a page.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
-	// Tidy does a small part of the upkeep: it deletes expired history and keys, and gives
-	// free space back to the disk.
-	Tidy(ctx context.Context, keep []Keep) (Upkeep, error)
+	// Tidy deletes expired history and keys, and gives free space back to the disk. It returns
+	// how many damaged databases were moved aside and still exist.
+	Tidy(ctx context.Context, keep []Keep) (damagedFiles int, err error)
 
 	Close() error
 }
@@ -287,9 +279,6 @@ var (
 
 	// ErrLocked means that another process is writing, or has not ended its transaction.
 	ErrLocked = errors.New("the database is locked")
-
-	// ErrVersion means that an earlier or a later version of this module made the database.
-	ErrVersion = errors.New("the database has the schema of another version")
 )
 
 // Opening has the settings for Open.
@@ -317,8 +306,8 @@ type Opener interface {
 	Migration() string
 }
 
-// Each calls f with each page of matching events, without requests. While f runs, no read of the database is
-// open. So f may be slow, for example wait for a terminal, and SQLite's log does not grow.
+// Each calls f with each page of matching events, without requests. While f runs, no read of
+// the database is open. So f may be slow, and SQLite's log does not grow.
 func Each(ctx context.Context, s Store, filter Filter, f func(page []*Record) error) error {
 	for {
 		page, err := s.Search(ctx, filter, false)

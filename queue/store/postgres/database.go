@@ -150,8 +150,11 @@ func (s *database) makeTables(ctx context.Context) error {
 		if err == nil && !schemaExists {
 			_, err = tx.ExecContext(ctx, `CREATE SCHEMA `+schema)
 		}
+		if err == nil && !exists {
+			_, err = tx.ExecContext(ctx, s.SchemaSQL())
+		}
 		if err == nil {
-			err = s.Migrate(ctx, tx, exists)
+			err = s.CheckVersion(ctx, tx)
 		}
 		if !exists && code(err) == "42501" {
 			return fmt.Errorf("%w: the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate", err)

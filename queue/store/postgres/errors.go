@@ -60,7 +60,7 @@ func code(err error) string {
 // The driver's text shows host and role of a failed connection, but not the password. If the
 // server refused a value, wrap leaves out the text: it could show a part of an event.
 func (s *database) wrap(err error) error {
-	if err == nil || errors.Is(err, store.ErrVersion) {
+	if err == nil {
 		return err
 	}
 	state := code(err)

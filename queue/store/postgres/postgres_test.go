@@ -95,74 +95,70 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 	for name, tt := range map[string]struct {
 		dsn  func(t *testing.T) string
 		want string
-		is   error
 	}{
 		"a wrong password": {func(t *testing.T) string {
 			return strings.Replace(server.DSN("postgres"), pgtest.Password, pgtest.Password+"-old", 1)
-		}, "wrong password, or none: ", nil},
+		}, "wrong password, or none: "},
 		"an unknown role": {func(t *testing.T) string {
 			return strings.Replace(server.DSN("postgres"), "//postgres:", "//nobody:", 1)
-		}, "wrong password, or none: ", nil},
+		}, "wrong password, or none: "},
 		"an unknown host": {func(*testing.T) string {
 			return strings.Replace(server.DSN("postgres"), "127.0.0.1", "unknown.invalid", 1)
-		}, "the host of the server", nil},
-		"an unknown database": {func(*testing.T) string { return server.DSN("nothing") }, `database "nothing" does not exist`, nil},
+		}, "the host of the server"},
+		"an unknown database": {func(*testing.T) string { return server.DSN("nothing") }, `database "nothing" does not exist`},
 		"a server that is not running": {func(*testing.T) string {
 			return strings.Replace(server.DSN("postgres"), ":"+server.Port+"/", ":1/", 1)
-		}, "the server does not run, or does not listen there: ", nil},
+		}, "the server does not run, or does not listen there: "},
 		"two servers that are not running": {func(*testing.T) string {
 			return strings.Replace(server.DSN("postgres"), "127.0.0.1:"+server.Port, "127.0.0.1:1,unknown.invalid:1", 1)
-		}, "the host of the server is not known, or cannot be looked up: ", nil},
+		}, "the host of the server is not known, or cannot be looked up: "},
 		"a server without TLS": {func(*testing.T) string {
 			return strings.Replace(server.DSN("postgres"), "disable", "require", 1)
-		}, "server refused TLS connection", nil},
+		}, "server refused TLS connection"},
 		"a read-only server": {func(t *testing.T) string {
 			name := made(t)
 			server.Exec(t, name, "ALTER DATABASE "+name+" SET default_transaction_read_only = on")
 			return server.DSN(name)
-		}, "the server is read-only, as a standby is", nil},
+		}, "the server is read-only, as a standby is"},
 		"a role without the right to create tables": {func(t *testing.T) string {
 			name := server.NewDatabase(t)
 			return limited(t, server, name, "maker")
-		}, `permission denied for schema public (SQLSTATE 42501): the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate`, nil},
+		}, `permission denied for schema public (SQLSTATE 42501): the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate`},
 		"a role without the right to delete": {func(t *testing.T) string {
 			name := made(t)
 			dsn := limited(t, server, name, "reader")
 			server.Exec(t, name, "GRANT SELECT ON ALL TABLES IN SCHEMA public TO reader", "GRANT INSERT, UPDATE, DELETE ON inkit_queue_history, inkit_queue_once, inkit_queue_paused TO reader", "GRANT INSERT, UPDATE ON inkit_queue_events TO reader")
 			return dsn
-		}, "the role lacks the right to DELETE on inkit_queue_events", nil},
+		}, "the role lacks the right to DELETE on inkit_queue_events"},
 		"a missing table": {func(t *testing.T) string {
 			return server.DSN(made(t, "DROP TABLE inkit_queue_events"))
-		}, "the table inkit_queue_events is missing", nil},
+		}, "the table inkit_queue_events is missing"},
 		"a schema of an older version": {func(t *testing.T) string {
 			return server.DSN(made(t, "UPDATE inkit_queue_schema SET version = 0"))
-		}, "the database has the schema of another version: 0, and this Caddy needs 1", store.ErrVersion},
+		}, "the database has the schema of another version: 0, and this Caddy needs 1"},
 		"a schema of a newer version": {func(t *testing.T) string {
 			return server.DSN(made(t, "UPDATE inkit_queue_schema SET version = 2"))
-		}, "the database has the schema of another version: 2, and this Caddy needs 1", store.ErrVersion},
+		}, "the database has the schema of another version: 2, and this Caddy needs 1"},
 		"a schema without a version": {func(t *testing.T) string {
 			return server.DSN(made(t, "DELETE FROM inkit_queue_schema"))
-		}, "no rows in result set", nil},
+		}, "no rows in result set"},
 		"an unlogged table": {func(t *testing.T) string {
 			return server.DSN(made(t, "ALTER TABLE inkit_queue_events SET UNLOGGED"))
-		}, "the table inkit_queue_events is unlogged: a crash of the server would empty it", nil},
+		}, "the table inkit_queue_events is unlogged: a crash of the server would empty it"},
 		"an encoding other than UTF8": {func(t *testing.T) string {
 			server.Exec(t, "postgres", "CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0")
 			return server.DSN("latin")
-		}, "the database has the encoding LATIN1, and must have UTF8", nil},
+		}, "the database has the encoding LATIN1, and must have UTF8"},
 		"a search path without an existing schema": {func(t *testing.T) string {
 			name := server.NewDatabase(t)
 			server.Exec(t, name, "ALTER DATABASE "+name+" SET search_path = nowhere")
 			return server.DSN(name)
-		}, "no schema in the role's search path exists: set schema", nil},
+		}, "no schema in the role's search path exists: set schema"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dsn := tt.dsn(t)
 			_, err := opener(dsn).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 			require.ErrorContains(t, err, tt.want)
-			if tt.is != nil {
-				require.ErrorIs(t, err, tt.is)
-			}
 			assert.NotContains(t, fmt.Sprintf("%v %+v", err, err), pgtest.Password)
 		})
 	}

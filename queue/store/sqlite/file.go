@@ -75,7 +75,10 @@ func (f *file) open(ctx context.Context) error {
 	case err != nil:
 		return wrap(err)
 	case tables == 0:
-		migrated = f.InTx(ctx, func(tx *sql.Tx) error { return f.Migrate(ctx, tx, false) }) // fails if another process was faster
+		migrated = f.InTx(ctx, func(tx *sql.Tx) error { // fails if another process was faster
+			_, err := tx.ExecContext(ctx, f.SchemaSQL())
+			return err
+		})
 	case ours == 0:
 		return errors.New("is the database of another program")
 	}
@@ -144,26 +147,26 @@ func (f *file) Counts(ctx context.Context) ([]store.Count, error) {
 }
 
 // Tidy implements store.Store. It gives free space back to the disk in small parts.
-func (f *file) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err error) {
+func (f *file) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, err error) {
 	const pages = 256
 	used := f.opened.Load()
 	defer func() { err = f.repair(ctx, used, err) }()
-	if _, err = f.DB.Tidy(ctx, keep); err != nil {
-		return u, err
-	}
 	names, _ := filepath.Glob(f.path + ".damaged-*Z")
-	u.DamagedFiles = len(names)
-	var free int
-	if err := f.Read.QueryRowContext(ctx, `PRAGMA freelist_count`).Scan(&free); err != nil || free < pages {
-		return u, wrap(err)
+	if _, err = f.DB.Tidy(ctx, keep); err != nil {
+		return len(names), err
 	}
-	if _, err := f.Write.ExecContext(ctx, fmt.Sprintf(`PRAGMA incremental_vacuum(%d)`, pages)); err != nil {
-		return u, wrap(err)
+	for more := true; more; {
+		var free int
+		if err := f.Read.QueryRowContext(ctx, `PRAGMA freelist_count`).Scan(&free); err != nil || free < pages {
+			return len(names), wrap(err)
+		}
+		if _, err := f.Write.ExecContext(ctx, fmt.Sprintf(`PRAGMA incremental_vacuum(%d)`, pages)); err != nil {
+			return len(names), wrap(err)
+		}
+		more = free >= 2*pages
 	}
-	if u.More = free >= 2*pages; !u.More {
-		_ = checkpoint(ctx, f.Write)
-	}
-	return u, nil
+	_ = checkpoint(ctx, f.Write)
+	return len(names), nil
 }
 
 // hasRoom reports whether the disk has space to add events: whether the reserve is complete.

@@ -22,11 +22,6 @@ var columns = map[string]string{
 	"paused":  "queue, since",
 }
 
-// wholeRow returns the text of a row with an argument for each column.
-func wholeRow(table string) string {
-	return "(" + strings.Repeat("?, ", strings.Count(columns[table], ",")) + "?)"
-}
-
 // ReadRows implements store.Store.
 func (d *DB) ReadRows(ctx context.Context, after store.Rows, idle bool) (store.Rows, error) {
 	page, all, c := store.Rows{Table: after.Table}, strings.Split(columns[after.Table], ", "), new(condition)
@@ -55,31 +50,27 @@ func historyRows(history []*store.Record) (rows [][]any) {
 	return rows
 }
 
-// once writes the keys of new events, and returns the events to store. If a key
-// already exists, its event is a duplicate of the first event.
-func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) ([]*store.Record, error) {
+// once writes the keys of new events. If a key already exists, its event is a duplicate of
+// the first event.
+func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) (err error) {
 	var keys []any
 	for _, r := range added {
-		r.First = ""
 		if r.Digest != nil {
 			keys = append(keys, r.Queue, r.Digest, r.ID, r.Remember.Milliseconds())
 		}
 	}
-	if keys == nil {
-		return added, nil
-	}
 	firsts := make(map[string]string) // ids by queue and digest
-	var queue, digest, id string
-	err := d.each(ctx, tx, []any{&queue, &digest, &id}, func() { firsts[queue+"\x00"+digest] = id }, addKeys.forRows(len(keys)/4), keys...)
-	if err != nil {
-		return nil, err
+	if keys != nil {
+		var queue, digest, id string
+		err = d.each(ctx, tx, []any{&queue, &digest, &id}, func() { firsts[queue+"\x00"+digest] = id }, addKeys.forRows(len(keys)/4), keys...)
 	}
-	return slices.DeleteFunc(slices.Clone(added), func(r *store.Record) bool {
-		if first, ok := firsts[r.Queue+"\x00"+string(r.Digest)]; ok && first != r.ID {
-			r.First = first
+	for _, r := range added {
+		r.First = firsts[r.Queue+"\x00"+string(r.Digest)]
+		if r.First == r.ID {
+			r.First = ""
 		}
-		return r.First != ""
-	}), nil
+	}
+	return err
 }
 
 // keyOver is the condition for a key that no longer counts: it has expired, and its event is gone.
@@ -109,24 +100,21 @@ func (d *DB) Pause(ctx context.Context, queue string, paused bool) (bool, error)
 }
 
 // Tidy implements store.Store. It deletes a few rows at a time, so that no event waits long.
-func (d *DB) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err error) {
+func (d *DB) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, err error) {
 	for _, k := range keep {
-		until := time.Now().Add(-k.For).UnixMilli()
-		if k.Rows > 0 {
-			var over int64
-			err := d.read(ctx, []any{&over}, nil, `SELECT finished FROM {schema}inkit_queue_history WHERE queue = ?
-				ORDER BY finished DESC LIMIT 1 OFFSET `+fmt.Sprint(k.Rows), k.Queue)
-			if err != nil {
-				return u, err
-			}
-			until = max(until, over)
+		var over int64
+		err := d.read(ctx, []any{&over}, nil, `SELECT finished FROM {schema}inkit_queue_history WHERE queue = ?
+			ORDER BY finished DESC LIMIT 1 OFFSET ?`, k.Queue, k.Rows)
+		if err != nil {
+			return 0, err
 		}
+		until := max(over, time.Now().Add(-k.For).UnixMilli())
 		if err := d.deleteAll(ctx, `DELETE FROM {schema}inkit_queue_history WHERE id IN (SELECT e.id FROM {schema}inkit_queue_history AS e
 			WHERE e.queue = ? AND e.finished <= ? ORDER BY e.finished`, k.Queue, until); err != nil {
-			return u, err
+			return 0, err
 		}
 	}
-	return u, d.deleteAll(ctx, `DELETE FROM {schema}inkit_queue_once WHERE (queue, digest) IN (SELECT e.queue, e.digest FROM {schema}inkit_queue_once AS e
+	return 0, d.deleteAll(ctx, `DELETE FROM {schema}inkit_queue_once WHERE (queue, digest) IN (SELECT e.queue, e.digest FROM {schema}inkit_queue_once AS e
 		WHERE e.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = e.id)`)
 }
 
@@ -134,7 +122,7 @@ func (d *DB) Tidy(ctx context.Context, keep []store.Keep) (u store.Upkeep, err e
 func (d *DB) deleteAll(ctx context.Context, query string, args ...any) error {
 	for n := tidyStep; n == tidyStep; {
 		var err error
-		if n, err = d.change(ctx, query+fmt.Sprintf(` LIMIT %d {skip})`, tidyStep), args...); err != nil {
+		if n, err = d.change(ctx, query+fmt.Sprint(` LIMIT `, tidyStep, ` {skip})`), args...); err != nil {
 			return err
 		}
 	}

@@ -28,13 +28,12 @@ func (d *DB) Due(ctx context.Context, c *store.Claim, why error) (err error) {
 // Peek implements store.Store.
 func (d *DB) Peek(ctx context.Context, queue string) (p store.Peek, err error) {
 	var first, last, paused sql.NullInt64
-	var now int64
-	err = d.read(ctx, []any{&first, &last, &paused, &now}, nil, `SELECT
-		(SELECT due FROM {schema}inkit_queue_events WHERE queue = ? AND state = 'pending' ORDER BY due LIMIT 1),
-		(SELECT due FROM {schema}inkit_queue_events WHERE queue = ? AND state = 'pending' ORDER BY due DESC LIMIT 1),
-		(SELECT since FROM {schema}inkit_queue_paused WHERE queue = ?), {now}`, queue, queue, queue)
-	p.Empty, p.Wait, p.Paused = !first.Valid, milliseconds(first.Int64-now), at(paused)
-	if last.Int64-now > store.Latest.Milliseconds() {
+	err = d.read(ctx, []any{&first, &last, &paused}, nil, `SELECT
+		(SELECT due - {now} FROM {schema}inkit_queue_events WHERE queue = ? AND state = 'pending' ORDER BY due LIMIT 1),
+		(SELECT due - {now} FROM {schema}inkit_queue_events WHERE queue = ? AND state = 'pending' ORDER BY due DESC LIMIT 1),
+		(SELECT since FROM {schema}inkit_queue_paused WHERE queue = ?)`, queue, queue, queue)
+	p.Empty, p.Wait, p.Paused = !first.Valid, milliseconds(first.Int64), at(paused)
+	if last.Int64 > store.Latest.Milliseconds() {
 		p.Wait = 0 // a clock was wrong: the next claim corrects the due time
 	}
 	return p, err

@@ -8,7 +8,6 @@ import (
 	"strings"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
@@ -32,6 +31,13 @@ func (c *condition) add(part string, args ...any) {
 	c.parts, c.args = append(c.parts, part), append(c.args, args...)
 }
 
+// when adds a part if it is used.
+func (c *condition) when(used bool, part string, arg any) {
+	if used {
+		c.add(part, arg)
+	}
+}
+
 func (c *condition) String() string { return strings.Join(append(c.parts, "TRUE"), " AND ") }
 
 // ids adds the condition that the id is one of these. Without ids, no row matches.
@@ -42,14 +48,10 @@ func (c *condition) ids(ids []string) {
 	}
 }
 
-// idAt returns the smallest id with a time.
+// idAt returns the beginning of the ids with a time: a UUID starts with the milliseconds.
 func idAt(t time.Time) string {
-	var id uuid.UUID
-	ms := max(0, t.UnixMilli())
-	for i := range 6 {
-		id[i] = byte(ms >> (40 - 8*i))
-	}
-	return id.String()
+	ms := fmt.Sprintf("%012x", max(0, t.UnixMilli()))
+	return ms[:8] + "-" + ms[8:]
 }
 
 // has reports whether a filter selects events in a state.
@@ -68,58 +70,35 @@ func tables(f store.Filter) (found []string) {
 	return found
 }
 
-// bounds returns the part of a filter's condition for which an index finds the rows in the
-// order of their ids. An id contains the time of its event.
-func bounds(f store.Filter, table string) *condition {
-	c := new(condition)
+// conditions returns a filter's condition in two parts. For bounds, an index finds the rows in
+// the order of their ids: an id contains the time of its event. In rest, concatenations avoid
+// the index of due times, because the database must read the rows in the order of their ids.
+// For a filter without pending and dead events, both parts select no row of events.
+func conditions(f store.Filter, table string) (bounds, rest *condition) {
+	bounds, rest = new(condition), new(condition)
 	if table == events && !has(f, store.Pending) {
-		c.add("state = 'dead'")
+		bounds.add("state = 'dead'")
 	}
-	if !f.Since.IsZero() {
-		c.add("id >= ?", idAt(f.Since))
-	}
-	if !f.Until.IsZero() {
-		c.add("id < ?", idAt(f.Until))
-	}
-	if f.After != "" && f.Newest {
-		c.add("id < ?", f.After)
-	} else if f.After != "" {
-		c.add("id > ?", f.After)
-	}
-	return c
-}
-
-// rest returns the other part of a filter's condition. The concatenations avoid the index of
-// due times: the database must read the rows in the order of their ids. For a filter without
-// pending and dead events, both parts select no row of events.
-func rest(f store.Filter, table string) *condition {
-	c := new(condition)
+	bounds.when(!f.Since.IsZero(), "id >= ?", idAt(f.Since))
+	bounds.when(!f.Until.IsZero(), "id < ?", idAt(f.Until))
+	bounds.when(f.After != "" && f.Newest, "id < ?", f.After)
+	bounds.when(f.After != "" && !f.Newest, "id > ?", f.After)
 	if table == events && !has(f, store.Dead) {
-		c.add("state || '' = 'pending'")
+		rest.add("state || '' = 'pending'")
 	}
-	if f.Queue != "" {
-		c.add("queue || '' = ?", f.Queue)
-	}
-	if f.Type != "" {
-		c.add("event_type = ?", label(f.Type))
-	}
-	if f.Resource != "" {
-		c.add("resource_id = ? AND resource_id <> ''", label(f.Resource))
-	}
-	if f.Error != "" {
-		c.add("replace(lower(last_error), lower(?), '') <> lower(last_error)", f.Error) // LIKE has wildcards
-	}
+	rest.when(f.Queue != "", "queue || '' = ?", f.Queue)
+	rest.when(f.Type != "", "event_type = ?", label(f.Type))
+	rest.when(f.Resource != "", "resource_id = ? AND resource_id <> ''", label(f.Resource))
+	rest.when(f.Error != "", "replace(lower(last_error), lower(?), '') <> lower(last_error)", f.Error) // LIKE has wildcards
 	if f.IDs != nil {
-		c.ids(f.IDs)
+		rest.ids(f.IDs)
 	}
-	return c
+	return bounds, rest
 }
 
-// where returns the condition of a filter in a table.
-func where(f store.Filter, table string) *condition {
-	c, other := bounds(f, table), rest(f, table)
-	c.add(other.String(), other.args...)
-	return c
+// and returns the condition that both conditions are true.
+func and(a, b *condition) *condition {
+	return &condition{slices.Concat(a.parts, b.parts), slices.Concat(a.args, b.args)}
 }
 
 // Search implements store.Store.
@@ -142,38 +121,33 @@ func (d *DB) Search(ctx context.Context, f store.Filter, withRequest bool) (stor
 // time, until it has enough records or reaches the time limit.
 func (d *DB) searchTable(ctx context.Context, table string, f store.Filter, withRequest bool) (page store.Page, err error) {
 	began := time.Now()
-	other := rest(f, table)
 	order, until := " ORDER BY id", "id <= ?"
 	if f.Newest {
 		order, until = " ORDER BY id DESC", "id >= ?"
 	}
 	for {
-		c, end := bounds(f, table), ""
-		if len(other.parts) > 0 && f.IDs == nil && f.Resource == "" {
+		c, rest := conditions(f, table)
+		end := ""
+		if len(rest.parts) > 0 && f.IDs == nil && f.Resource == "" {
 			err := d.each(ctx, d.Read, []any{&end}, nil, `SELECT id FROM {schema}`+table+` WHERE `+c.String()+order+
 				fmt.Sprintf(` LIMIT 1 OFFSET %d`, searchStep-1), c.args...)
 			if err != nil {
 				return page, err
 			}
 		}
-		if end != "" {
-			c.add(until, end)
-		}
-		c.add(other.String(), other.args...)
+		c.when(end != "", until, end)
+		c = and(c, rest)
 		found, err := d.records(ctx, d.Read, `SELECT `+recordColumns(table, withRequest)+` FROM {schema}`+table+
 			` WHERE `+c.String()+order+fmt.Sprint(` LIMIT `, f.Limit), c.args...)
 		if err != nil {
 			return page, err
 		}
-		page.Records = append(page.Records, found...)
-		switch {
-		case len(found) == f.Limit:
+		page.Records, page.Next = append(page.Records, found...), end
+		if len(found) == f.Limit {
 			page.Next = found[len(found)-1].ID
 			return page, nil
-		case end == "":
-			return page, nil
-		case time.Since(began) > searchTime:
-			page.Next = end
+		}
+		if end == "" || time.Since(began) > searchTime {
 			return page, nil
 		}
 		f.After, f.Limit = end, f.Limit-len(found)
@@ -223,7 +197,7 @@ func milliseconds(ms int64) time.Duration { return time.Duration(max(0, ms)) * t
 
 // Retry implements store.Store.
 func (d *DB) Retry(ctx context.Context, f store.Filter) (int, error) {
-	c := where(f, events)
+	c := and(conditions(f, events))
 	return d.change(ctx, `
 		UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
 		WHERE `+c.String()+` AND (lease IS NULL OR lease <= {now})`, c.args...)
@@ -235,7 +209,7 @@ func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
 		var id string
 		var gone []string
 		for _, table := range tables(f) {
-			c := where(f, table)
+			c := and(conditions(f, table))
 			err := d.each(ctx, tx, []any{&id}, func() { gone = append(gone, id) },
 				`DELETE FROM {schema}`+table+` WHERE `+c.String()+` RETURNING id`, c.args...)
 			if err != nil {

@@ -9,8 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"strings"
-
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
 // version is the version of schema.sql.
@@ -42,7 +40,7 @@ type DB struct {
 	Dialect
 	Write, Read *sql.DB
 
-	prepared map[statement][]*sql.Stmt // for one event, for two events, and so on
+	prepared map[string]*sql.Stmt // by the text that exec gets
 }
 
 // text returns a statement of this package in the dialect.
@@ -84,10 +82,13 @@ func (d *DB) InTx(ctx context.Context, f func(tx *sql.Tx) error) error {
 
 // exec runs a statement, and returns the number of changed rows.
 func (d *DB) exec(ctx context.Context, tx *sql.Tx, query string, args ...any) (int, error) {
-	return changed(tx.ExecContext(ctx, d.text(query), args...))
-}
-
-func changed(result sql.Result, err error) (int, error) {
+	var result sql.Result
+	var err error
+	if stmt := d.prepared[query]; stmt != nil {
+		result, err = tx.StmtContext(ctx, stmt).ExecContext(ctx, args...) //nolint:sqlclosecheck // the transaction closes it
+	} else {
+		result, err = tx.ExecContext(ctx, d.text(query), args...)
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -104,7 +105,7 @@ func (d *DB) change(ctx context.Context, query string, args ...any) (n int, err 
 	return n, err
 }
 
-// each runs a query, scans each row into dest, and calls row.
+// each runs a query, scans each row into dest, and calls row unless row is nil.
 func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query string, args ...any) error {
 	rows, err := db.QueryContext(ctx, d.text(query), args...)
 	if err != nil {
@@ -122,23 +123,13 @@ func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query
 	return rows.Err()
 }
 
-// read runs a query outside of a transaction. It scans each row into dest, and calls row
-// unless row is nil.
+// read is each outside of a transaction.
 func (d *DB) read(ctx context.Context, dest []any, row func(), query string, args ...any) error {
 	return d.Wrap(d.each(ctx, d.Read, dest, row, query, args...))
 }
 
 // SchemaSQL returns the statements that create the schema.
 func (d *DB) SchemaSQL() string { return d.text(schema + d.More) }
-
-// Migrate creates the schema if it is missing. The caller must lock out other processes.
-func (d *DB) Migrate(ctx context.Context, tx *sql.Tx, exists bool) error {
-	if exists {
-		return d.CheckVersion(ctx, tx)
-	}
-	_, err := tx.ExecContext(ctx, d.SchemaSQL())
-	return err
-}
 
 // Querier is a database, or a transaction in it.
 type Querier interface {
@@ -153,7 +144,7 @@ func (d *DB) CheckVersion(ctx context.Context, db Querier) error {
 		return err
 	}
 	if found != version {
-		return fmt.Errorf("%w: %d, and this Caddy needs %d", store.ErrVersion, found, version)
+		return fmt.Errorf("the database has the schema of another version: %d, and this Caddy needs %d", found, version)
 	}
 	return nil
 }

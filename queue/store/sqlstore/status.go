@@ -15,8 +15,6 @@ const (
 	// returns the maxErrors most frequent errors of each queue.
 	errorRows = 10_000
 	maxErrors = 5
-
-	hour = int64(time.Hour / time.Millisecond)
 )
 
 // Status implements store.Store.
@@ -29,8 +27,10 @@ func (d *DB) Status(ctx context.Context, queues ...string) (status store.Status,
 		return status, err
 	}
 	queues = slices.Clone(queues)
+	counted := make(map[[2]string]store.Count) // by queue and state
 	for _, c := range counts {
 		queues = append(queues, c.Queue)
+		counted[[2]string{c.Queue, c.State}] = c
 	}
 	for _, table := range []string{"history", "once", "paused"} {
 		for next := (sql.NullString{Valid: true}); next.Valid; { // one query per queue is faster than reading all rows
@@ -43,16 +43,8 @@ func (d *DB) Status(ctx context.Context, queues ...string) (status store.Status,
 	}
 	slices.Sort(queues)
 	for _, queue := range slices.Compact(queues)[1:] { // the first name is empty
-		q := store.QueueStatus{Queue: queue}
-		for _, c := range counts {
-			switch {
-			case c.Queue != queue:
-			case c.State == store.Dead:
-				q.Dead = c.Events
-			default:
-				q.Pending, q.Oldest = c.Events, c.Oldest
-			}
-		}
+		pending, dead := counted[[2]string{queue, store.Pending}], counted[[2]string{queue, store.Dead}]
+		q := store.QueueStatus{Queue: queue, Pending: pending.Events, Dead: dead.Events, Oldest: pending.Oldest}
 		if err := d.statusOf(ctx, &q); err != nil {
 			return status, err
 		}
@@ -75,7 +67,7 @@ func (d *DB) statusOf(ctx context.Context, q *store.QueueStatus) error {
 		q.Failed[i] += retries
 	}, fmt.Sprintf(`
 		SELECT ({now} - finished) / %[1]d, count(*), sum(attempts - 1) FROM {schema}inkit_queue_history
-		WHERE queue = ? AND finished > {now} - 24 * %[1]d GROUP BY 1`, hour), q.Queue)
+		WHERE queue = ? AND finished > {now} - 24 * %[1]d GROUP BY 1`, time.Hour.Milliseconds()), q.Queue)
 	if err != nil {
 		return err
 	}

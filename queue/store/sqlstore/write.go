@@ -14,15 +14,18 @@ import (
 // statement is a statement for many events. In text, {rows} stands for one row per event.
 type statement struct{ row, text string }
 
-// insert returns a statement that adds rows to a table.
-func insert(table, row string) statement {
+// insert returns a statement that adds rows to a table, with an argument for each column.
+func insert(table string) statement {
+	row := "(" + strings.Repeat("?, ", strings.Count(columns[table], ",")) + "?)"
 	return statement{row, `INSERT INTO {schema}inkit_queue_` + table + ` (` + columns[table] + `) VALUES {rows} ON CONFLICT DO NOTHING`}
 }
 
 var (
-	addEvents = insert("events",
-		`(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`)
-	addHistory    = insert("history", wholeRow("history"))
+	addEvents = statement{
+		`(?, ?, 'pending', ?, {now}, {now} + CAST(? AS BIGINT), {now} + CAST(? AS BIGINT), ?, ?, ?, ?, ?, ?, ?)`,
+		insert("events").text,
+	}
+	addHistory    = insert("history")
 	deliverEvents = statement{
 		`?`,
 		`DELETE FROM {schema}inkit_queue_events WHERE id IN (
@@ -47,14 +50,15 @@ func (s statement) forRows(n int) string {
 // PrepareApply prepares the statements of Apply: SQLite is as slow in parsing them as in
 // running them.
 func (d *DB) PrepareApply(ctx context.Context) error {
-	d.prepared = make(map[statement][]*sql.Stmt)
+	d.prepared = make(map[string]*sql.Stmt)
 	for _, s := range []statement{addEvents, addHistory, deliverEvents, keepEvents} {
 		for n := range d.Rows {
-			stmt, err := d.Write.PrepareContext(ctx, d.text(s.forRows(n+1))) //nolint:sqlclosecheck // used until the database is closed
+			query := s.forRows(n + 1)
+			stmt, err := d.Write.PrepareContext(ctx, d.text(query)) //nolint:sqlclosecheck // used until the database is closed
 			if err != nil {
 				return err
 			}
-			d.prepared[s] = append(d.prepared[s], stmt)
+			d.prepared[query] = stmt
 		}
 	}
 	return nil
@@ -64,13 +68,7 @@ func (d *DB) PrepareApply(ctx context.Context) error {
 // rows.
 func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (total int, err error) {
 	for some := range slices.Chunk(events, d.Rows) {
-		var n int
-		args := slices.Concat(some...)
-		if stmts := d.prepared[s]; stmts != nil {
-			n, err = changed(tx.StmtContext(ctx, stmts[len(some)-1]).ExecContext(ctx, args...)) //nolint:sqlclosecheck // the transaction closes it
-		} else {
-			n, err = d.exec(ctx, tx, s.forRows(len(some)), args...)
-		}
+		n, err := d.exec(ctx, tx, s.forRows(len(some)), slices.Concat(some...)...)
 		if err != nil {
 			return total, err
 		}
@@ -82,8 +80,7 @@ func (d *DB) run(ctx context.Context, tx *sql.Tx, s statement, events [][]any) (
 // Apply implements store.Store.
 func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 	return d.InTx(ctx, func(tx *sql.Tx) error {
-		added, err := d.once(ctx, tx, b.Add)
-		if err != nil {
+		if err := d.once(ctx, tx, b.Add); err != nil {
 			return err
 		}
 		delivered, others := finishRows(b)
@@ -92,15 +89,17 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 			statement
 			rows [][]any
 		}{
-			{addEvents, eventRows(b.Owner, added)},
+			{addEvents, eventRows(b)},
 			{addHistory, historyRows(b.History)},
-			{insert(b.Copied.Table, wholeRow(b.Copied.Table)), b.Copied.Rows},
+			{insert(b.Copied.Table), b.Copied.Rows},
 			{deliverEvents, delivered},
 			{keepEvents, others},
 		} {
-			if done[step.statement], err = d.run(ctx, tx, step.statement, step.rows); err != nil {
+			n, err := d.run(ctx, tx, step.statement, step.rows)
+			if err != nil {
 				return err
 			}
+			done[step.statement] = n
 		}
 		b.Left = nil
 		if done[deliverEvents]+done[keepEvents] < len(b.Finish) && d.Skip != "" {
@@ -133,16 +132,18 @@ func label(text string) string {
 	return text
 }
 
-// eventRows returns the arguments of addEvents.
-func eventRows(batchOwner string, added []*store.Record) (rows [][]any) {
-	for _, r := range added {
+// eventRows returns the arguments of addEvents. A duplicate is not added.
+func eventRows(b *store.Batch) (rows [][]any) {
+	for _, r := range b.Add {
+		if r.First != "" {
+			continue
+		}
 		var lease, owner any
-		delay := r.Delay
 		if r.Lease > 0 {
-			lease, owner, delay = r.Lease.Milliseconds(), batchOwner, r.Lease
+			lease, owner = r.Lease.Milliseconds(), b.Owner
 		}
 		rows = append(rows, []any{
-			r.ID, r.Queue, r.Received.UnixMilli(), delay.Milliseconds(), lease, owner,
+			r.ID, r.Queue, r.Received.UnixMilli(), r.Lease.Milliseconds(), lease, owner,
 			r.Attempts, plain(r.LastError), label(r.EventType), label(r.ResourceID), r.Request, r.Checksum,
 		})
 	}

@@ -79,8 +79,8 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 			return left
 		}
 		assert.Equal(t, [2]int{600, 600}, left())
-		assert.Equal(t, [2]int{600, 600}, left(store.Keep{Queue: "default", For: 24 * time.Hour}))
-		assert.Equal(t, [2]int{300, 600}, left(store.Keep{Queue: "default", For: 10*time.Hour - 30*time.Second}))
+		assert.Equal(t, [2]int{600, 600}, left(store.Keep{Queue: "default", For: 24 * time.Hour, Rows: 1000}))
+		assert.Equal(t, [2]int{300, 600}, left(store.Keep{Queue: "default", For: 10*time.Hour - 30*time.Second, Rows: 1000}))
 		assert.Equal(t, [2]int{300, 7}, left(store.Keep{Queue: "default", For: 24 * time.Hour, Rows: 600}, store.Keep{Queue: "other", For: 24 * time.Hour, Rows: 7}))
 		assert.Equal(t, [2]int{300, 0}, left(store.Keep{Queue: "other"}))
 		assert.NotNil(t, find(t, s, "event-00000"), "the newest stay")
@@ -356,7 +356,7 @@ func statuses(t *testing.T, s store.Store) {
 
 	add(t, s, records(30, func(i int, r *store.Record) {
 		r.LastError = fmt.Sprint("status ", 500+i%7)
-		r.Delay = 30 * time.Minute
+		r.Lease = 30 * time.Minute
 	})...)
 	finish(t, s, "me", store.Finish{ID: "event-00000", Outcome: store.SetAside, LastError: "status 404"})
 	ago := func(name string, ago time.Duration, attempts int) *store.Record {
