@@ -20,6 +20,7 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // the other store
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"   // the default store
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
@@ -139,7 +140,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.app = app.(*App)
-	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+	if err := ctx.GetMetricsRegistry().Register(metrics); err != nil && !errors.As(err, new(prometheus.AlreadyRegisteredError)) {
 		return err
 	}
 	return h.app.register(h, string(config))
@@ -211,9 +212,4 @@ func (h *Handler) acquire() *queue {
 		return newQueue(key, h), nil
 	})
 	return value.(*queue)
-}
-
-func refuse(w http.ResponseWriter, err error) error {
-	w.Header().Set("Retry-After", "30")
-	return caddyhttp.Error(http.StatusServiceUnavailable, err)
 }

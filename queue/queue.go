@@ -177,16 +177,16 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 		f.Outcome = store.Later
 		return f
 	}
-	label := resultFailed
+	label := "failed"
 	if res.unreachable {
-		label = resultUnreachable
+		label = "unreachable"
 		q.unreached(h, r.ID, res.err)
 	} else {
 		q.reached(h)
 	}
 	switch {
 	case res.err == nil:
-		label = resultDelivered
+		label = "delivered"
 		f.Outcome = store.Delivered
 		q.remember(h, r, res.status)
 	case age >= time.Duration(h.MaxAge):
@@ -226,17 +226,17 @@ func onceAMinute() *rate.Limiter { return rate.NewLimiter(rate.Every(time.Minute
 
 // noteStored counts an event by the result of storing it.
 func (q *queue) noteStored(err error, took time.Duration) {
-	result := resultFailed
+	result := "failed"
 	switch {
 	case err == nil:
-		result = resultStored
+		result = "stored"
 		storeSeconds.WithLabelValues(q.name).Observe(took.Seconds())
 	case errors.Is(err, writer.ErrCalledBack):
-		result = resultDelivered
+		result = "delivered"
 	case errors.Is(err, errFull):
-		result = resultRefused
+		result = "refused"
 	case errors.Is(err, writer.ErrDuplicate):
-		result = resultDuplicate
+		result = "duplicate"
 	}
 	storedTotal.WithLabelValues(q.name, result).Inc()
 }

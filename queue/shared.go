@@ -89,24 +89,15 @@ func (d *database) join(q *queue) {
 
 func (d *database) leave(q *queue) {
 	d.mu.Lock()
-	if d.queues[q.name] == q {
+	last := d.queues[q.name] == q // otherwise the queue is open again
+	if last {
 		delete(d.queues, q.name)
 		deleteGauges(q.name)
 	}
 	d.mu.Unlock()
-	if !caddy.Exiting() {
-		d.warn(q.name)
-	}
-}
-
-// warn logs that a queue has pending events, but is not configured.
-func (d *database) warn(queue string) {
-	d.mu.Lock()
-	pending, configured := d.counts[countKey{queue, store.Pending}].Events, d.queues[queue] != nil
-	d.mu.Unlock()
-	if pending > 0 && !configured {
+	if pending := d.pending(q.name); last && pending > 0 && !caddy.Exiting() {
 		d.logger.Load().Warn("events are pending in a queue that is not configured: add the queue again to deliver them",
-			zap.String("queue", queue), zap.Int("pending", pending), zap.String("database", d.opener.Key()))
+			zap.String("queue", q.name), zap.Int("pending", pending), zap.String("database", d.opener.Key()))
 	}
 }
 
@@ -194,7 +185,7 @@ func (d *database) keepCounts() {
 	for d.ctx.Err() == nil {
 		if s, _ := d.writer.Store(); s != nil && (d.outdated.Swap(false) || !time.Now().Before(next)) {
 			began := time.Now()
-			if err := d.count(s, next.IsZero()); err == nil {
+			if err := d.count(s); err == nil {
 				next = time.Now().Add(countPause(time.Since(began)))
 			} else if d.ctx.Err() == nil && d.countLog.Allow() {
 				d.logger.Load().Error("cannot count events: the metrics show older numbers", zap.Error(err))
@@ -213,9 +204,8 @@ func countPause(took time.Duration) time.Duration {
 	return min(max(countInterval, time.Duration(float64(took)/countShare)), maxCountPause)
 }
 
-// count counts the events, and tidies the database. The first count warns of queues that are
-// not configured.
-func (d *database) count(s store.Store, first bool) error {
+// count counts the events, and tidies the database.
+func (d *database) count(s store.Store) error {
 	ctx, cancel := context.WithTimeout(d.ctx, time.Minute)
 	defer cancel()
 	d.mu.Lock()
@@ -241,11 +231,6 @@ func (d *database) count(s store.Store, first bool) error {
 		}
 	}
 	d.mu.Unlock()
-	for _, c := range found {
-		if first && c.State == store.Pending {
-			d.warn(c.Queue)
-		}
-	}
 	for u := (store.Upkeep{More: true}); u.More; {
 		if u, err = s.Tidy(ctx, keep); err != nil {
 			return err
