@@ -140,6 +140,34 @@ func (q *queue) Peek() (p store.Peek, err error) {
 	return p, err
 }
 
+// heedPause records whether the queue is paused. For a paused queue, it changes p so that
+// no event is due.
+func (q *queue) heedPause(p *store.Peek) {
+	was := q.paused.Swap(&p.Paused)
+	q.knowPause()
+	logger := q.db.logger.Load()
+	switch {
+	case p.Paused.IsZero() && !was.IsZero():
+		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(*was)))
+		pausedGauge.WithLabelValues(q.name).Set(0)
+	case !p.Paused.IsZero() && was.IsZero():
+		logger.Warn("the queue is paused: events are stored without attempts until caddy inkit-queue resume", zap.String("queue", q.name), zap.Time("since", p.Paused))
+		pausedGauge.WithLabelValues(q.name).Set(1)
+	}
+	if !p.Paused.IsZero() {
+		p.Empty, p.Wait = false, store.Latest
+	}
+}
+
+// isPaused reports whether the queue is paused. After the start, it waits until the
+// database is open, because the backend of a paused queue must not get an event.
+func (q *queue) isPaused() bool {
+	if !q.db.writer.Failing() {
+		<-q.pauseKnown.Done()
+	}
+	return !q.paused.Load().IsZero()
+}
+
 // Claim implements delivery.Queue.
 func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
 	c.Queue = q.name
@@ -180,15 +208,25 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 	label := "failed"
 	if res.unreachable {
 		label = "unreachable"
-		q.unreached(h, r.ID, res.err)
-	} else {
-		q.reached(h)
+		if q.breaker.Unreached(r.ID) {
+			h.logger.Warn("the backend is down: events are stored, and one attempt a second is made", zap.String("queue", q.name), zap.Error(res.err))
+			backendDown.WithLabelValues(q.name).Set(1)
+		}
+	} else if down, back := q.breaker.Reached(q.limits.Limit()); back {
+		h.logger.Info("the backend is back", zap.String("queue", q.name), zap.Duration("down", down), zap.Int("pending", q.db.pending(q.name)))
+		backendDown.WithLabelValues(q.name).Set(0)
+		q.schedule.Wake()
 	}
 	switch {
 	case res.err == nil:
 		label = "delivered"
 		f.Outcome = store.Delivered
-		q.remember(h, r, res.status)
+		if *h.History > 0 {
+			q.db.writer.Remember(&store.Record{
+				ID: r.ID, Queue: q.name, EventType: r.EventType, ResourceID: r.ResourceID,
+				Received: r.Received, Finished: time.Now(), Attempts: r.Attempts, Status: res.status,
+			})
+		}
 	case age >= time.Duration(h.MaxAge):
 		h.logger.Error("an event is dead: the backend has not accepted it for max_age", zap.String("id", r.ID),
 			zap.String("event_type", r.EventType), zap.String("resource_id", r.ResourceID),
@@ -200,22 +238,6 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 	}
 	attemptsTotal.WithLabelValues(q.name, label).Inc()
 	return f
-}
-
-func (q *queue) reached(h *Handler) {
-	down, back := q.breaker.Reached(q.limits.Limit())
-	if back {
-		h.logger.Info("the backend is back", zap.String("queue", q.name), zap.Duration("down", down), zap.Int("pending", q.db.pending(q.name)))
-		backendDown.WithLabelValues(q.name).Set(0)
-		q.schedule.Wake()
-	}
-}
-
-func (q *queue) unreached(h *Handler, id string, err error) {
-	if q.breaker.Unreached(id) {
-		h.logger.Warn("the backend is down: events are stored, and one attempt a second is made", zap.String("queue", q.name), zap.Error(err))
-		backendDown.WithLabelValues(q.name).Set(1)
-	}
 }
 
 // errFull means that max_events are pending.
