@@ -5,7 +5,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
@@ -98,12 +98,12 @@ func (a *App) Cleanup() error {
 	return nil
 }
 
-// Queues implements live.Queues.
-func (a *App) Queues() (all []live.Queue) {
+// Queues implements operator.Queues.
+func (a *App) Queues() (all []operator.Queue) {
 	for _, h := range a.handlers {
 		q := h.acquire()
-		all = append(all, live.Queue{
-			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*h.History), MaxEvents: h.MaxEvents,
+		all = append(all, operator.Queue{
+			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*h.History),
 			Store: q.db.writer.Store, Down: func() time.Time { return q.breaker.Backend().Down }, Wake: q.schedule.Wake,
 		})
 		q.release()
@@ -112,4 +112,4 @@ func (a *App) Queues() (all []live.Queue) {
 }
 
 // Interface guard
-var _ live.Queues = (*App)(nil)
+var _ operator.Queues = (*App)(nil)

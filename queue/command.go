@@ -50,14 +50,14 @@ func migrateCommand(o *origin) *cobra.Command {
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			targets, err := o.targets(cmd.Context())
-			printed := 0
+			sql := ""
 			for _, d := range targets {
-				n, _ := fmt.Print(d.opener.Migration())
-				printed += n
+				sql += d.opener.Migration()
 			}
-			if err == nil && printed == 0 {
+			if err == nil && sql == "" {
 				err = errors.New("no queue of the configuration is in PostgreSQL")
 			}
+			fmt.Print(sql)
 			return err
 		},
 	}

@@ -56,14 +56,15 @@ func newQueue(key string, h *Handler) *queue {
 	q.schedule = delivery.NewSchedule(q, q.breaker, q.limits)
 	q.pauseKnown, q.knowPause = context.WithTimeout(context.Background(), storeWait)
 	createSeries(q.name)
-	q.db.join(q)
+	q.db.mu.Lock()
+	q.db.queues[q.name] = q
+	q.db.mu.Unlock()
 	ctx, stop := context.WithCancel(context.Background())
 	q.stop = stop
 	q.running.Go(func() { q.schedule.Run(ctx) })
 	return q
 }
 
-// release releases a reference to the queue.
 func (q *queue) release() { _, _ = queues.Delete(q.key) }
 
 // Destruct closes the unused queue in the background, when the running attempts have ended.
