@@ -82,24 +82,20 @@ func (q *queue) Destruct() error {
 
 // attach adds a handler. It delivers when all handlers before it are detached.
 func (q *queue) attach(h *Handler) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.handlers = append(q.handlers, h)
-	q.followLocked()
+	q.locked(func() { q.handlers = append(q.handlers, h) })
+	q.follow()
 }
 
 func (q *queue) detach(h *Handler) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h })
-	q.followLocked()
+	q.locked(func() { q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h }) })
+	q.follow()
 }
 
-// followLocked uses the settings of the handler that delivers.
-func (q *queue) followLocked() {
-	if len(q.handlers) > 0 {
-		q.limits.Resize(q.handlers[0].Concurrency)
-		q.db.logger.Store(q.handlers[0].app.logger)
+// follow uses the settings of the handler that delivers.
+func (q *queue) follow() {
+	if h := q.current(); h != nil {
+		q.limits.Resize(h.Concurrency)
+		q.db.logger.Store(h.app.logger)
 		q.schedule.Wake()
 	}
 }
