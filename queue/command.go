@@ -13,8 +13,9 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/spf13/cobra"
 
-	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 func init() {
@@ -139,14 +140,14 @@ func migrateCommand(o *origin) *cobra.Command {
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			targets, err := o.targets(cmd.Context())
-			sql := ""
+			printed := 0
 			for _, d := range targets {
-				sql += d.opener.Migration()
+				n, _ := fmt.Print(d.opener.Migration())
+				printed += n
 			}
-			if err == nil && sql == "" {
+			if err == nil && printed == 0 {
 				err = errors.New("no queue of the configuration is in PostgreSQL")
 			}
-			fmt.Print(sql)
 			return err
 		},
 	}

@@ -87,7 +87,9 @@ func (q *queue) attach(h *Handler) {
 }
 
 func (q *queue) detach(h *Handler) {
-	q.locked(func() { q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h }) })
+	q.locked(func() {
+		q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h })
+	})
 	q.follow()
 }
 
