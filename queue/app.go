@@ -2,9 +2,10 @@ package queue
 
 import (
 	"fmt"
+	"slices"
 	"time"
 
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
@@ -27,9 +28,8 @@ var (
 type App struct {
 	ctx      caddy.Context
 	logger   *zap.Logger
-	configs  map[string]string // by name
-	handlers []*Handler        // one for each name
-	queues   []*queue          // of the handlers, from Start on
+	handlers []*Handler // one for each name
+	queues   []*queue   // of the handlers, from Start on
 }
 
 // CaddyModule returns the Caddy module information.
@@ -42,20 +42,18 @@ func (App) CaddyModule() caddy.ModuleInfo {
 
 // Provision sets up the app.
 func (a *App) Provision(ctx caddy.Context) error {
-	a.ctx, a.logger, a.configs = ctx, ctx.Logger(), make(map[string]string)
+	a.ctx, a.logger = ctx, ctx.Logger()
 	return nil
 }
 
 // register adds a handler. A site with two listeners has its handlers twice, so two
 // handlers may have the same name if their settings are the same.
-func (a *App) register(h *Handler, config string) error {
-	other, ok := a.configs[h.Name]
-	if ok && other != config {
-		return fmt.Errorf("name: two queues are called %s, and have different settings", h.Name)
-	}
-	if !ok {
-		a.configs[h.Name] = config
+func (a *App) register(h *Handler) error {
+	i := slices.IndexFunc(a.handlers, func(other *Handler) bool { return other.Name == h.Name })
+	if i < 0 {
 		a.handlers = append(a.handlers, h)
+	} else if a.handlers[i].config != h.config {
+		return fmt.Errorf("name: two queues are called %s, and have different settings", h.Name)
 	}
 	return nil
 }
@@ -100,12 +98,12 @@ func (a *App) Cleanup() error {
 	return nil
 }
 
-// Queues implements live.Queues.
-func (a *App) Queues() (all []live.Queue) {
+// Queues implements operator.Queues.
+func (a *App) Queues() (all []operator.Queue) {
 	for _, h := range a.handlers {
 		q := h.acquire()
-		all = append(all, live.Queue{
-			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*h.History), MaxEvents: h.MaxEvents,
+		all = append(all, operator.Queue{
+			Name: q.name, Database: q.db.opener.Key(), History: time.Duration(*h.History),
 			Store: q.db.writer.Store, Down: func() time.Time { return q.breaker.Backend().Down }, Wake: q.schedule.Wake,
 		})
 		q.release()
@@ -114,4 +112,4 @@ func (a *App) Queues() (all []live.Queue) {
 }
 
 // Interface guard
-var _ live.Queues = (*App)(nil)
+var _ operator.Queues = (*App)(nil)

@@ -11,6 +11,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/writer"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 const (
@@ -83,7 +85,8 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 		}
 	}
 	if !stored {
-		return refuse(w, errors.New("the event could not be stored, and the backend has not accepted it"))
+		w.Header().Set("Retry-After", "30")
+		return caddyhttp.Error(http.StatusServiceUnavailable, errors.New("the event could not be stored, and the backend has not accepted it"))
 	}
 	w.WriteHeader(http.StatusOK)
 	return nil

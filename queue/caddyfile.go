@@ -77,7 +77,10 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 		case "remember":
 			h.Remember, err = parseDuration(d, word, 1)
 		case "deliver":
-			err = h.parseDeliver(helper, d)
+			var deliver caddyhttp.MiddlewareHandler
+			if deliver, err = httpcaddyfile.ParseSegmentAsSubroute(helper.WithDispenser(d.NewFromNextSegment())); err == nil {
+				h.Routes = deliver.(*caddyhttp.Subroute).Routes
+			}
 		default:
 			err = d.Errf("inkit_queue: does not know the option %s", word)
 		}
@@ -101,15 +104,6 @@ func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
 		return d.Errf("store: %v", err)
 	}
 	h.StoreRaw = caddyconfig.JSONModuleObject(module, "module", kind, nil)
-	return nil
-}
-
-func (h *Handler) parseDeliver(helper httpcaddyfile.Helper, d *caddyfile.Dispenser) error {
-	handler, err := httpcaddyfile.ParseSegmentAsSubroute(helper.WithDispenser(d.NewFromNextSegment()))
-	if err != nil {
-		return err
-	}
-	h.Routes = handler.(*caddyhttp.Subroute).Routes
 	return nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"reflect"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
@@ -66,6 +67,30 @@ sends a deleted event of a type in once again, it is delivered.
 	return cmd
 }
 
+// filterUsage has the filter options for the usage line of a command.
+const filterUsage = "[--state pending|dead|delivered|all]... [--type <type>] [--resource <id>] [--error <text>] [--since <duration>] [--until <duration>]"
+
+// newFilter adds the options of a filter to a command.
+func newFilter(cmd *cobra.Command) *store.Filter {
+	filter := new(store.Filter)
+	for name, usage := range map[string]string{
+		"state":    "Only this `state`: pending, dead, delivered or all (default: pending and dead)",
+		"type":     "Only this event `type`",
+		"resource": "Only the events of the resource with this `id`",
+		"error":    "Only events whose last error contains this `text`",
+		"since":    "Only events that arrived within this `duration`, such as 2h or 3d",
+		"until":    "Only events that arrived longer ago than this `duration`",
+	} {
+		cmd.Flags().Func(name, usage, func(text string) error {
+			if text == "" { // an unset variable of a script must not select all events
+				return errors.New("must not be empty")
+			}
+			return operator.Set(filter, name, text, time.Now())
+		})
+	}
+	return filter
+}
+
 // idsOrFilter requires either ids or a filter, and refuses both.
 func idsOrFilter(filter *store.Filter) cobra.PositionalArgs {
 	return func(_ *cobra.Command, ids []string) error {
@@ -118,10 +143,14 @@ func (o *origin) eachID(cmd *cobra.Command, ids []string, f func(store.Store, st
 		ids = left
 		return nil
 	})
-	if err == nil && len(ids) > 0 {
-		err = fmt.Errorf("there is no event to %s: %s", cmd.Name(), request.Printable(strings.Join(ids, ", ")))
+	if err != nil || len(ids) == 0 {
+		return err
 	}
-	return err
+	left := request.Printable(strings.Join(ids, ", "))
+	if cmd.Name() == "retry" {
+		return fmt.Errorf("not changed, because unknown, delivered or being delivered: %s", left)
+	}
+	return fmt.Errorf("there is no event to %s: %s", cmd.Name(), left)
 }
 
 // interruptible lets Ctrl-C end a command between two of its transactions.

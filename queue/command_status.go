@@ -54,7 +54,6 @@ func (o *origin) eachQueue(ctx context.Context, f func(d *target, q store.QueueS
 	})
 }
 
-// encodeStatus prints the status of a queue as JSON.
 func encodeStatus(q store.QueueStatus, database string, size int64) error {
 	status := map[string]any{
 		"queue": q.Queue, "database": database, "size": size, "pending": q.Pending, "dead": q.Dead, "oldest_age_seconds": int(q.Oldest.Seconds()),
@@ -69,7 +68,6 @@ func encodeStatus(q store.QueueStatus, database string, size int64) error {
 	return json.NewEncoder(os.Stdout).Encode(status)
 }
 
-// printStatus prints the status of a queue as text.
 func printStatus(q store.QueueStatus, database string, size int64) {
 	line := func(name, format string, args ...any) {
 		fmt.Printf("  %-11s  %s\n", name, request.Printable(fmt.Sprintf(format, args...)))

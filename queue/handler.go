@@ -10,7 +10,9 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"path"
 	"regexp"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -20,6 +22,7 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // the other store
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"   // the default store
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
@@ -102,6 +105,7 @@ type Handler struct {
 	server *caddyhttp.Server
 	logger *zap.Logger
 	app    *App
+	config string // all settings, as JSON
 }
 
 // CaddyModule returns the Caddy module information.
@@ -124,10 +128,9 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.Concurrency = cmp.Or(h.Concurrency, 16)
 	h.History = cmp.Or(h.History, new(caddy.Duration(7*24*time.Hour)))
 	h.Remember = cmp.Or(h.Remember, caddy.Duration(30*24*time.Hour))
-	config, err := json.Marshal(h) // before LoadModule, which deletes the JSON of the module
-	if err != nil {
-		return err
-	}
+	config, _ := json.Marshal(h) // before LoadModule, which deletes the JSON of the module
+	h.config = string(config)
+	var err error
 	if h.opener, err = h.loadStore(ctx); err != nil {
 		return err
 	}
@@ -139,10 +142,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	h.app = app.(*App)
-	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+	if err := ctx.GetMetricsRegistry().Register(metrics); err != nil && !errors.As(err, new(prometheus.AlreadyRegisteredError)) {
 		return err
 	}
-	return h.app.register(h, string(config))
+	return h.app.register(h)
 }
 
 // loadStore sets up the database without opening it.
@@ -157,7 +160,10 @@ func (h *Handler) loadStore(ctx caddy.Context) (store.Opener, error) {
 	return module.(store.Opener), nil
 }
 
-var nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
+var (
+	nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
+	onceForm = regexp.MustCompile(`^[A-Za-z0-9_*]+$`)
+)
 
 // Validate refuses invalid settings.
 func (h *Handler) Validate() error {
@@ -175,7 +181,18 @@ func (h *Handler) Validate() error {
 	if len(h.Routes) == 0 {
 		return errors.New("routes: at least one is required")
 	}
-	return validateOnce(h.Once)
+	if slices.ContainsFunc(h.Once, func(pattern string) bool { return !onceForm.MatchString(pattern) }) {
+		return errors.New("once: an event type must be letters, digits, '_' and '*'")
+	}
+	return nil
+}
+
+// isOnce reports whether once lists an event type.
+func (h *Handler) isOnce(eventType string) bool {
+	return slices.ContainsFunc(h.Once, func(pattern string) bool {
+		match, _ := path.Match(pattern, eventType)
+		return match
+	})
 }
 
 // ServeHTTP stores and delivers the event of a request. The next handler is not called.
@@ -186,12 +203,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	}
 	q := h.acquire()
 	defer q.release()
-	id, err := uuid.NewV7()
-	if err != nil {
-		return err
-	}
 	record := &store.Record{
-		ID: id.String(), Queue: h.Name, State: store.Pending, Received: time.Now(),
+		ID: uuid.Must(uuid.NewV7()).String(), Queue: h.Name, State: store.Pending, Received: time.Now(),
 		EventType: e.Type(), ResourceID: e.ResourceID(),
 	}
 	if record.ResourceID != "" && h.isOnce(record.EventType) {
@@ -211,9 +224,4 @@ func (h *Handler) acquire() *queue {
 		return newQueue(key, h), nil
 	})
 	return value.(*queue)
-}
-
-func refuse(w http.ResponseWriter, err error) error {
-	w.Header().Set("Retry-After", "30")
-	return caddyhttp.Error(http.StatusServiceUnavailable, err)
 }

@@ -25,9 +25,7 @@ import (
 // seriesOf returns the series of a queue, as text.
 func seriesOf(t *testing.T, queue string) map[string]float64 {
 	t.Helper()
-	registry := prometheus.NewPedanticRegistry()
-	require.NoError(t, registerMetrics(registry))
-	families, err := registry.Gather()
+	families, err := metrics.Gather()
 	require.NoError(t, err)
 	series := make(map[string]float64)
 	for _, family := range families {
@@ -257,13 +255,13 @@ func TestQueueThatAReloadRemoves(t *testing.T) {
 func TestMetricsFollowTheConventions(t *testing.T) {
 	createSeries("linted")
 	registry := prometheus.NewPedanticRegistry()
-	require.NoError(t, registerMetrics(registry))
-	require.NoError(t, registerMetrics(registry), "a second handler of a configuration")
+	require.NoError(t, registry.Register(metrics))
+	require.ErrorAs(t, registry.Register(metrics), new(prometheus.AlreadyRegisteredError), "a second handler of a configuration")
 	problems, err := testutil.GatherAndLint(registry)
 	require.NoError(t, err)
 	assert.Empty(t, problems)
 
 	taken := prometheus.NewRegistry()
 	taken.MustRegister(prometheus.NewGauge(prometheus.GaugeOpts{Name: "caddy_inkit_queue_events", Help: "Of another module."}))
-	require.Error(t, registerMetrics(taken))
+	require.Error(t, taken.Register(metrics))
 }

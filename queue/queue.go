@@ -56,14 +56,15 @@ func newQueue(key string, h *Handler) *queue {
 	q.schedule = delivery.NewSchedule(q, q.breaker, q.limits)
 	q.pauseKnown, q.knowPause = context.WithTimeout(context.Background(), storeWait)
 	createSeries(q.name)
-	q.db.join(q)
+	q.db.mu.Lock()
+	q.db.queues[q.name] = q
+	q.db.mu.Unlock()
 	ctx, stop := context.WithCancel(context.Background())
 	q.stop = stop
 	q.running.Go(func() { q.schedule.Run(ctx) })
 	return q
 }
 
-// release releases a reference to the queue.
 func (q *queue) release() { _, _ = queues.Delete(q.key) }
 
 // Destruct closes the unused queue in the background, when the running attempts have ended.
@@ -81,24 +82,22 @@ func (q *queue) Destruct() error {
 
 // attach adds a handler. It delivers when all handlers before it are detached.
 func (q *queue) attach(h *Handler) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.handlers = append(q.handlers, h)
-	q.followLocked()
+	q.locked(func() { q.handlers = append(q.handlers, h) })
+	q.follow()
 }
 
 func (q *queue) detach(h *Handler) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h })
-	q.followLocked()
+	q.locked(func() {
+		q.handlers = slices.DeleteFunc(q.handlers, func(attached *Handler) bool { return attached == h })
+	})
+	q.follow()
 }
 
-// followLocked uses the settings of the handler that delivers.
-func (q *queue) followLocked() {
-	if len(q.handlers) > 0 {
-		q.limits.Resize(q.handlers[0].Concurrency)
-		q.db.logger.Store(q.handlers[0].app.logger)
+// follow uses the settings of the handler that delivers.
+func (q *queue) follow() {
+	if h := q.current(); h != nil {
+		q.limits.Resize(h.Concurrency)
+		q.db.logger.Store(h.app.logger)
 		q.schedule.Wake()
 	}
 }
@@ -140,6 +139,34 @@ func (q *queue) Peek() (p store.Peek, err error) {
 	return p, err
 }
 
+// heedPause records whether the queue is paused. For a paused queue, it changes p so that
+// no event is due.
+func (q *queue) heedPause(p *store.Peek) {
+	was := q.paused.Swap(&p.Paused)
+	q.knowPause()
+	logger := q.db.logger.Load()
+	switch {
+	case p.Paused.IsZero() && !was.IsZero():
+		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(*was)))
+		pausedGauge.WithLabelValues(q.name).Set(0)
+	case !p.Paused.IsZero() && was.IsZero():
+		logger.Warn("the queue is paused: events are stored without attempts until caddy inkit-queue resume", zap.String("queue", q.name), zap.Time("since", p.Paused))
+		pausedGauge.WithLabelValues(q.name).Set(1)
+	}
+	if !p.Paused.IsZero() {
+		p.Empty, p.Wait = false, store.Latest
+	}
+}
+
+// isPaused reports whether the queue is paused. After the start, it waits until the
+// database is open, because the backend of a paused queue must not get an event.
+func (q *queue) isPaused() bool {
+	if !q.db.writer.Failing() {
+		<-q.pauseKnown.Done()
+	}
+	return !q.paused.Load().IsZero()
+}
+
 // Claim implements delivery.Queue.
 func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
 	c.Queue = q.name
@@ -177,18 +204,28 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 		f.Outcome = store.Later
 		return f
 	}
-	label := resultFailed
+	label := "failed"
 	if res.unreachable {
-		label = resultUnreachable
-		q.unreached(h, r.ID, res.err)
-	} else {
-		q.reached(h)
+		label = "unreachable"
+		if q.breaker.Unreached(r.ID) {
+			h.logger.Warn("the backend is down: events are stored, and one attempt a second is made", zap.String("queue", q.name), zap.Error(res.err))
+			backendDown.WithLabelValues(q.name).Set(1)
+		}
+	} else if down, back := q.breaker.Reached(q.limits.Limit()); back {
+		h.logger.Info("the backend is back", zap.String("queue", q.name), zap.Duration("down", down), zap.Int("pending", q.db.pending(q.name)))
+		backendDown.WithLabelValues(q.name).Set(0)
+		q.schedule.Wake()
 	}
 	switch {
 	case res.err == nil:
-		label = resultDelivered
+		label = "delivered"
 		f.Outcome = store.Delivered
-		q.remember(h, r, res.status)
+		if *h.History > 0 {
+			q.db.writer.Remember(&store.Record{
+				ID: r.ID, Queue: q.name, EventType: r.EventType, ResourceID: r.ResourceID,
+				Received: r.Received, Finished: time.Now(), Attempts: r.Attempts, Status: res.status,
+			})
+		}
 	case age >= time.Duration(h.MaxAge):
 		h.logger.Error("an event is dead: the backend has not accepted it for max_age", zap.String("id", r.ID),
 			zap.String("event_type", r.EventType), zap.String("resource_id", r.ResourceID),
@@ -202,22 +239,6 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 	return f
 }
 
-func (q *queue) reached(h *Handler) {
-	down, back := q.breaker.Reached(q.limits.Limit())
-	if back {
-		h.logger.Info("the backend is back", zap.String("queue", q.name), zap.Duration("down", down), zap.Int("pending", q.db.pending(q.name)))
-		backendDown.WithLabelValues(q.name).Set(0)
-		q.schedule.Wake()
-	}
-}
-
-func (q *queue) unreached(h *Handler, id string, err error) {
-	if q.breaker.Unreached(id) {
-		h.logger.Warn("the backend is down: events are stored, and one attempt a second is made", zap.String("queue", q.name), zap.Error(err))
-		backendDown.WithLabelValues(q.name).Set(1)
-	}
-}
-
 // errFull means that max_events are pending.
 var errFull = errors.New("too many events are pending")
 
@@ -226,17 +247,17 @@ func onceAMinute() *rate.Limiter { return rate.NewLimiter(rate.Every(time.Minute
 
 // noteStored counts an event by the result of storing it.
 func (q *queue) noteStored(err error, took time.Duration) {
-	result := resultFailed
+	result := "failed"
 	switch {
 	case err == nil:
-		result = resultStored
+		result = "stored"
 		storeSeconds.WithLabelValues(q.name).Observe(took.Seconds())
 	case errors.Is(err, writer.ErrCalledBack):
-		result = resultDelivered
+		result = "delivered"
 	case errors.Is(err, errFull):
-		result = resultRefused
+		result = "refused"
 	case errors.Is(err, writer.ErrDuplicate):
-		result = resultDuplicate
+		result = "duplicate"
 	}
 	storedTotal.WithLabelValues(q.name, result).Inc()
 }

@@ -80,13 +80,7 @@ func (d *database) Destruct() error {
 	return nil
 }
 
-// join adds a queue to this database, and leave removes it.
-func (d *database) join(q *queue) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	d.queues[q.name] = q
-}
-
+// leave removes a closed queue.
 func (d *database) leave(q *queue) {
 	d.mu.Lock()
 	if d.queues[q.name] == q {

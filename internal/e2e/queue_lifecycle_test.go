@@ -294,7 +294,7 @@ func TestQueueCommands(t *testing.T) {
 		args       []string
 	}{
 		{"an unknown id", "there is no event to show: 019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52", []string{"show", "019ac5b2-7c7e-7cc8-a1d6-1a9c6f0d8f52"}},
-		{"one to retry", "there is no event to retry: nothing", []string{"retry", "nothing"}},
+		{"one to retry", "not changed, because unknown, delivered or being delivered: nothing", []string{"retry", "nothing"}},
 		{"one to drop", "there is no event to drop: nothing", []string{"drop", "nothing"}},
 		{"nothing to retry", "needs either the ids of events, or a filter such as --state dead", []string{"retry"}},
 		{"both", "needs either the ids of events, or a filter such as --state dead", []string{"retry", "--state", "dead", "x"}},

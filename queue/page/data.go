@@ -7,7 +7,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
@@ -50,11 +49,11 @@ func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 // database is a database with the queues of this Caddy in it.
 type database struct {
 	Key    string
-	queues []live.Queue
+	queues []operator.Queue
 }
 
 // Live returns the queue with this name, or nil if this Caddy has no such queue.
-func (d *database) Live(name string) *live.Queue {
+func (d *database) Live(name string) *operator.Queue {
 	for i := range d.queues {
 		if d.queues[i].Name == name {
 			return &d.queues[i]

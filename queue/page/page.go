@@ -12,7 +12,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
+	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"go.uber.org/zap"
 	"golang.org/x/time/rate"
@@ -61,7 +61,7 @@ type Handler struct {
 	// Whether the page only shows events and queues, and refuses changes. Default: `false`.
 	ReadOnly bool `json:"read_only,omitempty"`
 
-	queues     live.Queues
+	queues     operator.Queues
 	logger     *zap.Logger
 	protection *http.CrossOriginProtection
 	shared     *shared
@@ -100,7 +100,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return err
 	}
-	h.queues = app.(live.Queues)
+	h.queues = app.(operator.Queues)
 	return nil
 }
 

@@ -20,7 +20,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/google/uuid"
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
@@ -36,9 +35,9 @@ import (
 )
 
 // caddyWith is an app inkit_queue with these queues.
-type caddyWith []live.Queue
+type caddyWith []operator.Queue
 
-func (c caddyWith) Queues() []live.Queue { return c }
+func (c caddyWith) Queues() []operator.Queue { return c }
 
 // fixture is a page with its queues.
 type fixture struct {
@@ -66,7 +65,7 @@ func newPage(t *testing.T, queues ...[2]string) *fixture {
 			t.Cleanup(func() { assert.NoError(t, s.Close()) })
 			p.stores[db] = s
 		}
-		p.queues = append(p.queues, live.Queue{
+		p.queues = append(p.queues, operator.Queue{
 			Name: name, Database: db, History: time.Hour,
 			Store: func() (store.Store, error) { return p.stores[db], nil },
 			Down:  func() time.Time { return time.Time{} },

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/live"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/operator"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/internal/request"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
@@ -115,7 +114,7 @@ func (v *visit) overview() error {
 func (v *visit) list() error {
 	view := struct {
 		Filter filter
-		Queues []live.Queue
+		Queues []operator.Queue
 		Events []*store.Record
 		Next   string    // the link to more events
 		Until  time.Time // how far the search got, if it took too long

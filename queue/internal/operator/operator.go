@@ -1,5 +1,6 @@
-// Package operator has what the page and the commands share: the filters that an operator
-// types, what they do to events, and the text of a duration.
+// Package operator has what the page needs of the running Caddy, and what the page and the
+// commands share: the filters that an operator types, what they do to events, and the text of
+// a duration.
 package operator
 
 import (
@@ -12,6 +13,28 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 )
+
+// Queue is a queue of the running Caddy.
+type Queue struct {
+	Name     string
+	Database string        // the key of the database, without credentials
+	History  time.Duration // how long the history keeps an event, 0 for no history
+
+	// Store returns the database, or nil with the reason why it is not open.
+	Store func() (store.Store, error)
+
+	// Down returns the time since which the backend counts as down, zero if it is up.
+	Down func() time.Time
+
+	// Wake makes the queue check for due events and for a pause.
+	Wake func()
+}
+
+// Queues is the app of inkit_queue, for the page, which must not import it.
+type Queues interface {
+	// Queues returns the queues of the app's configuration.
+	Queues() []Queue
+}
 
 // States has the states of the events for each word in a filter.
 var States = map[string][]string{
