@@ -20,12 +20,10 @@ type Backend struct {
 
 func (b Backend) isDown() bool { return !b.Down.IsZero() }
 
-// Allows reports whether new events get an attempt before they are stored.
-func (b Backend) Allows() bool { return !b.newest() }
-
-// newest reports whether the newest events come first. An event that hangs the backend looks
-// like an outage, and would be probed forever. New events are the least likely cause.
-func (b Backend) newest() bool { return b.isDown() || b.Ramp > 0 }
+// Allows reports whether new events get an attempt before they are stored. If not, the newest
+// events come first: an event that hangs the backend looks like an outage, and would be probed
+// forever. New events are the least likely cause.
+func (b Backend) Allows() bool { return !b.isDown() && b.Ramp == 0 }
 
 // Plan decides how many due events to claim now, or how long to wait if it is none. The wait
 // ends early when an event is stored or finished. The limit is for attempts at old events.
