@@ -30,7 +30,7 @@ func (b Backend) Allows() bool { return !b.isDown() && b.Ramp == 0 }
 func Plan(b Backend, p store.Peek, limit, running int) (claim int, wait time.Duration) {
 	switch {
 	case b.isDown() && (b.Probe > 0 || running > 0):
-		return 0, min(cmp.Or(b.Probe, pollInterval), pollInterval)
+		return 0, cmp.Or(b.Probe, pollInterval)
 	case b.isDown():
 		limit = 1
 	case b.Ramp > 0:

@@ -53,7 +53,7 @@ type Writer struct {
 	observer Observer
 
 	wake, closing chan struct{}
-	closed        chan struct{}
+	running       sync.WaitGroup
 
 	mu       sync.Mutex
 	store    store.Store // nil until the database is open
@@ -106,10 +106,10 @@ type claim struct {
 func New(owner string, open func(context.Context) (store.Store, error), observer Observer) *Writer {
 	w := &Writer{
 		owner: owner, open: open, observer: observer,
-		wake: make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
+		wake: make(chan struct{}, 1), closing: make(chan struct{}),
 		broken: errors.New("the database is not open yet"), attempting: make(map[string]bool),
 	}
-	go w.run()
+	w.running.Go(w.run)
 	return w
 }
 
@@ -117,7 +117,7 @@ func New(owner string, open func(context.Context) (store.Store, error), observer
 // or wait for an addition.
 func (w *Writer) Close() {
 	close(w.closing)
-	<-w.closed
+	w.running.Wait()
 }
 
 func (w *Writer) poke() {
@@ -215,7 +215,6 @@ func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 }
 
 func (w *Writer) run() {
-	defer close(w.closed)
 	for closing := false; !closing; {
 		w.expire()
 		wake, retry := w.wake, (<-chan time.Time)(nil)
