@@ -195,7 +195,8 @@ func TestRefusedByAnOldCount(t *testing.T) {
 func TestRefusedEventCountsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var slow atomic.Bool
-		c := start(t, &Handler{Name: "full", MaxEvents: 1, StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+		name := rand.Text() // the metrics are global
+		c := start(t, &Handler{Name: name, MaxEvents: 1, StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 			if slow.Load() {
 				time.Sleep(200 * time.Millisecond)
 				return status(200)(w, r, next)
@@ -207,7 +208,7 @@ func TestRefusedEventCountsOnce(t *testing.T) {
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		slow.Store(true)
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
-		series := seriesOf(t, "full")
+		series := seriesOf(t, name)
 		assert.InDelta(t, 1, series["stored_total stored"], 0)
 		assert.InDelta(t, 1, series["stored_total refused"], 0)
 		assert.InDelta(t, 0, series["stored_total delivered"], 0)
