@@ -42,7 +42,7 @@ type arrival struct {
 func newArrival(q *queue, h *Handler, r *request.Request, record *store.Record) *arrival {
 	a := &arrival{q: q, h: h, request: r, record: record}
 	a.deadline = record.Received.Add(max(storeWait, time.Duration(*h.AnswerAfter)))
-	a.addition = writer.NewAddition(record, r.Encode, a.deadline, func(err error) { q.noteStored(err, time.Since(record.Received)) })
+	a.addition = writer.NewAddition(record, a.encode, a.deadline, func(err error) { q.noteStored(err, time.Since(record.Received)) })
 	return a
 }
 
@@ -162,18 +162,21 @@ func (a *arrival) waitForPlace() bool {
 	return a.q.limits.Take(ctx, 1) == 1
 }
 
-// store begins to store the event, or refuses it if too many events are pending. It returns
-// a channel that is closed when storing ends.
+// store begins to store the event. It returns a channel that is closed when storing ends.
 func (a *arrival) store() <-chan struct{} {
+	a.q.db.writer.Add(a.addition)
+	return a.addition.Done()
+}
+
+// encode returns the encoded request, or an error if too many events are pending.
+func (a *arrival) encode() ([]byte, error) {
 	q := a.q
 	if q.db.pending(q.name) < a.h.MaxEvents {
-		q.db.writer.Add(a.addition)
-		return a.addition.Done()
+		return a.request.Encode()
 	}
-	q.db.writer.Refuse(a.addition, errFull)
 	q.db.outdated.Store(true) // other processes may have delivered some events
 	if q.refusedLog.Allow() {
 		a.h.logger.Error("cannot store events: max_events are pending", zap.String("queue", q.name), zap.Int("max_events", a.h.MaxEvents))
 	}
-	return a.addition.Done()
+	return nil, errFull
 }

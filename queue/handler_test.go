@@ -407,7 +407,6 @@ func TestAnswers(t *testing.T) {
 						return status(500)(w, r, next)
 					})
 					require.Equal(t, 200, serve(t, h, post(body)).status)
-					synctest.Wait() // until the event is counted
 					backend.Store(tt.backend)
 				}
 				opener.fail(tt.store)

@@ -20,19 +20,17 @@ type Backend struct {
 
 func (b Backend) isDown() bool { return !b.Down.IsZero() }
 
-// Allows reports whether new events get an attempt before they are stored.
-func (b Backend) Allows() bool { return !b.newest() }
-
-// newest reports whether the newest events come first. An event that hangs the backend looks
-// like an outage, and would be probed forever. New events are the least likely cause.
-func (b Backend) newest() bool { return b.isDown() || b.Ramp > 0 }
+// Allows reports whether new events get an attempt before they are stored. If not, the newest
+// events come first: an event that hangs the backend looks like an outage, and would be probed
+// forever. New events are the least likely cause.
+func (b Backend) Allows() bool { return !b.isDown() && b.Ramp == 0 }
 
 // Plan decides how many due events to claim now, or how long to wait if it is none. The wait
 // ends early when an event is stored or finished. The limit is for attempts at old events.
 func Plan(b Backend, p store.Peek, limit, running int) (claim int, wait time.Duration) {
 	switch {
 	case b.isDown() && (b.Probe > 0 || running > 0):
-		return 0, min(cmp.Or(b.Probe, pollInterval), pollInterval)
+		return 0, cmp.Or(b.Probe, pollInterval)
 	case b.isDown():
 		limit = 1
 	case b.Ramp > 0:

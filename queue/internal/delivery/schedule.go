@@ -85,7 +85,7 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 		return 0
 	}
 	// after an error, there are no records
-	records, _ := s.queue.Claim(&store.Claim{Max: places, Lease: timeout + LeaseMargin, Newest: backend.newest()})
+	records, _ := s.queue.Claim(&store.Claim{Max: places, Lease: timeout + LeaseMargin, Newest: !backend.Allows()})
 	s.limits.Free(places - len(records))
 	s.running.Add(int64(len(records)))
 	for _, r := range records {

@@ -53,7 +53,7 @@ type Writer struct {
 	observer Observer
 
 	wake, closing chan struct{}
-	closed        chan struct{}
+	running       sync.WaitGroup
 
 	mu       sync.Mutex
 	store    store.Store // nil until the database is open
@@ -75,25 +75,19 @@ type Addition struct {
 	encode   func() ([]byte, error)
 	deadline time.Time
 	finish   *store.Finish // the result of an attempt that ended before the event was stored
-	state    state
+	writing  bool          // a transaction has the event
+	ended    bool          // done is closed
 	err      error
 	done     chan struct{}
-	ended    func(error)
+	note     func(error)
 }
 
-type state int
-
-const (
-	waiting state = iota // for Writer.Add, or for a transaction
-	writing
-	ended
-)
-
 // NewAddition returns an addition for Writer.Add, which calls encode to get the request of the
-// record. If a transaction fails, the writer retries until the deadline, except on a full
-// disk. At the end, it calls the function ended with the error of Err. It must not block.
-func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.Time, ended func(error)) *Addition {
-	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), ended: ended}
+// record. If encode fails, the event is not stored. If a transaction fails, the writer retries
+// until the deadline, except on a full disk. At the end, it calls note with the error of Err.
+// note must not block.
+func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.Time, note func(error)) *Addition {
+	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), note: note}
 }
 
 // Done is closed when the event is on the disk, or when it will not be stored.
@@ -112,10 +106,10 @@ type claim struct {
 func New(owner string, open func(context.Context) (store.Store, error), observer Observer) *Writer {
 	w := &Writer{
 		owner: owner, open: open, observer: observer,
-		wake: make(chan struct{}, 1), closing: make(chan struct{}), closed: make(chan struct{}),
+		wake: make(chan struct{}, 1), closing: make(chan struct{}),
 		broken: errors.New("the database is not open yet"), attempting: make(map[string]bool),
 	}
-	go w.run()
+	w.running.Go(w.run)
 	return w
 }
 
@@ -123,7 +117,7 @@ func New(owner string, open func(context.Context) (store.Store, error), observer
 // or wait for an addition.
 func (w *Writer) Close() {
 	close(w.closing)
-	<-w.closed
+	w.running.Wait()
 }
 
 func (w *Writer) poke() {
@@ -149,32 +143,21 @@ func (w *Writer) Failing() bool {
 
 // Add writes an event, unless an attempt has delivered it already.
 func (w *Writer) Add(a *Addition) {
-	encoded, err := a.encode()
-	if err != nil {
-		w.Refuse(a, err)
-		return
-	}
-	a.record.Request = encoded
+	var err error
+	a.record.Request, err = a.encode()
 	a.record.Checksum = a.record.Sum()
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if a.state != waiting {
-		return
-	}
-	if a.record.Lease > 0 {
-		w.attempting[a.record.ID] = true
-	}
-	w.adds = append(w.adds, a)
-	w.poke()
-}
-
-// Refuse ends an addition with an error in place of Add, unless an attempt has delivered the
-// event already.
-func (w *Writer) Refuse(a *Addition, err error) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if a.state == waiting {
+	switch {
+	case a.ended: // an attempt has delivered the event
+	case err != nil:
 		w.endLocked(a, err)
+	default:
+		if a.record.Lease > 0 {
+			w.attempting[a.record.ID] = true
+		}
+		w.adds = append(w.adds, a)
+		w.poke()
 	}
 }
 
@@ -183,10 +166,10 @@ func (w *Writer) Finish(a *Addition, f store.Finish) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
-	case a == nil, a.state == ended && a.err == nil:
+	case a == nil, a.ended && a.err == nil:
 		w.finishes = append(w.finishes, f)
 		w.poke()
-	case a.state == waiting && f.Outcome == store.Delivered:
+	case !a.ended && !a.writing && f.Outcome == store.Delivered:
 		w.adds = slices.DeleteFunc(w.adds, func(added *Addition) bool { return added == a })
 		w.endLocked(a, ErrCalledBack)
 	default:
@@ -210,9 +193,9 @@ func (w *Writer) endLocked(a *Addition, err error) {
 	if err != nil {
 		delete(w.attempting, a.record.ID)
 	}
-	a.state, a.err = ended, err
+	a.ended, a.err = true, err
 	close(a.done)
-	a.ended(err)
+	a.note(err)
 }
 
 // Claim leases events that are due. It leaves out the events that this process attempts,
@@ -232,7 +215,6 @@ func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 }
 
 func (w *Writer) run() {
-	defer close(w.closed)
 	for closing := false; !closing; {
 		w.expire()
 		wake, retry := w.wake, (<-chan time.Time)(nil)
@@ -294,7 +276,7 @@ func (w *Writer) take() (adds []*Addition, claims []*claim, b *store.Batch) {
 	n := min(len(w.adds), maxBatch)
 	adds, w.adds = w.adds[:n:n], w.adds[n:]
 	for _, a := range adds {
-		a.state = writing
+		a.writing = true
 		b.Add = append(b.Add, a.record)
 		if a.finish != nil {
 			b.Finish, a.finish = append(b.Finish, *a.finish), nil
@@ -327,12 +309,12 @@ func (w *Writer) write() bool {
 		adds, b.Add, b.History = nil, nil, nil
 		err = w.store.Apply(ctx, b) // on a full disk, finishing still works
 	}
-	w.settle(adds, b, err)
 	if err != nil {
 		w.observer.Failed(err)
 	} else {
-		w.observer.Written(b)
+		w.observer.Written(b) // before a sender gets its answer
 	}
+	w.settle(adds, b, err)
 	for _, c := range claims {
 		why := err
 		if err != nil {
@@ -378,7 +360,7 @@ func (w *Writer) settle(adds []*Addition, b *store.Batch, err error) {
 		case errors.Is(err, store.ErrFull): // the sender can retry later
 			w.endLocked(a, err)
 		default:
-			a.state = waiting
+			a.writing = false
 			again = append(again, a)
 		}
 	}

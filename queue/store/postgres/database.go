@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"strings"
 	"sync/atomic"
-	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlstore"
@@ -29,15 +28,16 @@ type database struct {
 
 func (p *Postgres) Open(ctx context.Context, o store.Opening) (store.Store, error) {
 	s := new(database)
-	config, err := p.config(s.notice)
+	config, err := p.config()
 	if err != nil {
 		return nil, err
 	}
 	config.PingTimeout = connectTimeout
 	config.BeforeConnect = func(_ context.Context, c *pgx.ConnConfig) error {
-		fresh, err := p.config(s.notice)
+		fresh, err := p.config()
 		if err == nil {
 			*c = *fresh.ConnConfig
+			c.OnNotice = s.notice
 		}
 		return err
 	}
@@ -156,7 +156,7 @@ func (s *database) makeTables(ctx context.Context) error {
 		if err == nil {
 			err = s.CheckVersion(ctx, tx)
 		}
-		if !exists && code(err) == "42501" {
+		if state, _ := explain(err); !exists && state == "42501" {
 			return fmt.Errorf("%w: the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate", err)
 		}
 		return err
@@ -183,15 +183,6 @@ func (s *database) Apply(ctx context.Context, b *store.Batch) error {
 }
 
 func (s *database) Close() error {
-	err := s.Write.Close()
-	closed := make(chan struct{})
-	go func() {
-		s.pool.Close() // waits if the server does not answer
-		close(closed)
-	}()
-	select {
-	case <-closed:
-	case <-time.After(connectTimeout):
-	}
-	return err
+	go s.pool.Close() // waits up to 15 s if the server does not answer
+	return s.Write.Close()
 }

@@ -13,45 +13,35 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// The codes of errors without a SQLSTATE: no server has answered.
-const (
-	unknownHost = "unknown host"
-	refused     = "refused"
-	timedOut    = "timed out"
-	readOnly    = "25006" // has a SQLSTATE too
-)
+// lost has the SQLSTATEs of a server that does not accept writes: it stops, starts, or is now a
+// standby.
+var lost = []string{"25006", "57P01", "57P02", "57P03"}
 
-// lost has the codes of a server that does not answer or accept writes: it hangs, stops,
-// starts, or is now a standby.
-var lost = []string{timedOut, readOnly, "57P01", "57P02", "57P03"}
+const unanswered = "the server does not answer in time"
 
-// hints explains common errors to operators. The driver's own text says enough about others.
-var hints = map[string]string{
-	"28P01":     "wrong password, or none",
-	"28000":     "the role is unknown, or pg_hba.conf does not let it in from here",
-	readOnly:    "the server is read-only, as a standby is",
-	unknownHost: "the host of the server is not known, or cannot be looked up",
-	refused:     "the server does not run, or does not listen there",
-	timedOut:    "the server does not answer in time",
-}
-
-// code returns the SQLSTATE of an error, or a code from above, or "".
-func code(err error) string {
-	pgErr, fromServer := errors.AsType[*pgconn.PgError](err)
+// explain returns the SQLSTATE of an error, if the server has sent it, and a hint for common
+// errors. The driver's own text says enough about others.
+func explain(err error) (state, hint string) {
+	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
+		state = pgErr.Code
+	}
 	_, noHost := errors.AsType[*net.DNSError](err)
 	switch {
-	case fromServer:
-		return pgErr.Code
+	case state == "28P01":
+		hint = "wrong password, or none"
+	case state == "28000":
+		hint = "the role is unknown, or pg_hba.conf does not let it in from here"
+	case state == "25006", errors.Is(err, pgconn.ErrReadOnlyConnection):
+		hint = "the server is read-only, as a standby is"
+	case state != "":
 	case noHost:
-		return unknownHost
-	case errors.Is(err, pgconn.ErrReadOnlyConnection):
-		return readOnly
+		hint = "the host of the server is not known, or cannot be looked up"
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
-		return refused
+		hint = "the server does not run, or does not listen there"
 	case errors.Is(err, context.DeadlineExceeded), pgconn.Timeout(err):
-		return timedOut
+		hint = unanswered
 	}
-	return ""
+	return state, hint
 }
 
 // wrap translates an error of the driver. If one connection is lost, it closes all
@@ -63,12 +53,12 @@ func (s *database) wrap(err error) error {
 	if err == nil {
 		return err
 	}
-	state := code(err)
-	if slices.Contains(lost, state) {
+	state, hint := explain(err)
+	if hint == unanswered || slices.Contains(lost, state) {
 		s.pool.Reset()
 	}
 	text := strings.Join(strings.Fields(err.Error()), " ")
-	if hint := hints[state]; hint != "" {
+	if hint != "" {
 		text = hint + ": " + text
 	}
 	switch {

@@ -59,7 +59,7 @@ func (p *Postgres) Validate() error {
 	if p.DSN == "" {
 		return errors.New("dsn: is required")
 	}
-	_, err := p.config(nil)
+	_, err := p.config()
 	return err
 }
 
@@ -104,13 +104,11 @@ func (p *Postgres) Key() string {
 }
 
 func (p *Postgres) Migration() string {
-	var b strings.Builder
-	b.WriteString("BEGIN;\n")
+	begin := "BEGIN;\n"
 	if p.Schema != "" {
-		fmt.Fprintf(&b, "CREATE SCHEMA IF NOT EXISTS %s;\n", pgx.Identifier{p.Schema}.Sanitize())
+		begin += "CREATE SCHEMA IF NOT EXISTS " + pgx.Identifier{p.Schema}.Sanitize() + ";\n"
 	}
-	b.WriteString((&sqlstore.DB{Dialect: dialect(p.Schema)}).SchemaSQL() + "COMMIT;\n")
-	return b.String()
+	return begin + (&sqlstore.DB{Dialect: dialect(p.Schema)}).SchemaSQL() + "COMMIT;\n"
 }
 
 const (
@@ -137,7 +135,7 @@ var errInvalid = errors.New("dsn: is not a valid connection string of PostgreSQL
 
 // config resolves and parses the connection string, and reads the files in it. Its errors
 // show no part of the connection string.
-func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) {
+func (p *Postgres) config() (*pgxpool.Config, error) {
 	dsn := p.DSN
 	if name, ok := placeholder.Name(dsn); ok {
 		var err error
@@ -163,7 +161,6 @@ func (p *Postgres) config(notice pgconn.NoticeHandler) (*pgxpool.Config, error) 
 	if !strings.Contains(dsn, "pool_max_conns") {
 		config.MaxConns = maxConnections
 	}
-	c.OnNotice = notice
 	// No prepared statements: pgbouncer may give the next transaction to another server.
 	c.DefaultQueryExecMode = pgx.QueryExecModeExec
 	c.ConnectTimeout = cmp.Or(c.ConnectTimeout, connectTimeout)

@@ -104,7 +104,6 @@ func (f *file) open(ctx context.Context) error {
 	return nil
 }
 
-// Apply implements store.Store.
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 	used := f.opened.Load()
 	err := f.apply(ctx, b)
@@ -132,14 +131,12 @@ func (f *file) apply(ctx context.Context, b *store.Batch) error {
 	return err
 }
 
-// Peek implements store.Store.
 func (f *file) Peek(ctx context.Context, queue string) (store.Peek, error) {
 	used := f.opened.Load()
 	p, err := f.DB.Peek(ctx, queue)
 	return p, f.repair(ctx, used, err)
 }
 
-// Counts implements store.Store.
 func (f *file) Counts(ctx context.Context) ([]store.Count, error) {
 	used := f.opened.Load()
 	counts, err := f.DB.Counts(ctx)
