@@ -69,7 +69,7 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 	if durable == nil {
 		durable = a.store()
 	}
-	stored, limit := false, time.After(time.Until(a.deadline))
+	tried, stored, limit := begins, false, time.After(time.Until(a.deadline))
 	for attempted != nil || durable != nil {
 		select {
 		case res := <-attempted:
@@ -77,8 +77,12 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 				return res.answer.copyTo(w)
 			}
 		case <-durable:
-			if stored, durable = a.isStored(), nil; stored {
+			stored, durable = a.isStored(), nil
+			switch {
+			case stored:
 				limit = time.After(time.Until(a.record.Received.Add(answerAfter)))
+			case !tried && !a.q.isPaused(): // the backend counts as down, but it may be up again
+				tried, attempted = true, a.attempt()
 			}
 		case <-limit:
 			attempted, durable = nil, nil

@@ -600,6 +600,24 @@ func TestErrorLines(t *testing.T) {
 	})
 }
 
+// If max_events are pending, the backend decides: also a backend that counts as down gets the event.
+func TestFullQueueAsksTheBackend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up atomic.Bool
+		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), MaxEvents: 6, Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			return status(map[bool]int{false: 502, true: 201}[up.Load()])(w, r, next)
+		})})
+		defer c.stop(t)
+		synctest.Wait()
+		for range 6 {
+			assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		}
+		assert.Equal(t, 503, serve(t, c.handlers[0], post(body)).status)
+		up.Store(true)
+		assert.Equal(t, 201, serve(t, c.handlers[0], post(body)).status)
+	})
+}
+
 // The sender gets the response body up to a limit. Above the limit, it gets no body.
 func TestLongAnswer(t *testing.T) {
 	for _, tt := range []struct{ size, want int }{{maxAnswer, maxAnswer}, {maxAnswer + 1, 0}, {3 * maxAnswer, 0}} {

@@ -186,7 +186,11 @@ func (d *database) pending(queue string) int {
 func (d *database) keepCounts() {
 	var next time.Time
 	for d.ctx.Err() == nil {
-		if s, _ := d.writer.Store(); s != nil && (d.outdated.Swap(false) || !time.Now().Before(next)) {
+		wait := countInterval
+		s, _ := d.writer.Store()
+		if s == nil {
+			wait = time.Second / 10 // max_events needs the first count
+		} else if d.outdated.Swap(false) || !time.Now().Before(next) {
 			began := time.Now()
 			if err := d.count(s, next.IsZero()); err == nil {
 				next = time.Now().Add(countPause(time.Since(began)))
@@ -196,7 +200,7 @@ func (d *database) keepCounts() {
 		}
 		d.show()
 		select {
-		case <-time.After(countInterval):
+		case <-time.After(wait):
 		case <-d.ctx.Done():
 		}
 	}

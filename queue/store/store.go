@@ -95,6 +95,8 @@ type Claim struct {
 	Lease   time.Duration // how long other owners must not attempt the events
 	Newest  bool          // the newest events first, otherwise the earliest due events first
 	Records []*Record
+
+	Without map[string]bool // for Due: events that the owner has attempted, but could not finish yet
 }
 
 // Batch is the work of one transaction.

@@ -5,6 +5,7 @@ package writer
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -319,6 +320,9 @@ func (w *Writer) write() bool {
 		why := err
 		if err != nil {
 			c.Records = nil // the store may have committed all the same
+			w.mu.Lock()
+			c.Without = maps.Clone(w.attempting)
+			w.mu.Unlock()
 			why = w.store.Due(ctx, c.Claim, err)
 		}
 		w.exclude(c.Claim)

@@ -139,7 +139,10 @@ func (f *file) isAtPath(used *opened) bool {
 
 func isFile(path string, opened os.FileInfo) bool {
 	info, err := os.Stat(path)
-	return err == nil && os.SameFile(info, opened)
+	if err != nil {
+		return !errors.Is(err, fs.ErrNotExist) // the folder may be unreadable for a while
+	}
+	return os.SameFile(info, opened)
 }
 
 // Close implements store.Store. It copies the events if the file was deleted after the last

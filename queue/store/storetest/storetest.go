@@ -496,6 +496,15 @@ func Run(t *testing.T, newDatabase func(t *testing.T) Database) {
 			assert.Equal(t, 1, n, id)
 		}
 	})
+	test("on a full disk, the due events come without those that could not be finished", func(t *testing.T, s store.Store) {
+		add(t, s, record("a"), record("b"), record("c"))
+		c := &store.Claim{Queue: "default", Max: 1, Without: map[string]bool{"a": true}}
+		require.NoError(t, s.Due(t.Context(), c, store.ErrFull))
+		assert.Equal(t, []string{"b"}, ids(c.Records))
+		assert.Equal(t, 1, c.Records[0].Attempts)
+		c = &store.Claim{Queue: "default", Max: 3, Without: map[string]bool{"a": true, "b": true, "c": true}}
+		assert.ErrorIs(t, s.Due(t.Context(), c, store.ErrFull), store.ErrFull)
+	})
 	t.Run("a schema of another version is refused", func(t *testing.T) {
 		db := newDatabase(t)
 		require.NoError(t, open(t, db).Close())
