@@ -3,38 +3,9 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
-	"errors"
-	"strings"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
-
-// Due implements store.Store. It returns why if another process may still write: the other
-// process may deliver the same events. On a full disk, no process can write.
-func (d *DB) Due(ctx context.Context, c *store.Claim, why error) (err error) {
-	if errors.Is(why, store.ErrLocked) || d.Skip != "" && !errors.Is(why, store.ErrFull) {
-		return why
-	}
-	var id string
-	var ids []any
-	err = d.read(ctx, []any{&id}, func() {
-		if !c.Without[id] && len(ids) < c.Max {
-			ids = append(ids, id)
-		}
-	}, `SELECT id FROM {schema}inkit_queue_events
-		WHERE queue = ? AND state = 'pending' AND due <= {now} ORDER BY due LIMIT ?`, c.Queue, c.Max+len(c.Without))
-	if err == nil {
-		c.Records, err = d.records(ctx, d.Read, `SELECT `+recordColumns(events, true)+` FROM {schema}inkit_queue_events
-			WHERE id IN (NULL`+strings.Repeat(", ?", len(ids))+`) ORDER BY due`, ids...)
-	}
-	for _, r := range c.Records {
-		r.Attempts++
-	}
-	if len(c.Records) > 0 {
-		return nil
-	}
-	return errors.Join(why, d.Wrap(err))
-}
 
 // Peek implements store.Store.
 func (d *DB) Peek(ctx context.Context, queue string) (p store.Peek, err error) {

@@ -99,3 +99,13 @@ func (d *DB) statusOfHours(ctx context.Context, status *store.Status) error {
 	}
 	return nil
 }
+
+// Pause implements store.Store.
+func (d *DB) Pause(ctx context.Context, queue string, paused bool) (bool, error) {
+	query := `DELETE FROM {schema}inkit_queue_paused WHERE queue = ?`
+	if paused {
+		query = `INSERT INTO {schema}inkit_queue_paused (queue, since) VALUES (?, {now}) ON CONFLICT (queue) DO NOTHING`
+	}
+	n, err := d.change(ctx, query, queue)
+	return n > 0, err
+}

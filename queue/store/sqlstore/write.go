@@ -3,7 +3,6 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
-	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -189,35 +188,4 @@ func (d *DB) left(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 		}
 	}
 	return nil
-}
-
-func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
-	// Only a wrong clock gives such a late due time: these events are due now.
-	_, err := d.exec(ctx, tx, `
-		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
-			SELECT e.id FROM {schema}inkit_queue_events AS e
-			WHERE e.queue = ? AND e.state = 'pending' AND e.due > {now} + CAST(? AS BIGINT) LIMIT 500 {skip})`,
-		claim.Queue, max(store.Latest, claim.Lease).Milliseconds())
-	claim.Records = nil
-	if err == nil && claim.Newest { // first look at the last arrivals: sorting all due events is slow
-		err = d.claimFrom(ctx, tx, owner, claim, fmt.Sprintf(`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT %d) AS n
-			CROSS JOIN {schema}inkit_queue_events AS e WHERE e.id = n.id AND`, 16+4*claim.Max), `e.id DESC`)
-	}
-	if err == nil && len(claim.Records) == 0 {
-		err = d.claimFrom(ctx, tx, owner, claim, `{schema}inkit_queue_events AS e WHERE`, `e.due`)
-	}
-	return err
-}
-
-func (d *DB) claimFrom(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim, from, order string) (err error) {
-	lease := claim.Lease.Milliseconds()
-	claim.Records, err = d.records(ctx, tx, `
-		WITH picked AS MATERIALIZED (
-			SELECT e.id FROM `+from+` e.queue = ? AND e.state = 'pending' AND e.due <= {now}
-			ORDER BY `+order+` LIMIT ? {skip})
-		UPDATE {schema}inkit_queue_events
-		SET due = {now} + CAST(? AS BIGINT), lease = {now} + CAST(? AS BIGINT), owner = ?, attempts = attempts + 1
-		WHERE id IN (SELECT id FROM picked)
-		RETURNING `+recordColumns(events, true), claim.Queue, claim.Max, lease, lease, owner)
-	return err
 }
