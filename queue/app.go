@@ -87,7 +87,8 @@ func (a *App) Stop() error {
 
 // Cleanup releases the queues. If Caddy exits, it waits until they are closed.
 func (a *App) Cleanup() error {
-	for _, q := range a.queues {
+	for i, q := range a.queues {
+		q.detach(a.handlers[i]) // after a failed reload, Caddy may not call Stop
 		q.release()
 	}
 	if caddy.Exiting() {

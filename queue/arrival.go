@@ -154,15 +154,20 @@ func (a *arrival) attempt() chan result {
 	return attempted
 }
 
-// waitForPlace waits until the attempt may begin. If the event can be stored, the wait is
-// short, because the schedule can attempt the event later.
+// waitForPlace waits until the attempt may begin. After the event is stored, it does not wait:
+// the schedule can attempt the event later.
 func (a *arrival) waitForPlace() bool {
-	wait := patience
-	if a.q.db.writer.Failing() {
-		wait = storeWait
-	}
-	ctx, cancel := context.WithTimeout(a.q.attempting, wait)
+	ctx, cancel := context.WithDeadline(a.q.attempting, a.deadline)
 	defer cancel()
+	defer time.AfterFunc(patience, func() {
+		select {
+		case <-a.addition.Done():
+			if a.addition.Err() == nil {
+				cancel()
+			}
+		case <-ctx.Done():
+		}
+	}).Stop()
 	return a.q.limits.Take(ctx, 1) == 1
 }
 

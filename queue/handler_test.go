@@ -618,6 +618,28 @@ func TestFullQueueAsksTheBackend(t *testing.T) {
 	})
 }
 
+// If max_events are pending, an event waits for a place of a busy backend.
+func TestFullQueueWaitsForTheBackend(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var up atomic.Bool
+		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), MaxEvents: 1, Concurrency: 1, Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			if up.Load() {
+				time.Sleep(200 * time.Millisecond)
+			}
+			return status(map[bool]int{false: 500, true: 201}[up.Load()])(w, r, next)
+		})})
+		defer c.stop(t)
+		synctest.Wait()
+		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
+		up.Store(true)
+		var senders sync.WaitGroup
+		for range 3 {
+			senders.Go(func() { assert.Equal(t, 201, serve(t, c.handlers[0], post(body)).status) })
+		}
+		senders.Wait()
+	})
+}
+
 // The sender gets the response body up to a limit. Above the limit, it gets no body.
 func TestLongAnswer(t *testing.T) {
 	for _, tt := range []struct{ size, want int }{{maxAnswer, maxAnswer}, {maxAnswer + 1, 0}, {3 * maxAnswer, 0}} {

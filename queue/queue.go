@@ -54,7 +54,7 @@ func newQueue(key string, h *Handler) *queue {
 	q.limits.Resize(h.Concurrency)
 	q.attempting, q.cutOff = context.WithCancel(context.Background())
 	q.schedule = delivery.NewSchedule(q, q.breaker, q.limits)
-	q.pauseKnown, q.knowPause = context.WithTimeout(context.Background(), storeWait)
+	q.pauseKnown, q.knowPause = context.WithTimeout(context.Background(), storeWait/2)
 	createSeries(q.name)
 	q.db.mu.Lock()
 	q.db.queues[q.name] = q
@@ -132,7 +132,7 @@ func (q *queue) Peek() (p store.Peek, err error) {
 	if p, err = s.Peek(ctx, q.name); err == nil {
 		q.heedPause(&p)
 	}
-	if p.Empty && !q.db.writer.Failing() && q.breaker.Forget() {
+	if err == nil && p.Empty && !q.db.writer.Failing() && q.breaker.Forget() {
 		q.db.logger.Load().Info("no pending event is left to probe the backend: the backend counts as up again", zap.String("queue", q.name))
 		backendDown.WithLabelValues(q.name).Set(0)
 	}

@@ -6,6 +6,7 @@ import (
 	"database/sql"
 	"errors"
 	"fmt"
+	"io/fs"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -173,6 +174,8 @@ func (f *file) hasRoom(start bool) bool {
 	info, err := os.Stat(f.path + reserve)
 	switch {
 	case f.opening.Command, err == nil && info.Size() == reserveSize:
+		return true
+	case err != nil && !start && !errors.Is(err, fs.ErrNotExist): // the folder may be unreadable for a while
 		return true
 	case err == nil && !start && time.Since(info.ModTime()).Abs() < time.Second:
 		return false

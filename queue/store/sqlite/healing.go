@@ -83,8 +83,10 @@ func (f *file) rescue(ctx context.Context, used *opened) error {
 		return err
 	}
 	if isFile(f.path+"-wal", used.log) { // SQLite would use this log for the new file
-		if err := errors.Join(os.Remove(f.path+"-wal"), os.Remove(f.path+"-shm")); err != nil {
-			return err
+		for _, suffix := range []string{"-wal", "-shm"} {
+			if err := os.Remove(f.path + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
+			}
 		}
 	}
 	fresh, err := (&SQLite{Path: f.path}).Open(ctx, f.opening)
