@@ -119,6 +119,7 @@ type faulty struct {
 	counting time.Duration         // how long a count takes
 	counted  atomic.Int32          // how many counts have begun
 	uncount  atomic.Bool           // whether counts fail
+	unpeek   atomic.Bool           // whether Peek fails
 }
 
 func (f *faulty) fail(err error) { f.err.Store(&err) }
@@ -138,6 +139,13 @@ func (s *faultyStore) Apply(ctx context.Context, b *store.Batch) error {
 		return *err
 	}
 	return s.Store.Apply(ctx, b)
+}
+
+func (s *faultyStore) Peek(ctx context.Context, queue string) (store.Peek, error) {
+	if s.faulty.unpeek.Load() {
+		return store.Peek{Empty: true}, errors.New("the database does not answer")
+	}
+	return s.Store.Peek(ctx, queue)
 }
 
 func (s *faultyStore) Counts(ctx context.Context) ([]store.Count, error) {
@@ -616,6 +624,32 @@ func TestFullQueueAsksTheBackend(t *testing.T) {
 		up.Store(true)
 		assert.Equal(t, 201, serve(t, c.handlers[0], post(body)).status)
 	})
+}
+
+// A backend that is down stays down while the database does not answer.
+func TestOutageOfBoth(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
+		c := start(t, &Handler{StoreRaw: storeOf(opener), Routes: routes(status(502))})
+		defer c.stop(t)
+		synctest.Wait()
+		for range 6 {
+			serve(t, c.handlers[0], post(body))
+		}
+		opener.unpeek.Store(true)
+		time.Sleep(time.Minute)
+		assert.False(t, c.queue().breaker.Backend().Down.IsZero())
+	})
+}
+
+// If a reload fails after its start, Caddy does not call Stop.
+func TestCleanupWithoutStop(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "queue.db")
+	c := start(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(200))})
+	defer c.stop(t)
+	failed := start(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(200))})
+	failed.end()
+	assert.Equal(t, c.handlers, c.queue().handlers)
 }
 
 // If max_events are pending, an event waits for a place of a busy backend.

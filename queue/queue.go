@@ -37,7 +37,7 @@ type queue struct {
 	closed     chan struct{}
 
 	paused     atomic.Pointer[time.Time] // the start of the pause, zero if the queue is not paused
-	pauseKnown context.Context           // ends with the first answer of the database, or after storeWait
+	pauseKnown context.Context           // ends with the first answer of the database, or after half of storeWait
 	knowPause  context.CancelFunc
 
 	mu       sync.Mutex

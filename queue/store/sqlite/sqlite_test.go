@@ -31,6 +31,25 @@ func TestSQLiteIsAStore(t *testing.T) {
 	})
 }
 
+// A stop copies the events of a file that was deleted together with the index of its log.
+func TestSQLiteDeletedWithItsIndex(t *testing.T) {
+	opener := &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
+	s, err := opener.Open(t.Context(), store.Opening{Logger: zap.NewNop()})
+	require.NoError(t, err)
+	require.NoError(t, s.Apply(t.Context(), &store.Batch{Owner: "me", Add: []*store.Record{{
+		ID: "a", Queue: "default", Received: time.Now(), Request: []byte("request"), Checksum: []byte("checksum"),
+	}}}))
+	require.NoError(t, os.Remove(opener.Path))
+	require.NoError(t, os.Remove(opener.Path+"-shm"))
+	require.NoError(t, s.Close())
+	s, err = opener.Open(t.Context(), store.Opening{Logger: zap.NewNop()})
+	require.NoError(t, err)
+	defer s.Close()
+	found := 0
+	storetest.Select(t, s, store.Filter{}, func(*store.Record) { found++ })
+	require.Equal(t, 1, found)
+}
+
 // After a power cut, the write-ahead log can end anywhere. Events that were acknowledged
 // before this point are stored.
 func TestSQLiteLogThatIsCut(t *testing.T) {
