@@ -143,7 +143,7 @@ func TestQueueOfTwoCaddysWhileTheFileIsLocked(t *testing.T) {
 	s := newSender(t, one, two)
 	<-s.sendAll(t.Context(), "kept", 10)
 	require.Len(t, s.ids(), 10)
-	db, err := sql.Open("sqlite", one.path("queue/events.db")+"?_txlock=immediate")
+	db, err := sql.Open("sqlite", one.path("queue/events.db")+"?_txlock=immediate&_pragma=busy_timeout(5000)")
 	require.NoError(t, err)
 	defer db.Close()
 	tx, err := db.Begin()
