@@ -345,7 +345,7 @@ func TestQueueWhoseDatabaseIsDamaged(t *testing.T) {
 
 func execSQL(t *testing.T, path, statement string) {
 	t.Helper()
-	db, err := sql.Open("sqlite", path)
+	db, err := sql.Open("sqlite", path+"?_pragma=busy_timeout(5000)")
 	require.NoError(t, err)
 	defer db.Close()
 	_, err = db.Exec(statement)

@@ -122,7 +122,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 // fill copies an existing event until the database has the wanted number of events.
 func fill(t *testing.T, path string, events int) {
 	t.Helper()
-	db, err := sql.Open("sqlite", path)
+	db, err := sql.Open("sqlite", path+"?_pragma=busy_timeout(5000)")
 	require.NoError(t, err)
 	defer db.Close()
 	tx, err := db.Begin()
