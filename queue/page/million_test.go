@@ -21,15 +21,16 @@ import (
 )
 
 // With very many events, each view takes less than 300 ms, and visitors do not slow down
-// the storing of new events.
+// the storing of new events. With E2E_LONG, nothing else runs beside this test. Without it,
+// the limits are ten times as long, because the machine may be busy.
 func TestPageOfManyEvents(t *testing.T) {
-	events := 5_000
+	events, slack := 5_000, time.Duration(10)
 	if os.Getenv("E2E_LONG") != "" {
-		events = 1_000_000
+		events, slack = 1_000_000, 1
 	}
 	t.Run("sqlite", func(t *testing.T) {
 		p := newDefaultPage(t)
-		manyEvents(t, p, p.stores["queue.db"], events)
+		manyEvents(t, p, p.stores["queue.db"], events, slack)
 	})
 	t.Run("postgres", func(t *testing.T) {
 		server := pgtest.Start(t)
@@ -38,11 +39,11 @@ func TestPageOfManyEvents(t *testing.T) {
 		t.Cleanup(func() { _ = s.Close() })
 		p := newDefaultPage(t)
 		p.queues[0].Store = func() (store.Store, error) { return s, nil }
-		manyEvents(t, p, s, events)
+		manyEvents(t, p, s, events, slack)
 	})
 }
 
-func manyEvents(t *testing.T, p *fixture, s store.Store, events int) {
+func manyEvents(t *testing.T, p *fixture, s store.Store, events int, slack time.Duration) {
 	t.Helper()
 	record := func(i int) *store.Record {
 		return &store.Record{
@@ -82,7 +83,7 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int) {
 	first := time.Now()
 	page := p.get("/")
 	took := time.Since(first)
-	assert.Less(t, took, 400*time.Millisecond, "the first overview")
+	assert.Less(t, took, slack*400*time.Millisecond, "the first overview")
 	for strings.Contains(page, "being counted") {
 		page = p.get("/")
 	}
@@ -99,9 +100,9 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int) {
 		}
 		t.Logf("%-55s median %v, at most %v", view, quantile(times), slices.Max(times).Round(time.Millisecond))
 		if view != "/events?error=nothing" { // this search ends by its time limit
-			assert.Less(t, quantile(times), 300*time.Millisecond, view)
+			assert.Less(t, quantile(times), slack*300*time.Millisecond, view)
 		}
-		assert.Less(t, slices.Max(times), time.Second, view)
+		assert.Less(t, slices.Max(times), slack*time.Second, view)
 	}
 	done := make(chan struct{})
 	var wg sync.WaitGroup
@@ -121,7 +122,7 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int) {
 	close(done)
 	wg.Wait()
 	t.Logf("an event is stored within %v at p99, and within %v with 20 visitors without a pause", alone, visited)
-	assert.Less(t, visited, alone+100*time.Millisecond, "a generous limit: other tests run at the same time")
+	assert.Less(t, visited, alone+slack*100*time.Millisecond)
 }
 
 func quantile(times []time.Duration) time.Duration {
