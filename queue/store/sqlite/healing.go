@@ -64,7 +64,7 @@ func (f *file) moveAside(why error) error {
 	name := f.path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
 	for _, suffix := range []string{"-wal", "-shm", ""} {
 		if err := os.Rename(f.path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			f.opening.Logger.Error("cannot move the damaged database aside", zap.Error(err))
+			f.opening.Logger.Error("cannot move the damaged database aside: let Caddy's user write to its folder", zap.Error(err))
 			return why
 		}
 	}
@@ -152,7 +152,7 @@ func isFile(path string, opened os.FileInfo) bool {
 func (f *file) Close() error {
 	if used := f.opened.Load(); !f.isAtPath(used) {
 		if err := f.repair(context.Background(), used, errMoved); err != nil {
-			f.opening.Logger.Error("cannot copy the events of a database that was deleted or replaced while it was open", zap.Error(err))
+			f.opening.Logger.Error("the database was deleted or replaced while it was open, and its events could not be copied into a new file: they are lost", zap.Error(err))
 		}
 	}
 	return f.DB.Close()

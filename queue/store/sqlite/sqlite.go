@@ -13,6 +13,7 @@ import (
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlstore"
+	"go.uber.org/zap"
 	"modernc.org/sqlite"
 	sqlite3 "modernc.org/sqlite/lib"
 
@@ -107,6 +108,7 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 	if o.Command {
 		busy = commandBusyTimeout
 	}
+	o.Logger = o.Logger.With(zap.String("path", path))
 	f := &file{path: path, opening: o}
 	f.Dialect = sqlstore.Dialect{
 		Bytes: "BLOB", Clustered: " WITHOUT ROWID", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
