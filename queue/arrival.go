@@ -157,6 +157,9 @@ func (a *arrival) attempt() chan result {
 // waitForPlace waits until the attempt may begin. After the event is stored, it does not wait:
 // the schedule can attempt the event later.
 func (a *arrival) waitForPlace() bool {
+	if a.q.limits.TryTake() {
+		return true
+	}
 	ctx, cancel := context.WithDeadline(a.q.attempting, a.deadline)
 	defer cancel()
 	defer time.AfterFunc(patience, func() {

@@ -44,12 +44,13 @@ func (e *Event) members() *[2]string {
 		return parsed
 	}
 	// A map, because with a struct, encoding/json ignores upper and lower case in names.
-	var object map[string]json.RawMessage
-	_ = json.Unmarshal(e.Body, &object)
+	var object map[string]any
+	if json.Unmarshal(e.Body, &object) != nil {
+		object = nil
+	}
 	var members [2]string
 	for i, name := range []string{"event_type", "resource_id"} {
-		var text string
-		if json.Unmarshal(object[name], &text) == nil && !strings.ContainsFunc(text, unicode.IsControl) {
+		if text, _ := object[name].(string); !strings.ContainsFunc(text, unicode.IsControl) {
 			members[i] = text
 		}
 	}

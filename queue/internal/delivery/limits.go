@@ -45,6 +45,9 @@ func (l *Limits) old() int {
 	return min(limit, max(1, limit*3/4))
 }
 
+// TryTake takes a place for an attempt if one is free, and reports whether it did.
+func (l *Limits) TryTake() bool { return l.places.TryAcquire(1) }
+
 // Take waits for a place for an attempt, and takes more places if they are free. It returns
 // the number of taken places: 0 if the context has ended.
 func (l *Limits) Take(ctx context.Context, wanted int) (n int) {
