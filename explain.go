@@ -98,9 +98,9 @@ func tryBodies(body string, try func(variant, why string)) {
 	})
 }
 
-// tryLayouts tries body as the usual libraries write JSON, with its members in the same
-// order and sorted. It skips large or deeply nested JSON, because indenting could make
-// it many times as large.
+// tryLayouts tries the JSON of body in the layouts of the usual libraries: first with its
+// members in the order of body, then with its members sorted. It skips large or deeply nested
+// JSON, because the indented JSON could be many times as large.
 func tryLayouts(body string, try func(variant, layout string)) {
 	if len(body) > 64<<10 || depth(body) > 8 {
 		return

@@ -85,8 +85,8 @@ func writePEM(t testing.TB, file, kind string, der []byte) {
 	require.NoError(t, os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
 }
 
-// TLS turns on TLS in the server, with a certificate of the authority, and adds lines to
-// pg_hba.conf for other roles. The role postgres can connect as before.
+// TLS turns on TLS in the server, with a certificate of the authority. It writes a pg_hba.conf
+// with which the role postgres can connect as before, and adds the lines hba for other roles.
 func (s *Server) TLS(t testing.TB, a *Authority, hba ...string) {
 	t.Helper()
 	certificate, key := a.Issue(t, "")

@@ -14,7 +14,8 @@ import (
 
 const maxFile = 1 << 20 // in bytes
 
-// Name returns the text between the braces if value is exactly one placeholder.
+// Name returns the text between the braces of value. It returns false unless value is exactly
+// one placeholder.
 func Name(value string) (name string, ok bool) {
 	name = strings.TrimSuffix(strings.TrimPrefix(value, "{"), "}")
 	return name, value == "{"+name+"}" && name != "" && !strings.ContainsAny(name, "{}")
