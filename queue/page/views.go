@@ -44,7 +44,7 @@ type visit struct {
 	now  time.Time
 }
 
-// frame has the data of each template.
+// frame has the data that each template gets.
 type frame struct {
 	User     string
 	ReadOnly bool
@@ -117,7 +117,7 @@ func (v *visit) list() error {
 		Queues []operator.Queue
 		Events []*store.Record
 		Next   string    // the link to more events
-		Until  time.Time // how far the search got, if it took too long
+		Until  time.Time // the time in the position where a slow search stopped
 		Kept   bool      // whether the list has events that can be changed
 	}{Filter: newFilter(v.r.URL.Query()), Queues: v.h.queues.Queues()}
 	f, err := view.Filter.toStore(v.now)

@@ -16,8 +16,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// Request has the data of the sender's request that an attempt needs. Even the first
-// attempt uses it, so that all attempts are the same.
+// Request has the data of the sender's request that an attempt needs. Even the first attempt
+// uses a Request, so that all attempts get the same data.
 //
 // Some data is not stored: the captures of regular expressions, the certificates of
 // clients, and the placeholders of a map directive in front of the queue. Directives in
