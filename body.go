@@ -142,8 +142,8 @@ type bodyReader struct{ bytes.Reader }
 
 func (*bodyReader) Close() error { return nil }
 
-// attachBody makes reader the body of the request. With GetBody, net/http's Transport
-// can send the body again.
+// attachBody makes reader the body of the request. It also sets GetBody, with which net/http's
+// Transport can send the body again.
 func (d *delivery) attachBody(r *http.Request, reader *bodyReader) {
 	reader.Reset(d.event.Body)
 	r.Body = reader

@@ -153,8 +153,9 @@ func (k *keyring) reloadLoop() {
 	}
 }
 
-// reload uses every new value that is valid. If a new value is not valid, the last good
-// value stays in use: losing events is worse than using an old secret longer.
+// reload reads all secrets, and uses every new value that is valid. If a new value is not
+// valid, the last good value stays in use: losing events is worse than using an old secret
+// longer.
 func (k *keyring) reload() {
 	var failure error
 	var changed []string

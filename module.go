@@ -129,7 +129,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.keyring, err = newKeyring(h.Secrets, h.logger); err != nil {
 		return err
 	}
-	h.counters = newCounters(h.Name, h.Secrets) // last: a configuration that does not load adds no series
+	h.counters = newCounters(h.Name, h.Secrets) // last, because a configuration that does not load must add no series
 	h.keyring.reloads = h.counters.reloads
 	h.keyPrefix, h.keyCount = `"`+rand.Text()+"-", new(atomic.Uint64)
 	return registerMetrics(ctx.GetMetricsRegistry())
@@ -259,7 +259,7 @@ func (h *Handler) reject(w http.ResponseWriter, r *http.Request, body []byte, er
 		}
 		c.Write(
 			zap.String("outcome", why.outcome), malformed, zap.NamedError("cause", err),
-			zap.String("err_id", handlerErr.ID), // as in Caddy's own lines
+			zap.String("err_id", handlerErr.ID), // as in Caddy's own log lines
 			zap.String("client_ip", clientIP),
 			zap.String("host", r.Host[:min(len(r.Host), maxLogged)]),
 			zap.String("path", path[:min(len(path), maxLogged)]),
@@ -346,7 +346,7 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 		return nil
 	}
 	if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err); ok && d.status == 0 {
-		d.status = handlerErr.StatusCode // error routes write it later
+		d.status = handlerErr.StatusCode // error routes write this status later
 	}
 	if c := h.logger.Check(level, "verified webhook was not accepted"); c != nil {
 		c.Write(

@@ -73,9 +73,9 @@ type mac struct {
 }
 
 // NewVerifier returns a Verifier that accepts signatures made with any of the secrets. If
-// there is no secret, or a secret is empty, the error is an ErrEmptySecret with the name of
-// that secret or its position, starting at 1. A secret of only NUL bytes counts as empty,
-// because HMAC pads every key with NULs.
+// there is no secret, or a secret is empty, the error wraps ErrEmptySecret. For an empty
+// secret, the error has the name or the position of the secret, starting at 1. A secret of
+// only NUL bytes counts as empty, because HMAC pads every key with NULs.
 func NewVerifier(secrets ...Secret) (*Verifier, error) {
 	if len(secrets) == 0 {
 		return nil, fmt.Errorf("secrets: %w", ErrEmptySecret)
@@ -86,8 +86,8 @@ func NewVerifier(secrets ...Secret) (*Verifier, error) {
 		if strings.Trim(secret.Value, "\x00") == "" {
 			return nil, fmt.Errorf("secret %s: %w", name, ErrEmptySecret)
 		}
-		// FIPS 140-3 requires HMAC keys of 112 bits (SP 800-131A), and under
-		// GODEBUG=fips140=only crypto/hmac panics on anything shorter.
+		// FIPS 140-3 requires HMAC keys of at least 112 bits (SP 800-131A). Under
+		// GODEBUG=fips140=only, crypto/hmac panics on a shorter key.
 		if fips140.Enforced() && len(secret.Value) < 14 {
 			return nil, fmt.Errorf("secret %s: must be at least 14 bytes long in FIPS 140-only mode", name)
 		}

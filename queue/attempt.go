@@ -158,7 +158,8 @@ func retryAfter(value string, now time.Time) time.Duration {
 	return 0
 }
 
-// lastError returns the text of an error to store: one line that a terminal can show.
+// lastError returns the text that the queue stores for an error: one line without control
+// characters.
 func lastError(err error) string {
 	text := request.Printable(err.Error())
 	if len(text) > maxError {

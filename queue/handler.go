@@ -20,8 +20,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/page" // the web page for operators
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // the other store
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"   // the default store
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // the store in PostgreSQL
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"   // the default store, in an SQLite file
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
@@ -83,8 +83,8 @@ type Handler struct {
 	// Default: `1000000`.
 	MaxEvents int `json:"max_events,omitempty"`
 
-	// How many attempts run at the same time. A quarter of them is only for new events.
-	// Default: `16`.
+	// How many attempts may run at the same time. A quarter of these places is only for new
+	// events. Default: `16`.
 	Concurrency int `json:"concurrency,omitempty"`
 
 	// How long the history keeps a delivered event: its id, type, resource, times and status,

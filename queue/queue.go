@@ -173,7 +173,7 @@ func (q *queue) isPaused() bool {
 func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
 	c.Queue = q.name
 	records, err := q.db.writer.Claim(c)
-	q.running.Add(len(records)) // here and not in the goroutine of the attempt, because Destruct may already wait
+	q.running.Add(len(records)) // here and not in the goroutine of the attempt, because Destruct may already wait for running
 	return records, err
 }
 

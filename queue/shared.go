@@ -249,7 +249,7 @@ func (d *database) count(s store.Store, first bool) error {
 	return err
 }
 
-// show sets the metrics.
+// show sets the gauges to the last known numbers.
 func (d *database) show() {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -63,7 +63,7 @@ func (e *Event) members() *[2]string {
 // such as timeouts or tracing copies the request.
 const varName = "inkit_webhook"
 
-// String returns the text of {http.vars.inkit_webhook}.
+// String returns the text of the placeholder {http.vars.inkit_webhook}.
 func (e *Event) String() string { return e.Outcome }
 
 // Attach makes e the event of the request with this context. From now on, the placeholders
@@ -90,7 +90,7 @@ func verified(vars map[string]any) *Event {
 	return nil
 }
 
-// Unhandled reports whether the request reached the end of its handlers. There, Caddy
+// Unhandled reports whether the request reached the end of its handlers. At that end, Caddy
 // answers 200 if no handler wrote a status.
 func (e *Event) Unhandled() bool { return e.vars["unhandled"] == true }
 

@@ -251,7 +251,7 @@ func (s *Server) processes() []int {
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, stat := range stats {
 		content, _ := os.ReadFile(stat)
-		// pid (name) state ppid
+		// the content begins with: pid (name) state ppid
 		_, rest, ok := strings.Cut(string(content), ") ")
 		if fields := strings.Fields(rest); ok && len(fields) > 1 && fields[1] == strconv.Itoa(server) {
 			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(stat)))

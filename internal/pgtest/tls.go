@@ -23,7 +23,7 @@ import (
 
 // Authority signs certificates.
 type Authority struct {
-	File string // its own certificate
+	File string // the certificate of the authority
 
 	certificate *x509.Certificate
 	key         *ecdsa.PrivateKey
@@ -45,7 +45,8 @@ func NewAuthority(t testing.TB) *Authority {
 	return a
 }
 
-// sign creates a key and its certificate, self-signed if a has no certificate yet.
+// sign creates a key, and a certificate for the key. The certificate is self-signed if a has
+// no certificate yet.
 func (a *Authority) sign(t testing.TB, template *x509.Certificate) (der []byte, key *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -59,7 +59,7 @@ func ReadFile(name string) (string, error) {
 	}
 	secret := strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
 	switch {
-	case err != nil: // an fs.PathError
+	case err != nil: // err is an fs.PathError: Unwrap removes the file's name
 		return "", fmt.Errorf("file cannot be read: %w", errors.Unwrap(err))
 	case len(content) > maxFile:
 		return "", errors.New("file is larger than 1 MiB")

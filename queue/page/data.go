@@ -46,7 +46,7 @@ func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 	}
 }
 
-// database is a database with the queues of this Caddy in it.
+// database is a database, and the queues of this Caddy that are in it.
 type database struct {
 	Key    string
 	queues []operator.Queue

@@ -24,7 +24,7 @@ var files embed.FS
 //go:embed page.css
 var stylesheet []byte
 
-// templates has the views, and the frame that is the same in each.
+// templates has the templates of the views, and of the frame that is the same in each view.
 var templates = template.Must(template.New("").Funcs(words).ParseFS(files, "templates/*.html"))
 
 // views has the functions that show a view, by the last word of the path.
@@ -54,7 +54,8 @@ type frame struct {
 	View     any
 }
 
-// render writes a view.
+// render writes a response with the template of this name. trouble is an error to show, or
+// nil. view has the data of the view.
 func (v *visit) render(status int, name, title string, trouble error, view any) error {
 	turn, err := v.h.turn(v.r.Context())
 	if err != nil {

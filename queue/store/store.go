@@ -22,14 +22,15 @@ const (
 	History = "delivered" // deleted: only a row of the history is left
 )
 
-// Latest is the longest wait before an event is due: the longest Retry-After plus a fifth. A
-// lease may be longer, if attempt_timeout is. An event with a later due time counts as due
-// now, because that due time comes from a wrong clock.
+// Latest is the longest wait before an event is due: the longest Retry-After plus a fifth. The
+// lease of an attempt may be longer. An event with a later due time counts as due now, because
+// that due time comes from a wrong clock.
 const Latest = 72 * time.Minute
 
-// Record is an event in a store. Operators see its columns. An attempt sends Request.
+// Record is an event in a store. An attempt sends Request. The other fields are for the queue
+// and for operators.
 type Record struct {
-	ID         string // unique across all queues, and sorted by time
+	ID         string // unique across all queues; the order of ids is the order of their times
 	Queue      string
 	State      string
 	Received   time.Time // by the clock of the Caddy that received the event
@@ -62,7 +63,8 @@ type Record struct {
 	First    string
 }
 
-// Sum returns the checksum of ID and Request. A record with another checksum is damaged.
+// Sum returns the checksum of ID and Request. A record whose Checksum has another value is
+// damaged.
 func (r *Record) Sum() []byte {
 	hash := sha256.New()
 	hash.Write([]byte(r.ID))
@@ -129,8 +131,7 @@ type Count struct {
 	Oldest       time.Duration // the age of the oldest event
 }
 
-// Filter selects events for operators. An empty field sets no condition, except an empty
-// States.
+// Filter selects events for operators. An empty field sets no condition, except States.
 type Filter struct {
 	Queue    string
 	States   []string // nil for pending and dead
@@ -167,7 +168,7 @@ func TimeOf(id string) time.Time {
 	return time.Unix(parsed.Time().UnixTime())
 }
 
-// Rows are unchanged rows of the table events, history, once or paused.
+// Rows are rows of the table events, history, once or paused, as they are in the database.
 type Rows struct {
 	Table string
 	Rows  [][]any // with the columns as in schema.sql
@@ -183,7 +184,7 @@ type Status struct {
 // Hours has a number for each of the last 24 hours. The last hour ends now.
 type Hours [24]int
 
-// Sum returns the number for the last day.
+// Sum returns the sum of the 24 hours.
 func (h Hours) Sum() (sum int) {
 	for _, n := range h {
 		sum += n
@@ -201,7 +202,7 @@ type QueueStatus struct {
 	Paused        time.Time     // start of the pause, zero if the queue is not paused
 
 	Delivered  Hours // delivered events
-	Failed     Hours // failed attempts of these events, by the hour of the delivery
+	Failed     Hours // failed attempts at the delivered events, by the hour of the delivery
 	Duplicates int   // duplicates of all events whose digests the store remembers
 
 	// Errors are the most frequent last errors of pending and dead events, at most five.
@@ -258,7 +259,8 @@ type Store interface {
 	// Status returns the state of all queues in the database, and of the named queues.
 	Status(ctx context.Context, queues ...string) (Status, error)
 
-	// Pause starts or ends the pause of a queue. It reports whether the queue has changed.
+	// Pause starts or ends the pause of a queue. It returns false if the queue was in this
+	// state already.
 	Pause(ctx context.Context, queue string, paused bool) (changed bool, err error)
 
 	// Retry makes events pending and due, with an age of 0. It leaves out events with a
@@ -294,7 +296,8 @@ type Opening struct {
 	// store waits longer for locks, and repairs nothing.
 	Command bool
 
-	// If Existing is true, a missing database is an error. Otherwise Open creates it.
+	// If Existing is true, a missing database is an error. If Existing is false, Open creates
+	// a missing database.
 	Existing bool
 }
 
@@ -356,9 +359,10 @@ func Merge(f Filter, parts ...Page) (all Page) {
 	return all
 }
 
-// Copy copies all rows of the store from into the store to, and calls copied with the ids of
-// each page of events. If idle is true, Copy leaves out events with a running attempt. It does
-// not change the existing rows of to. If ctx ends, Copy stops before the next page.
+// Copy copies all rows of a store into another store, and calls copied with the ids of each
+// page of events. If idle is true, Copy leaves out events with a running attempt. It does not
+// change the rows that the other store already has. If ctx ends, Copy stops before the next
+// page.
 func Copy(ctx context.Context, to, from Store, idle bool, copied func(ids []string) error) error {
 	for _, table := range []string{"paused", "once", "history", "events"} { // events last: copied may drop an event and its key from the source
 		for page := (Rows{Table: table}); ; {

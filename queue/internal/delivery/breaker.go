@@ -20,7 +20,7 @@ const (
 type Breaker struct {
 	mu   sync.Mutex
 	down time.Time // the time since which the backend is down, zero if it is up
-	last time.Time // when an attempt last did not reach the backend
+	last time.Time // the time of the last attempt that did not reach the backend
 	lost []string  // the events of the attempts in a row that did not reach the backend
 	ramp int       // limit of parallel attempts after an outage, 0 for no limit
 }

@@ -52,7 +52,7 @@ func (l *Limits) Take(ctx context.Context, wanted int) (n int) {
 	if l.places.Acquire(ctx, 1) != nil {
 		return 0
 	}
-	for n = 1; n < wanted && l.places.TryAcquire(1); n++ { // the others that are free
+	for n = 1; n < wanted && l.places.TryAcquire(1); n++ { // more places that are free
 	}
 	return n
 }

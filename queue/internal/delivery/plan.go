@@ -13,7 +13,7 @@ const pollInterval = time.Second
 
 // Backend is the state of the backend.
 type Backend struct {
-	Down  time.Time     // the time since which it is down, zero if it is up
+	Down  time.Time     // the time since which the backend is down, zero if it is up
 	Probe time.Duration // if the backend is down: the time until the next probe may begin
 	Ramp  int           // limit of parallel attempts after an outage, 0 for no limit
 }

@@ -16,7 +16,7 @@ type Queue interface {
 	// Peek returns the state of the queue in the database.
 	Peek() (store.Peek, error)
 
-	// Claim leases due events.
+	// Claim leases due events, and returns them.
 	Claim(c *store.Claim) ([]*store.Record, error)
 
 	// Timeout returns how long an attempt may take, or 0 while no handler delivers.

@@ -92,7 +92,7 @@ func Set(filter *store.Filter, field, text string, now time.Time) (err error) {
 	return err
 }
 
-// parseTime parses a duration before now, or a date.
+// parseTime returns the time that a text means: a duration before now, or a date.
 func parseTime(text string, now time.Time) (time.Time, error) {
 	if ago, err := caddy.ParseDuration(text); err == nil && ago >= 0 {
 		return now.Add(-ago), nil

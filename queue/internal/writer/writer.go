@@ -93,7 +93,8 @@ func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.T
 	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), note: note}
 }
 
-// Done is closed when the event is on the disk, or when it will not be stored.
+// Done returns a channel that is closed when the event is on the disk, or when it will not be
+// stored.
 func (a *Addition) Done() <-chan struct{} { return a.done }
 
 // Err returns nil if the event is on the disk. Call Err only after the channel of Done is
@@ -242,7 +243,7 @@ func (w *Writer) run() {
 	}
 }
 
-// opened opens the database if necessary, and reports whether it is open.
+// opened opens the database if necessary, and reports whether the database is open.
 func (w *Writer) opened() bool {
 	if w.store != nil {
 		return true

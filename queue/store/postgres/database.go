@@ -16,7 +16,7 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 )
 
-// schemaLock is the advisory lock for creating the schema: "inkit" in ASCII.
+// schemaLock is the key of the advisory lock for creating the schema: "inkit" in ASCII.
 const schemaLock = 0x696e6b6974
 
 // database is a store in PostgreSQL. Its pool replaces broken connections.

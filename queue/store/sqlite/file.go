@@ -85,7 +85,7 @@ func (f *file) open(ctx context.Context) error {
 	case ours == 0:
 		return errors.New("is the database of another program")
 	}
-	for range f.Read.Stats().MaxOpenConnections { // a later connection could open another file
+	for range f.Read.Stats().MaxOpenConnections { // open all connections now: a later connection could open another file
 		conn, err := f.Read.Conn(ctx)
 		if err != nil {
 			return err
@@ -169,10 +169,9 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, e
 	return len(names), nil
 }
 
-// hasRoom reports whether the disk has space for new events. This is so if the reserve is
-// complete. If the reserve is not complete, hasRoom tries to write it, at most one time a
-// second. At the start, hasRoom tries immediately, because a power cut may have left a part of
-// the reserve.
+// hasRoom reports whether the disk has space for new events: whether the reserve is complete.
+// If the reserve is not complete, hasRoom tries to write it, at most one time a second. At the
+// start, hasRoom tries immediately, because a power cut may have left a part of the reserve.
 func (f *file) hasRoom(start bool) bool {
 	info, err := os.Stat(f.path + reserve)
 	switch {

@@ -57,7 +57,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 }
 
 // moveAside renames a damaged database and its log. The new names contain the time. If a file
-// cannot be renamed, moveAside returns why.
+// cannot be renamed, moveAside returns the error why.
 func (f *file) moveAside(why error) error {
 	for _, db := range []*sql.DB{f.Read, f.Write} { // Windows cannot rename an open file
 		db.SetMaxIdleConns(0)
@@ -126,7 +126,8 @@ func (f *file) disconnect(ctx context.Context) error {
 	return err
 }
 
-// checkpoint moves the whole log into the file.
+// checkpoint moves the whole log into the file. It returns ErrLocked if another connection
+// prevents this.
 func checkpoint(ctx context.Context, db sqlstore.Querier) error {
 	var busy, pages, moved int
 	err := db.QueryRowContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`).Scan(&busy, &pages, &moved)

@@ -12,7 +12,8 @@ import (
 
 // claim leases due events of a queue for the owner, and sets the Records of the claim.
 func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
-	// Only a wrong clock gives such a late due time: these events are due now.
+	// Only a wrong clock gives a due time that is so late. This statement makes such events
+	// due now.
 	_, err := d.exec(ctx, tx, `
 		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
 			SELECT e.id FROM {schema}inkit_queue_events AS e

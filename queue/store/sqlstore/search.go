@@ -48,8 +48,8 @@ func (c *condition) ids(ids []string) {
 	}
 }
 
-// idAt returns the beginning of all ids of a time, because such a UUID starts with the
-// milliseconds of its time.
+// idAt returns the beginning of all ids of a time. An id is a UUID of version 7, which starts
+// with its time in milliseconds.
 func idAt(t time.Time) string {
 	ms := fmt.Sprintf("%012x", max(0, t.UnixMilli()))
 	return ms[:8] + "-" + ms[8:]
@@ -74,7 +74,7 @@ func tables(f store.Filter) (found []string) {
 // conditions returns a filter's condition in two parts, which must both be true. For bounds,
 // an index finds the rows in the order of their ids, because an id contains the time of its
 // event. In rest, concatenations with an empty text keep the database from using the index of
-// due times, because it must read the rows in the order of their ids. If a filter selects
+// due times: the database must read the rows in the order of their ids. If a filter selects
 // neither pending nor dead events, the two parts together select no row of the table events.
 func conditions(f store.Filter, table string) (bounds, rest *condition) {
 	bounds, rest = new(condition), new(condition)

@@ -28,7 +28,7 @@ type Dialect struct {
 	Now       string // the time in milliseconds, constant during a statement
 	Skip      string // makes a SELECT skip locked rows; empty if no row can be locked
 	Begin     string // the first statement of a transaction that writes, or empty
-	More      string // statements after schema.sql
+	More      string // statements to run after schema.sql
 	Size      string // a SELECT of the size of the database in bytes
 
 	// Wrap translates an error of the driver into an error of package store.

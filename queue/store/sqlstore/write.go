@@ -172,7 +172,7 @@ func finishRows(b *store.Batch) (delivered, others [][]any) {
 
 // left sets Left to the finishes that Apply could not write because another transaction has
 // locked their rows. These are the finishes whose events still exist, if this owner still has
-// the lease or the event is delivered.
+// the lease, or the Outcome is Delivered.
 func (d *DB) left(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 	for some := range slices.Chunk(b.Finish, d.Rows) {
 		finishes, c := make(map[string]store.Finish), new(condition)
