@@ -30,10 +30,9 @@ var (
 // returns an error of the table rejections and the bytes that arrived. A length of -1 means
 // that the length is unknown.
 //
-// The memory for a body grows with the bytes that arrive, not with the announced length. It is
-// at most firstRead or four times the body, whichever is larger. No other request reuses this
-// memory, because the Transport of reverse_proxy may still read the body after the handler has
-// returned.
+// The memory for a body grows with the bytes that arrive, not with the announced length. It is at
+// most firstRead or four times the body, whichever is larger. No other request reuses this memory,
+// because the Transport of reverse_proxy may still read the body after the handler has returned.
 func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 	if r == nil {
 		return nil, nil

@@ -22,9 +22,8 @@ const (
 	previousAge       = 10 * time.Second       // how long an old value stays valid: the file of the new value may be half written
 )
 
-// keyring has the secrets of a running handler, and reloads them when a request asks for it.
-// It does not watch files, because a watcher would miss the symbolic links that Kubernetes
-// swaps.
+// keyring has the secrets of a running handler, and reloads them when a request asks for it. It
+// does not watch files, because a watcher would miss the symbolic links that Kubernetes swaps.
 type keyring struct {
 	secrets    []Secret             // as configured
 	changeable bool                 // whether a value can change while the process runs
@@ -90,9 +89,8 @@ func (k *keyring) use(values []Secret) error {
 	return nil
 }
 
-// verify returns the index of the secret that made sig for body. If no secret matches, and a
-// value can change, verify waits for a reload that begins after this call, because the secret
-// may be new.
+// verify returns the index of the secret that made sig for body. If no secret matches, and a value
+// can change, verify waits for a reload that begins after this call, because the secret may be new.
 func (k *keyring) verify(ctx context.Context, sig *[sha256.Size]byte, body []byte) (secret int, err error) {
 	secret, err = k.match(sig, body)
 	switch {
@@ -153,9 +151,8 @@ func (k *keyring) reloadLoop() {
 	}
 }
 
-// reload reads all secrets, and uses every new value that is valid. If a new value is not
-// valid, the last good value stays in use: losing events is worse than using an old secret
-// longer.
+// reload reads all secrets, and uses every new value that is valid. If a new value is not valid,
+// the last good value stays in use: losing events is worse than using an old secret longer.
 func (k *keyring) reload() {
 	var failure error
 	var changed []string

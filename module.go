@@ -54,11 +54,10 @@ const (
 
 // Handler passes on webhooks that Inkit signed, and answers all other requests with an error.
 //
-// The next handler gets a verified request with exactly the signed bytes and their length, and
-// a proxy can send this request more than once. The handler removes the sender's fields about
-// the connection (`Connection`, `Upgrade`, `Expect` and the like). If no handler takes the
-// event, an error with HTTP status 404 is returned. Without this error, Caddy would answer
-// 200.
+// The next handler gets a verified request with exactly the signed bytes and their length, and a
+// proxy can send this request more than once. The handler removes the sender's fields about the
+// connection (`Connection`, `Upgrade`, `Expect` and the like). If no handler takes the event, an
+// error with HTTP status 404 is returned. Without this error, Caddy would answer 200.
 //
 // The next handler never sees a rejected request. The checks run in this order, and the
 // first failure sets the outcome and the HTTP status of the error: the method is POST
@@ -94,10 +93,9 @@ type Handler struct {
 
 	// Whether a verified request gets an `Idempotency-Key` header field, which replaces the
 	// sender's field. The key is unique to this delivery and the same for each attempt, so the
-	// backend can detect a duplicate. If the backend closes an idle connection at the moment
-	// when a proxy sends a request with the key, the proxy sends the request again. If the
-	// connection breaks later, only a proxy with retries, or the queue, saves the event.
-	// Default: `true`.
+	// backend can detect a duplicate. If the backend closes an idle connection at the moment when a
+	// proxy sends a request with the key, the proxy sends the request again. If the connection
+	// breaks later, only a proxy with retries, or the queue, saves the event. Default: `true`.
 	IdempotencyKey *bool `json:"idempotency_key,omitempty"`
 
 	keyring  *keyring

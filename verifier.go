@@ -33,10 +33,9 @@ var (
 // Secret is a signing secret and its name.
 type Secret struct {
 	// The secret, exactly as Inkit's web app shows it: its UTF-8 bytes are the key, and hex or
-	// base64 are not decoded. In the configuration of a Handler, write one global placeholder,
-	// such as `{env.INKIT_WEBHOOK_SECRET}` or `{file./run/secrets/inkit}`, or the secret
-	// itself. The admin API and the disk show a secret that is written in the configuration.
-	// Required.
+	// base64 are not decoded. In the configuration of a Handler, write one global placeholder, such
+	// as `{env.INKIT_WEBHOOK_SECRET}` or `{file./run/secrets/inkit}`, or the secret itself. The
+	// admin API and the disk show a secret that is written in the configuration. Required.
 	Value string `json:"value"`
 
 	// The name of this secret in logs, metrics and the placeholder

@@ -21,8 +21,7 @@ const (
 	// the disk. If the attempt fails, or no attempt begins, the event is stored immediately.
 	patience = 25 * time.Millisecond
 
-	// storeWait is the timeout for storing an event. A longer answer_after is the timeout
-	// instead.
+	// storeWait is the timeout for storing an event. A longer answer_after is the timeout instead.
 	storeWait = 5 * time.Second
 
 	// onceWait is how long the first attempt at an event waits until the event is stored, if

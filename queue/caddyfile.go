@@ -34,8 +34,7 @@ func init() {
 //		}
 //	}
 //
-// All options but deliver can be left out. The options come in any order, and none is
-// repeated.
+// All options but deliver can be left out. The options come in any order, and none is repeated.
 func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	h, d := new(Handler), helper.Dispenser
 	d.Next() // consume directive name

@@ -127,8 +127,7 @@ func (o *origin) change(cmd *cobra.Command, ids []string, filter store.Filter, f
 }
 
 // eachID calls f for each id with one database after the other, until f returns 1, because a
-// database has the event. eachID returns an error if f returns 0 for an id with every
-// database.
+// database has the event. eachID returns an error if f returns 0 for an id with every database.
 func (o *origin) eachID(cmd *cobra.Command, ids []string, f func(store.Store, store.Filter) (int, error)) error {
 	err := o.each(cmd.Context(), func(d *target) error {
 		var left []string

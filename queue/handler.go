@@ -74,9 +74,8 @@ type Handler struct {
 	// How long one attempt may take. Default: `30s`.
 	AttemptTimeout caddy.Duration `json:"attempt_timeout,omitempty"`
 
-	// The age of an event after which a failed attempt is the last attempt: the event is then
-	// dead. A dead event stays in the database until an operator retries or drops it. Default:
-	// `5d`.
+	// The age of an event after which a failed attempt is the last attempt: the event is then dead.
+	// A dead event stays in the database until an operator retries or drops it. Default: `5d`.
 	MaxAge caddy.Duration `json:"max_age,omitempty"`
 
 	// How many events may be pending. While so many are pending, no new event is stored.

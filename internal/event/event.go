@@ -33,8 +33,7 @@ type Event struct {
 // is not the JSON that Inkit documents.
 func (e *Event) Type() string { return e.members()[0] }
 
-// ResourceID returns the resource_id. It is empty if the body is not the JSON that Inkit
-// documents.
+// ResourceID returns the resource_id. It is empty if the body is not the JSON that Inkit documents.
 func (e *Event) ResourceID() string { return e.members()[1] }
 
 // members returns the two members of the JSON object that Inkit documents

@@ -113,9 +113,8 @@ var lastPort atomic.Uint32
 // Each test process starts at another port, so that two processes do not try the same port.
 func init() { lastPort.Store(uint32(os.Getpid()*97) % 10_000) }
 
-// freePort returns a port on which nothing listens. It does not return the same port again,
-// because a stopped server keeps its port. All its ports are below the ports of the end-to-end
-// tests.
+// freePort returns a port on which nothing listens. It does not return the same port again, because
+// a stopped server keeps its port. All its ports are below the ports of the end-to-end tests.
 func freePort(t testing.TB) string {
 	t.Helper()
 	for range 1000 {

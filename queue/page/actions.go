@@ -64,8 +64,7 @@ func (v *visit) log(action, queue string, n int, err error) {
 		zap.String("queue", queue), zap.Int("events", n), zap.Error(err))
 }
 
-// apply changes events, logs the change, and redirects the browser to the view that has the
-// form.
+// apply changes events, logs the change, and redirects the browser to the view that has the form.
 func (v *visit) apply(action string, f store.Filter, change operator.Action) error {
 	c, err := v.h.change(v.r.Context(), f, change)
 	v.log(action, cmp.Or(strings.Join(c.queues, ","), f.Queue), c.n, err)

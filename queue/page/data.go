@@ -85,9 +85,8 @@ func (h *Handler) databases() (all []*database) {
 	return all
 }
 
-// each calls f for the databases of a queue, or for all databases if this Caddy has no such
-// queue, and joins the errors. So a visitor who looks at one queue sees no error of another
-// database.
+// each calls f for the databases of a queue, or for all databases if this Caddy has no such queue,
+// and joins the errors. So a visitor who looks at one queue sees no error of another database.
 func (h *Handler) each(queue string, f func(*database, store.Store) error) (err error) {
 	some := slices.DeleteFunc(h.databases(), func(d *database) bool { return d.Live(queue) == nil })
 	if len(some) == 0 {

@@ -1,7 +1,6 @@
-// Package page is the web page of the queues for an operator. It shows the events with their
-// last errors, and has buttons to retry and drop events and to pause queues. It is a Caddy
-// HTTP handler, http.handlers.inkit_queue_page, that reads the databases of the queues in the
-// same Caddy.
+// Package page is the web page of the queues for an operator. It shows the events with their last
+// errors, and has buttons to retry and drop events and to pause queues. It is a Caddy HTTP handler,
+// http.handlers.inkit_queue_page, that reads the databases of the queues in the same Caddy.
 package page
 
 import (
@@ -35,9 +34,8 @@ const (
 	defaultUser = "{http.auth.user.id}"
 )
 
-// headers are the header fields of every response. With these fields, the browser loads
-// nothing from other sites, runs no script, stores no copy, and does not show the page in a
-// frame.
+// headers are the header fields of every response. With these fields, the browser loads nothing
+// from other sites, runs no script, stores no copy, and does not show the page in a frame.
 var headers = map[string]string{
 	"Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
 	"Cache-Control":           "no-store",

@@ -46,8 +46,7 @@ type Record struct {
 	Lease time.Duration
 
 	// Set by a store, with the store's clock. The next attempt is due at Due. The lease of the
-	// running attempt ends at LeasedUntil. Age is the event's age when it was claimed or
-	// found.
+	// running attempt ends at LeasedUntil. Age is the event's age when it was claimed or found.
 	Due, LeasedUntil time.Time
 	Age              time.Duration
 
@@ -63,8 +62,7 @@ type Record struct {
 	First    string
 }
 
-// Sum returns the checksum of ID and Request. A record whose Checksum has another value is
-// damaged.
+// Sum returns the checksum of ID and Request. A record whose Checksum has another value is damaged.
 func (r *Record) Sum() []byte {
 	hash := sha256.New()
 	hash.Write([]byte(r.ID))
@@ -228,11 +226,10 @@ type Keep struct {
 // but for each owner, only one goroutine may call Apply. Errors show no part of an event, and
 // no credentials.
 type Store interface {
-	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch is
-	// on the disk, and Left and the claims have their results. After a connection error, the
-	// batch may be on the disk or not. Adding an existing event changes nothing. If another
-	// owner has the lease of an event, a finish changes the event only if its Outcome is
-	// Delivered.
+	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch is on
+	// the disk, and Left and the claims have their results. After a connection error, the batch may
+	// be on the disk or not. Adding an existing event changes nothing. If another owner has the
+	// lease of an event, a finish changes the event only if its Outcome is Delivered.
 	Apply(ctx context.Context, b *Batch) error
 
 	// Due fills Records with due events, but sets no lease, so that events in a read-only
@@ -314,9 +311,8 @@ type Opener interface {
 	Migration() string
 }
 
-// Each calls f with each page of the events that the filter selects, without their requests.
-// While f runs, no read of the database is open. So f may be slow, and SQLite's log does not
-// grow.
+// Each calls f with each page of the events that the filter selects, without their requests. While
+// f runs, no read of the database is open. So f may be slow, and SQLite's log does not grow.
 func Each(ctx context.Context, s Store, filter Filter, f func(page []*Record) error) error {
 	for {
 		page, err := s.Search(ctx, filter, false)
@@ -359,10 +355,9 @@ func Merge(f Filter, parts ...Page) (all Page) {
 	return all
 }
 
-// Copy copies all rows of a store into another store, and calls copied with the ids of each
-// page of events. If idle is true, Copy leaves out events with a running attempt. It does not
-// change the rows that the other store already has. If ctx ends, Copy stops before the next
-// page.
+// Copy copies all rows of a store into another store, and calls copied with the ids of each page of
+// events. If idle is true, Copy leaves out events with a running attempt. It does not change the
+// rows that the other store already has. If ctx ends, Copy stops before the next page.
 func Copy(ctx context.Context, to, from Store, idle bool, copied func(ids []string) error) error {
 	for _, table := range []string{"paused", "once", "history", "events"} { // events last: copied may drop an event and its key from the source
 		for page := (Rows{Table: table}); ; {

@@ -32,8 +32,7 @@ const (
 )
 
 var (
-	// ErrCalledBack is the error of an event that is not stored, because it was delivered
-	// first.
+	// ErrCalledBack is the error of an event that is not stored, because it was delivered first.
 	ErrCalledBack = errors.New("delivered before it was written")
 
 	// ErrDuplicate is the error of an event that is not stored, because an earlier event has
@@ -97,8 +96,7 @@ func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.T
 // stored.
 func (a *Addition) Done() <-chan struct{} { return a.done }
 
-// Err returns nil if the event is on the disk. Call Err only after the channel of Done is
-// closed.
+// Err returns nil if the event is on the disk. Call Err only after the channel of Done is closed.
 func (a *Addition) Err() error { return a.err }
 
 type claim struct {

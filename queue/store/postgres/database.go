@@ -164,8 +164,7 @@ func (s *database) makeTables(ctx context.Context) error {
 }
 
 // notice counts commits that no standby has confirmed, because the wait for the standby was
-// cancelled on the server. Apart from this notice, such a commit looks successful to the
-// client.
+// cancelled on the server. Apart from this notice, such a commit looks successful to the client.
 func (s *database) notice(_ *pgconn.PgConn, n *pgconn.Notice) {
 	if n.Routine == "SyncRepWaitForLSN" {
 		s.unconfirmed.Add(1)

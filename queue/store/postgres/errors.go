@@ -47,9 +47,8 @@ func explain(err error) (state, hint string) {
 // wrap translates an error of the driver. If one connection is lost, wrap closes all
 // connections, because all lead to the same server.
 //
-// The driver's text shows host and role of a failed connection, but not the password. If the
-// server refused a value, wrap leaves out the driver's text, because it could show a part of
-// an event.
+// The driver's text shows host and role of a failed connection, but not the password. If the server
+// refused a value, wrap leaves out the driver's text, because it could show a part of an event.
 func (s *database) wrap(err error) error {
 	if err == nil {
 		return err

@@ -35,8 +35,7 @@ type Dialect struct {
 	Wrap func(error) error
 }
 
-// DB is a store that does not repair its database. The types that embed DB repair the
-// database.
+// DB is a store that does not repair its database. The types that embed DB repair the database.
 type DB struct {
 	Dialect
 	Write, Read *sql.DB

@@ -150,8 +150,7 @@ func eventRows(b *store.Batch) (rows [][]any) {
 	return rows
 }
 
-// finishRows returns the arguments of deliverEvents, and those of keepEvents for the other
-// events.
+// finishRows returns the arguments of deliverEvents, and those of keepEvents for the other events.
 func finishRows(b *store.Batch) (delivered, others [][]any) {
 	for _, f := range b.Finish {
 		state, uncounted := store.Pending, 0
