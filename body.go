@@ -26,13 +26,13 @@ var (
 	errBodyUnreadable = errors.New("body did not arrive whole")
 )
 
-// readBody reads r to its end. If r fails, or has more than max bytes or fewer than
-// length, the error has a row in rejections, and the body is the part that arrived. A
-// length of -1 means that the length is unknown.
+// readBody reads r to its end. If r fails, or has more than max bytes or fewer than length, it
+// returns an error of the table rejections and the bytes that arrived. A length of -1 means
+// that the length is unknown.
 //
-// Memory grows with the bytes that arrive, not with the announced length: it is at most
-// firstRead, or four times the body. No other request reuses this memory, because the
-// Transport of reverse_proxy may still read the body after the handler has returned.
+// The memory for a body grows with the bytes that arrive, not with the announced length. It is at
+// most firstRead or four times the body, whichever is larger. No other request reuses this memory,
+// because the Transport of reverse_proxy may still read the body after the handler has returned.
 func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 	if r == nil {
 		return nil, nil
@@ -52,7 +52,7 @@ func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 			switch {
 			case int64(len(body)) > max:
 				return body, errBodyTooLarge
-			case err == io.EOF && int64(len(body)) < length: // an earlier handler hid the error
+			case err == io.EOF && int64(len(body)) < length: // an earlier handler turned the error into io.EOF
 				return body, readError(io.ErrUnexpectedEOF)
 			case err == io.EOF:
 				return body, nil
@@ -63,8 +63,8 @@ func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 	}
 }
 
-// readError wraps a read error in the matching error of rejections. The read error may
-// come from another handler, such as request_body for a body above its limit.
+// readError wraps a read error in the matching error of the table rejections. The read error
+// may come from another handler. For example, request_body has its own limit for a body.
 func readError(err error) error {
 	reason := errBodyUnreadable
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
@@ -75,17 +75,18 @@ func readError(err error) error {
 	return fmt.Errorf("%w: %w", reason, err)
 }
 
-// endBody reads and discards the rest of a rejected body, then closes it, also for
-// handlers with a copy of the request. Otherwise the connection is reset while the
-// client is sending: the client never sees the answer, and a proxy in front believes
-// that the site is down. It returns whether it read the body to its end.
+// endBody closes a rejected body. Handlers with a copy of the request cannot read the closed
+// body either. If discard is true, endBody first reads and discards the rest of the body.
+// Without this reading, the connection would be reset while the client is sending: the client
+// would never see the answer, and a proxy in front would believe that the site is down.
+// endBody reports whether the body was read to its end.
 func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return true
 	}
 	now, controller := time.Now(), http.NewResponseController(w)
 	end := now
-	if discard && r.Header["Expect"] == nil { // with Expect, the client waits before it sends
+	if discard && r.Header["Expect"] == nil { // with Expect, the client waits before it sends the body
 		end = now.Add(discardTime)
 	}
 	if controller.SetReadDeadline(end) != nil {
@@ -100,14 +101,15 @@ func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 		}
 	}
 	if !all {
-		_ = controller.SetReadDeadline(now) // otherwise Close would wait for more
+		_ = controller.SetReadDeadline(now) // otherwise Close would wait for more bytes
 	}
 	r.Body.Close()
 	return all
 }
 
-// setBody removes the body from the request and sets the length of its next body, which
-// a FastCGI backend needs. It removes trailers: with them, a proxy would send chunks.
+// setBody removes the body from the request, and sets the length that the next body will have.
+// A FastCGI backend needs this length. setBody also removes the trailers, because a proxy
+// would send a body with trailers in chunks.
 func setBody(r *http.Request, length int) {
 	r.Body, r.GetBody = http.NoBody, nil
 	r.ContentLength, r.TransferEncoding, r.Trailer = int64(length), nil, nil
@@ -117,12 +119,12 @@ func setBody(r *http.Request, length int) {
 	}
 }
 
-// removeControls removes header fields that could control the next handlers.
-// With Connection, a proxy would drop our fields. With Upgrade, or the :protocol of
-// HTTP/2 and HTTP/3, it would open a tunnel. With Incremental, it could not buffer the
-// body. The sender's idempotency key could be the key of another event.
+// removeControls removes header fields that could control the next handlers. With Connection,
+// a proxy would drop our fields. With Upgrade, or the :protocol of HTTP/2 and HTTP/3, a proxy
+// would open a tunnel. With Incremental, a proxy could not buffer the body. The sender's
+// idempotency key could be the key of another event.
 func removeControls(r *http.Request) {
-	if !strings.HasPrefix(r.Proto, "HTTP/") { // the :protocol of a CONNECT in HTTP/3, also seen by error routes
+	if !strings.HasPrefix(r.Proto, "HTTP/") { // a CONNECT in HTTP/3 has its :protocol here, and error routes would see it
 		r.Proto = fmt.Sprintf("HTTP/%d.%d", r.ProtoMajor, r.ProtoMinor)
 	}
 	for field := range r.Header {
@@ -139,8 +141,8 @@ type bodyReader struct{ bytes.Reader }
 
 func (*bodyReader) Close() error { return nil }
 
-// attachBody makes reader the body of the request. With GetBody, net/http's Transport
-// can send the body again.
+// attachBody makes reader the body of the request. It also sets GetBody, with which net/http's
+// Transport can send the body again.
 func (d *delivery) attachBody(r *http.Request, reader *bodyReader) {
 	reader.Reset(d.event.Body)
 	r.Body = reader

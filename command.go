@@ -167,7 +167,8 @@ URL: it follows no redirects, and uses no proxy.
 	return cmd
 }
 
-// sendAll sends an event count times, and prints the responses.
+// sendAll sends an event count times, and prints the responses. It returns how many responses
+// have status 2xx, how many have another status, and the last error without a response.
 func sendAll(url string, body []byte, signature string, count int, interval time.Duration) (accepted, refused int, err error) {
 	for i := range count {
 		if i > 0 {
@@ -194,7 +195,8 @@ var client = &http.Client{
 	Timeout:       time.Minute,
 }
 
-// send posts a signed body, and returns up to 64 KiB of the response as text.
+// send posts a signed body. It returns the status of the response, and a text with the status
+// line and up to 64 KiB of the response's body.
 func send(url string, body []byte, signature string) (status int, text string, err error) {
 	req, err := http.NewRequest(http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
@@ -212,7 +214,7 @@ func send(url string, body []byte, signature string) (status int, text string, e
 	return resp.StatusCode, strings.TrimSuffix(text, "\n") + "\n", err
 }
 
-// printable replaces characters that could control a terminal. Line ends stay.
+// printable replaces characters that could control a terminal. It keeps newlines.
 func printable(s string) string {
 	return strings.Map(func(r rune) rune {
 		if r == '\n' || unicode.IsPrint(r) {
@@ -222,9 +224,9 @@ func printable(s string) string {
 	}, s)
 }
 
-// commandSecrets reads the secrets of a command, and names each after its file or
-// variable. It does not check them further, because verify tests whether white space or
-// quotes around a secret cause a mismatch.
+// commandSecrets reads the secrets of a command, and names each after its file or variable. It
+// does not refuse white space or quotes around a secret, because the command verify tests
+// whether they cause a mismatch.
 func commandSecrets(files ...string) (secrets []Secret, err error) {
 	for _, file := range slices.DeleteFunc(files, func(file string) bool { return file == "" }) {
 		value, err := placeholder.ReadFile(file)
@@ -242,7 +244,7 @@ func commandSecrets(files ...string) (secrets []Secret, err error) {
 	return secrets, nil
 }
 
-// readInput reads the named file, or standard input for - or no name.
+// readInput reads the named file, or standard input if the name is - or missing.
 func readInput(names ...string) ([]byte, error) {
 	if len(names) == 0 || names[0] == "-" {
 		return io.ReadAll(os.Stdin)

@@ -19,11 +19,11 @@ const (
 	reloadInterval    = 250 * time.Millisecond // pause between two reloads
 	reloadWait        = 2 * time.Second        // how long a request waits for a reload before it is rejected
 	reloadLogInterval = time.Minute            // pause between two log lines about failed reloads
-	previousAge       = 10 * time.Second       // how long an old value stays valid: the new one may be half written
+	previousAge       = 10 * time.Second       // how long an old value stays valid: the file of the new value may be half written
 )
 
-// keyring has the secrets of a running handler, and reloads them for requests. It
-// does not watch files: a watcher would miss the symbolic links that Kubernetes swaps.
+// keyring has the secrets of a running handler, and reloads them when a request asks for it. It
+// does not watch files, because a watcher would miss the symbolic links that Kubernetes swaps.
 type keyring struct {
 	secrets    []Secret             // as configured
 	changeable bool                 // whether a value can change while the process runs
@@ -33,20 +33,21 @@ type keyring struct {
 	inUse     atomic.Pointer[[]generation] // newest first
 	reloading atomic.Bool                  // whether reloadLoop runs
 	mu        sync.Mutex                   // for next
-	next      chan struct{}                // closed at the end of the next reload; nil if no request asks for one
+	next      chan struct{}                // closed at the end of the next reload; nil if no request has asked for one
 
-	values    []Secret  // with the last good values; only reload uses it
-	lastError time.Time // of the last log line about a failed reload; only reload uses it
+	values    []Secret  // the secrets with their last good values; only reload uses them
+	lastError time.Time // time of the last log line about a failed reload; only reload uses it
 }
 
-// generation is a set of values. It stays valid for previousAge after a newer one exists.
+// generation is a set of values of the secrets. It stays valid for previousAge after a newer
+// generation exists.
 type generation struct {
 	verifier *Verifier
 	until    time.Time
 }
 
-// newKeyring resolves the secrets. Errors show no part of a value, and no part of a
-// placeholder, because it may be a secret in braces.
+// newKeyring resolves the secrets. Errors show no part of a value. They also show no part of a
+// placeholder, because a placeholder may be a secret in braces.
 func newKeyring(secrets []Secret, logger *zap.Logger) (k *keyring, err error) {
 	k = &keyring{secrets: secrets, logger: logger}
 	k.inUse.Store(new([]generation))
@@ -88,9 +89,8 @@ func (k *keyring) use(values []Secret) error {
 	return nil
 }
 
-// verify returns the index of the secret that made sig for body. A matching signature
-// never waits. A mismatch waits for a reload that begins after this call, because the
-// secret may be new.
+// verify returns the index of the secret that made sig for body. If no secret matches, and a value
+// can change, verify waits for a reload that begins after this call, because the secret may be new.
 func (k *keyring) verify(ctx context.Context, sig *[sha256.Size]byte, body []byte) (secret int, err error) {
 	secret, err = k.match(sig, body)
 	switch {
@@ -119,8 +119,8 @@ func (k *keyring) match(sig *[sha256.Size]byte, body []byte) (secret int, err er
 	return secret, err
 }
 
-// askForReload starts a reload if none is waiting to begin. The channel is closed at the
-// end of a reload that begins after this call.
+// askForReload asks for a reload that begins after this call. The returned channel is closed
+// at the end of that reload.
 func (k *keyring) askForReload() <-chan struct{} {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -133,8 +133,8 @@ func (k *keyring) askForReload() <-chan struct{} {
 	return k.next
 }
 
-// reloadLoop reloads as long as requests ask for it. It runs in its own goroutine, so
-// that a hanging file system blocks nothing else.
+// reloadLoop reloads the secrets as long as requests ask for a reload. It runs in its own
+// goroutine, so that a hanging file system blocks nothing else.
 func (k *keyring) reloadLoop() {
 	for {
 		k.mu.Lock()
@@ -151,8 +151,8 @@ func (k *keyring) reloadLoop() {
 	}
 }
 
-// reload uses every new value that is valid. If a new value is not valid, the last good
-// value stays in use: losing events is worse than using an old secret longer.
+// reload reads all secrets, and uses every new value that is valid. If a new value is not valid,
+// the last good value stays in use: losing events is worse than using an old secret longer.
 func (k *keyring) reload() {
 	var failure error
 	var changed []string

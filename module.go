@@ -1,6 +1,6 @@
-// Package inkitwebhook passes only webhooks that Inkit (inkit.com) signed to a backend.
-// It is a Caddy HTTP handler, http.handlers.inkit_webhook. Any Go program can use its
-// Verifier, but must compile Caddy too.
+// Package inkitwebhook passes only webhooks that Inkit (inkit.com) signed to a backend. It is
+// a Caddy HTTP handler, http.handlers.inkit_webhook. Any Go program can use the Verifier of
+// this package, but must compile Caddy too.
 //
 // Inkit sends events as POST requests with the header field Inkit-Signature, the
 // HMAC-SHA256 of the raw body with the webhook's secret as the key
@@ -48,17 +48,16 @@ const (
 	// kept-alive connection at the moment when the request goes out.
 	idempotencyKeyField = "Idempotency-Key"
 
-	defaultMaxSize = 64 << 10 // in bytes; documented events have about 85
+	defaultMaxSize = 64 << 10 // in bytes; the events in Inkit's documentation have about 85
 	maxLogged      = 256      // maximum bytes of a host or path in a log line
 )
 
 // Handler passes on webhooks that Inkit signed, and answers all other requests with an error.
 //
-// The next handler gets a verified request with exactly the signed bytes and their
-// length, and a proxy can send it more than once. The handler removes the sender's
-// fields about the connection (`Connection`, `Upgrade`, `Expect` and the like). If no
-// handler takes the event, an error with HTTP status 404 is returned. Otherwise Caddy
-// would answer 200.
+// The next handler gets a verified request with exactly the signed bytes and their length, and a
+// proxy can send this request more than once. The handler removes the sender's fields about the
+// connection (`Connection`, `Upgrade`, `Expect` and the like). If no handler takes the event, an
+// error with HTTP status 404 is returned. Without this error, Caddy would answer 200.
 //
 // The next handler never sees a rejected request. The checks run in this order, and the
 // first failure sets the outcome and the HTTP status of the error: the method is POST
@@ -67,8 +66,8 @@ const (
 // time (408), and one of the secrets made the signature (401).
 //
 // Error routes get a rejected request without its body. The placeholder
-// `{http.inkit_webhook.outcome}` is `verified`, or one word for the cause of the
-// rejection. These placeholders are set only for a verified request:
+// `{http.inkit_webhook.outcome}` is `verified`, or one word for the cause of the rejection.
+// These placeholders have a value only for a verified request:
 //
 // Placeholder | Description
 // ------------|-------------
@@ -83,8 +82,8 @@ type Handler struct {
 	// unset or unreadable secret is an error at load.
 	Secrets []Secret `json:"secrets,omitempty"`
 
-	// The name of this webhook in logs and metrics: 1 to 64 of letters, digits, `.`,
-	// `_` and `-`. Default: none, with an empty label.
+	// The name of this webhook in logs and metrics: 1 to 64 of letters, digits, `.`, `_` and
+	// `-`. Default: no name, which gives an empty label.
 	Name string `json:"name,omitempty"`
 
 	// The maximum size of a body in bytes. If a body is larger, an error with HTTP
@@ -92,11 +91,11 @@ type Handler struct {
 	// takes up to this much memory. Default: `65536` (64 KiB).
 	MaxSize int64 `json:"max_size,omitempty"`
 
-	// Whether a verified request gets an `Idempotency-Key` header field, which replaces
-	// the sender's. It is unique to this delivery and the same for each attempt, so the
-	// backend can detect a duplicate. A proxy also sends a request with the key again if
-	// the backend closes an idle connection at that moment. If the connection breaks
-	// later, only a proxy with retries, or the queue, saves the event. Default: `true`.
+	// Whether a verified request gets an `Idempotency-Key` header field, which replaces the
+	// sender's field. The key is unique to this delivery and the same for each attempt, so the
+	// backend can detect a duplicate. If the backend closes an idle connection at the moment when a
+	// proxy sends a request with the key, the proxy sends the request again. If the connection
+	// breaks later, only a proxy with retries, or the queue, saves the event. Default: `true`.
 	IdempotencyKey *bool `json:"idempotency_key,omitempty"`
 
 	keyring  *keyring
@@ -128,7 +127,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.keyring, err = newKeyring(h.Secrets, h.logger); err != nil {
 		return err
 	}
-	h.counters = newCounters(h.Name, h.Secrets) // last: a configuration that does not load adds no series
+	h.counters = newCounters(h.Name, h.Secrets) // last, because a configuration that does not load must add no series
 	h.keyring.reloads = h.counters.reloads
 	h.keyPrefix, h.keyCount = `"`+rand.Text()+"-", new(atomic.Uint64)
 	return registerMetrics(ctx.GetMetricsRegistry())
@@ -258,7 +257,7 @@ func (h *Handler) reject(w http.ResponseWriter, r *http.Request, body []byte, er
 		}
 		c.Write(
 			zap.String("outcome", why.outcome), malformed, zap.NamedError("cause", err),
-			zap.String("err_id", handlerErr.ID), // as in Caddy's own lines
+			zap.String("err_id", handlerErr.ID), // as in Caddy's own log lines
 			zap.String("client_ip", clientIP),
 			zap.String("host", r.Host[:min(len(r.Host), maxLogged)]),
 			zap.String("path", path[:min(len(path), maxLogged)]),
@@ -289,10 +288,11 @@ type delivery struct {
 	event     event.Event
 	reader    bodyReader // the first reader of the body
 	status    int        // 0 if no status was written
-	unhandled bool       // whether no handler took the event, but a handler such as templates wrote a status
+	unhandled bool       // whether a handler such as templates wrote a status, although no handler took the event
 }
 
-// WriteHeader records the first final status, and makes it 404 if no handler took the event.
+// WriteHeader records the first final status. If no handler took the event, WriteHeader turns
+// a status 2xx into 404.
 func (d *delivery) WriteHeader(status int) {
 	if d.status == 0 && status >= 200 {
 		if status < 300 && d.event.Unhandled() {
@@ -316,7 +316,7 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 	d.attachBody(r, &d.reader)
 	earlier := d.event.Attach(r.Context())
 	if h.IdempotencyKey == nil || *h.IdempotencyKey {
-		if earlier != nil { // an earlier handler has verified this delivery
+		if earlier != nil { // an earlier inkit_webhook has verified this delivery
 			d.event.IdempotencyKey = earlier.IdempotencyKey
 		}
 		if d.event.IdempotencyKey == "" {
@@ -344,7 +344,7 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 		return nil
 	}
 	if handlerErr, ok := errors.AsType[caddyhttp.HandlerError](err); ok && d.status == 0 {
-		d.status = handlerErr.StatusCode // error routes write it later
+		d.status = handlerErr.StatusCode // error routes write this status later
 	}
 	if c := h.logger.Check(level, "verified webhook was not accepted"); c != nil {
 		c.Write(
@@ -361,9 +361,9 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 	return err
 }
 
-// newIdempotencyKey returns a key that no other delivery has: a string in quotes, as in
-// the draft. The key does not depend on the request, because two equal events are still
-// two deliveries.
+// newIdempotencyKey returns a key that no other delivery has. The key is a string in quotes,
+// as the IETF draft requires. The key does not depend on the request, because two equal events
+// are still two deliveries.
 func (h *Handler) newIdempotencyKey() string {
 	key := strconv.AppendUint(append(make([]byte, 0, 64), h.keyPrefix...), h.keyCount.Add(1), 10)
 	return string(append(key, '"'))

@@ -13,7 +13,7 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/placeholder"
 )
 
-// This file decides which text may be a secret, and reads it from its source.
+// This file reads secrets from their sources, and decides which text may be a secret.
 
 const loadWait = 10 * time.Second // time limit for reading one secret during a load
 
@@ -33,8 +33,8 @@ func resolveInTime(value string) (secret string, err error) {
 	}
 }
 
-// resolve returns the secret for a configured value: the text or its placeholder's value.
-// The errors show no part of the value or of the secret.
+// resolve returns the secret for a configured value: the value of the placeholder, or the text
+// itself. The errors show no part of the value or of the secret.
 func resolve(value string) (secret string, err error) {
 	applied := rules
 	switch name, ok := placeholder.Name(value); {
@@ -86,9 +86,9 @@ type rule struct {
 	err  error
 }
 
-// rules match text that cannot be a secret of Inkit: a damaged file, more text than the
-// secret, or a reference to the secret, because anybody can guess a reference. The first
-// matching rule sets the error. A test has an example for each name.
+// rules match a text that cannot be a secret of Inkit: the content of a damaged file, a text
+// with more than the secret in it, or a reference to the secret, which anybody can guess. The
+// first matching rule sets the error. A test has an example for each name.
 var rules = []rule{
 	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), errors.New("must be UTF-8")}, // regexp reads invalid bytes as U+FFFD
 	{"white space around it", regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), errors.New("must not start or end with white space")},
@@ -109,8 +109,9 @@ var rules = []rule{
 	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), errors.New("must be only the secret, not NAME=value")},
 }
 
-// literalRules are checked before rules if the secret is a literal. They do not apply to a
-// file, because a secret in a file may start with a dollar sign or contain braces.
+// literalRules are checked before rules if the configuration has the text of the secret. They
+// do not apply to a placeholder's value: for example, a secret in a file may start with a
+// dollar sign or contain braces.
 var literalRules = []rule{
 	{"variable without braces", regexp.MustCompile(`^\$[\w:.]+$`), errUnknownReference},
 	{"text around a placeholder", regexp.MustCompile(`\{(\w+\.|\$)`), errors.New("must be either one placeholder and nothing else, or a text without placeholders")},

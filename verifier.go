@@ -25,17 +25,17 @@ var (
 	ErrSignatureMalformed = errors.New("signature is not 64 lower-case hexadecimal digits")
 	// ErrSignatureMismatch means that none of the secrets made the signature for this body.
 	ErrSignatureMismatch = errors.New("signature does not match the body under any secret")
-	// ErrEmptySecret means that there is no secret, or that a secret is empty: anybody could sign.
+	// ErrEmptySecret means that there is no secret, or an empty secret, with which anybody
+	// could sign.
 	ErrEmptySecret = errors.New("must not be empty")
 )
 
 // Secret is a signing secret and its name.
 type Secret struct {
-	// The secret, exactly as Inkit's web app shows it: its UTF-8 bytes are the
-	// key, and hex or base64 are not decoded. In the configuration of a Handler,
-	// write one global placeholder, such as `{env.INKIT_WEBHOOK_SECRET}` or
-	// `{file./run/secrets/inkit}`, or the secret itself. The admin API and the disk
-	// show a secret that is written here. Required.
+	// The secret, exactly as Inkit's web app shows it: its UTF-8 bytes are the key, and hex or
+	// base64 are not decoded. In the configuration of a Handler, write one global placeholder, such
+	// as `{env.INKIT_WEBHOOK_SECRET}` or `{file./run/secrets/inkit}`, or the secret itself. The
+	// admin API and the disk show a secret that is written in the configuration. Required.
 	Value string `json:"value"`
 
 	// The name of this secret in logs, metrics and the placeholder
@@ -47,20 +47,20 @@ type Secret struct {
 
 // Verifier checks whether one of its secrets signed a body.
 //
-// A signature is genuine if it is the HMAC-SHA256 of the body's bytes, keyed
-// with the bytes of one of the secrets, written as 64 lower-case hexadecimal
-// digits. The listener in Inkit's documentation compares the same strings
-// (docs.inkit.com/docs/connecting-webhooks). Unlike there, the time of a check does not
-// reveal which digits differ or which secret matched. It reveals only the number of
-// secrets and the length of the body.
+// A signature is genuine if it is the HMAC-SHA256 of the body's bytes, keyed with the bytes of
+// one of the secrets, written as 64 lower-case hexadecimal digits. The listener in Inkit's
+// documentation compares the same strings (docs.inkit.com/docs/connecting-webhooks). Unlike in
+// that listener, the time of a check does not reveal which digits differ or which secret
+// matched. The time reveals only the number of secrets and the length of the body.
 //
 // A Verifier never changes, and is safe for concurrent use.
 type Verifier struct {
 	keys []key
 }
 
-// key is a secret, with a pool of hashes that have already processed it. A Reset returns
-// a hash to that state, so the next body does not process the secret again.
+// key is a secret, with a pool of hashes that have already processed the secret. Reset returns
+// a hash to the state after the secret, so that a hash does not process the secret again for
+// each body.
 type key struct {
 	name string
 	macs *sync.Pool // of *mac
@@ -72,9 +72,9 @@ type mac struct {
 }
 
 // NewVerifier returns a Verifier that accepts signatures made with any of the secrets. If
-// there is no secret, or a secret is empty, the error is an ErrEmptySecret with the name of
-// that secret or its position, starting at 1. A secret of only NUL bytes counts as empty,
-// because HMAC pads every key with NULs.
+// there is no secret, or a secret is empty, the error wraps ErrEmptySecret. For an empty
+// secret, the error has the name or the position of the secret, starting at 1. A secret of
+// only NUL bytes counts as empty, because HMAC pads every key with NULs.
 func NewVerifier(secrets ...Secret) (*Verifier, error) {
 	if len(secrets) == 0 {
 		return nil, fmt.Errorf("secrets: %w", ErrEmptySecret)
@@ -85,8 +85,8 @@ func NewVerifier(secrets ...Secret) (*Verifier, error) {
 		if strings.Trim(secret.Value, "\x00") == "" {
 			return nil, fmt.Errorf("secret %s: %w", name, ErrEmptySecret)
 		}
-		// FIPS 140-3 requires HMAC keys of 112 bits (SP 800-131A), and under
-		// GODEBUG=fips140=only crypto/hmac panics on anything shorter.
+		// FIPS 140-3 requires HMAC keys of at least 112 bits (SP 800-131A). Under
+		// GODEBUG=fips140=only, crypto/hmac panics on a shorter key.
 		if fips140.Enforced() && len(secret.Value) < 14 {
 			return nil, fmt.Errorf("secret %s: must be at least 14 bytes long in FIPS 140-only mode", name)
 		}
@@ -118,8 +118,8 @@ func (v *Verifier) Verify(body []byte, signature string) (name string, err error
 	return v.keys[i].name, nil
 }
 
-// match returns the index of the first secret that made sig for body. It always tries
-// every secret, so that the time does not reveal the match.
+// match returns the index of the first secret that made sig for body. It always tries every
+// secret, so that the time does not reveal which secret matched.
 func (v *Verifier) match(sig *[sha256.Size]byte, body []byte) (matched int, err error) {
 	err = ErrSignatureMismatch
 	for i, key := range slices.Backward(v.keys) {
@@ -134,8 +134,8 @@ func (v *Verifier) match(sig *[sha256.Size]byte, body []byte) (matched int, err 
 	return matched, err
 }
 
-// parseSignature decodes the only form that Inkit sends. Unlike Inkit's own listener,
-// encoding/hex also accepts upper case.
+// parseSignature decodes the only form that Inkit sends. Like Inkit's own listener, it refuses
+// upper case, which encoding/hex alone would accept.
 func parseSignature(s string) (sig [sha256.Size]byte, err error) {
 	if s == "" {
 		return sig, ErrSignatureMissing

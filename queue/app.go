@@ -23,13 +23,13 @@ var (
 	databases = caddy.NewUsagePool()
 )
 
-// App starts and stops the queues of a configuration. It has no settings: the
-// inkit_queue handlers load it.
+// App starts and stops the queues of a configuration. It has no settings. The inkit_queue
+// handlers load the app.
 type App struct {
 	ctx      caddy.Context
 	logger   *zap.Logger
 	handlers []*Handler // one for each name
-	queues   []*queue   // of the handlers, from Start on
+	queues   []*queue   // the queues of handlers, in the same order; empty before Start
 }
 
 // CaddyModule returns the Caddy module information.
@@ -46,8 +46,9 @@ func (a *App) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// register adds a handler. A site with two listeners has its handlers twice, so two
-// handlers may have the same name if their settings are the same.
+// register adds a handler, unless the app has a handler with this name and these settings
+// already: a site with two listeners has each handler twice. It returns an error for a second
+// handler with the same name and other settings.
 func (a *App) register(h *Handler) error {
 	i := slices.IndexFunc(a.handlers, func(other *Handler) bool { return other.Name == h.Name })
 	if i < 0 {
@@ -69,8 +70,9 @@ func (a *App) Start() error {
 	return nil
 }
 
-// Stop prevents new attempts by this configuration. Running attempts go on. If Caddy
-// exits, they get the grace period of the HTTP servers. A cancelled event is due immediately.
+// Stop prevents new attempts by this configuration. Running attempts go on. If Caddy exits,
+// the attempts that are still running after the grace period of the HTTP servers are
+// cancelled. The event of a cancelled attempt is due immediately.
 func (a *App) Stop() error {
 	var grace time.Duration // 0 means no limit
 	if app, err := a.ctx.AppIfConfigured("http"); err == nil && caddy.Exiting() {
@@ -85,7 +87,7 @@ func (a *App) Stop() error {
 	return nil
 }
 
-// Cleanup releases the queues. If Caddy exits, it waits until they are closed.
+// Cleanup releases the queues. If Caddy exits, Cleanup waits until the queues are closed.
 func (a *App) Cleanup() error {
 	for i, q := range a.queues {
 		q.detach(a.handlers[i]) // after a failed reload, Caddy may not call Stop

@@ -16,16 +16,17 @@ import (
 )
 
 const (
-	// patience is how long an event waits for its first attempt before it is stored. If the
-	// backend accepts the event in this time, the event is never written to the disk. If the
-	// attempt fails, or there is none, the event is stored immediately.
+	// patience is how long a new event waits for the result of its first attempt before it is
+	// stored. If the backend accepts the event within patience, the event is never written to
+	// the disk. If the attempt fails, or no attempt begins, the event is stored immediately.
 	patience = 25 * time.Millisecond
 
-	// storeWait is the timeout for storing an event, unless answer_after is longer.
+	// storeWait is the timeout for storing an event. A longer answer_after is the timeout instead.
 	storeWait = 5 * time.Second
 
-	// onceWait is the timeout for storing an event of a type in once before its first attempt.
-	// After it, the attempt begins anyway: a double delivery is better than a lost event.
+	// onceWait is how long the first attempt at an event waits until the event is stored, if
+	// the option once lists its type. After onceWait, the attempt begins anyway, because a
+	// double delivery is better than a lost event.
 	onceWait = time.Second
 )
 
@@ -46,7 +47,9 @@ func newArrival(q *queue, h *Handler, r *request.Request, record *store.Record) 
 	return a
 }
 
-// answer delivers or stores the event, and answers its sender when one of them succeeds.
+// answer attempts and stores the event. The sender gets the backend's response if the backend
+// accepts the event in time, and status 200 if the event is stored. If the event is neither
+// accepted nor stored, answer returns an error with status 503.
 func (a *arrival) answer(w http.ResponseWriter) error {
 	answerAfter := time.Duration(*a.h.AnswerAfter)
 	var attempted chan result   // nil if no attempt is running
@@ -98,6 +101,7 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 
 // begins reports whether the first attempt begins now. A paused queue begins no attempts.
 // While the backend is down or recovering, an attempt begins only if events cannot be stored.
+// If the attempt begins, begins sets Attempts and Lease of the record.
 func (a *arrival) begins() bool {
 	q := a.q
 	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Backend().Allows() {
@@ -107,9 +111,9 @@ func (a *arrival) begins() bool {
 	return true
 }
 
-// storedOnce waits until an event of a type in once is stored before its first attempt, and
-// reports whether the attempt may begin. A duplicate gets no attempt. If storing fails, the
-// attempt begins.
+// storedOnce is for an event whose type the option once lists. It waits until the event is
+// stored, and reports whether the first attempt may begin. A duplicate gets no attempt. If
+// storing fails, or takes longer than onceWait, the attempt may begin.
 func (a *arrival) storedOnce() bool {
 	select {
 	case <-a.addition.Done():
@@ -154,8 +158,9 @@ func (a *arrival) attempt() chan result {
 	return attempted
 }
 
-// waitForPlace waits until the attempt may begin. After the event is stored, it does not wait:
-// the schedule can attempt the event later.
+// waitForPlace waits until the attempt may begin, and returns true. It returns false at the
+// deadline, or, after patience, as soon as the event is stored: the schedule attempts that
+// event later.
 func (a *arrival) waitForPlace() bool {
 	if a.q.limits.TryTake() {
 		return true
@@ -180,7 +185,7 @@ func (a *arrival) store() <-chan struct{} {
 	return a.addition.Done()
 }
 
-// encode returns the encoded request, or an error if too many events are pending.
+// encode returns the encoded request, or errFull if too many events are pending.
 func (a *arrival) encode() ([]byte, error) {
 	q := a.q
 	if q.db.pending(q.name) < a.h.MaxEvents {

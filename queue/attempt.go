@@ -22,11 +22,12 @@ const (
 	// maxRetryAfter is the longest wait that a backend can ask for.
 	maxRetryAfter = time.Hour
 
-	// endMargin is how long handlers may go on after attempt_timeout. Some ignore this timeout:
-	// php_fastcgi waits for its own read_timeout, which may be infinite.
+	// endMargin is how long handlers may go on after attempt_timeout. Some handlers ignore
+	// attempt_timeout: php_fastcgi waits for its own read_timeout, which may be infinite.
 	endMargin = time.Second
 
-	// maxOverdue is how many attempts may exceed endMargin. Each of them uses a connection.
+	// maxOverdue is how many attempts may go on longer than endMargin at the same time. Each
+	// of them uses a connection.
 	maxOverdue = 256
 
 	// maxError is how many bytes of the last error are stored with an event.
@@ -45,9 +46,9 @@ type result struct {
 	retryAfter  time.Duration // from the Retry-After field
 }
 
-// attempt makes one attempt at an event. It returns when the handlers return, but at the
-// latest endMargin after attempt_timeout. It fails while the previous attempt at the event is
-// still running, or while too many attempts are overdue.
+// attempt makes one attempt at an event, and returns the result when the handlers return, but
+// at the latest endMargin after attempt_timeout. If an earlier attempt at the event is still
+// running, or too many attempts are overdue, the result is an error, and no handler is called.
 func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record) (res result) {
 	tooMany := false
 	q.locked(func() { tooMany = q.overdue[rec.ID] || len(q.overdue) >= maxOverdue })
@@ -89,7 +90,8 @@ func (q *queue) locked(f func()) {
 	f()
 }
 
-// run runs the handlers of the deliver block.
+// run runs the handlers of the deliver block, and returns their error. A panic is an error
+// too, and so is an event that no handler takes.
 func (q *queue) run(h *Handler, req *http.Request, answer *answer, id string) (err error) {
 	// reverse_proxy panics on an incomplete response, and here no net/http server recovers
 	defer func() {
@@ -156,7 +158,8 @@ func retryAfter(value string, now time.Time) time.Duration {
 	return 0
 }
 
-// lastError returns the text of an error to store: one line that a terminal can show.
+// lastError returns the text that the queue stores for an error: one line without control
+// characters.
 func lastError(err error) string {
 	text := request.Printable(err.Error())
 	if len(text) > maxError {
@@ -170,7 +173,7 @@ type answer struct {
 	header http.Header
 	sent   http.Header // a copy of header, made when the status was written
 	status int         // 0 if no status was written
-	body   []byte      // up to maxAnswer, and one byte more if it is longer
+	body   []byte      // at most maxAnswer bytes, and one more if the backend's body is longer
 }
 
 func newAnswer() *answer { return &answer{header: make(http.Header)} }

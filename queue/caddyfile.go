@@ -34,7 +34,7 @@ func init() {
 //		}
 //	}
 //
-// All but deliver can be left out, and come in any order, each of them once.
+// All options but deliver can be left out. The options come in any order, and none is repeated.
 func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	h, d := new(Handler), helper.Dispenser
 	d.Next() // consume directive name
@@ -95,7 +95,7 @@ func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, e
 }
 
 func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
-	if !d.NextArg() || !nameForm.MatchString(d.Val()) { // do not print it: a connection string can contain a password
+	if !d.NextArg() || !nameForm.MatchString(d.Val()) { // do not print this word: a connection string can contain a password
 		return d.Err("store: needs the kind of the database first, such as sqlite or postgres")
 	}
 	kind := d.Val()
@@ -107,7 +107,7 @@ func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// parseDuration parses one duration of at least least.
+// parseDuration parses the duration after the option word. It refuses a duration below least.
 func parseDuration(d *caddyfile.Dispenser, word string, least time.Duration) (caddy.Duration, error) {
 	var text string
 	if d.AllArgs(&text) {

@@ -51,17 +51,17 @@ With --config, the command works on all databases in the configuration.
 // origin has the options that select the databases of a command.
 type origin struct {
 	db, config, adapter string
-	create              bool // otherwise a missing database is an error
+	create              bool // whether to create a missing database; if false, it is an error
 }
 
 // target is a database that a command works on.
 type target struct {
-	store.Store // nil unless it is open
+	store.Store // nil unless the database is open
 	opener      store.Opener
 	queues      []string // the queues in the configuration
 }
 
-// targets returns each database once.
+// targets returns the databases that the options select, and each database only once.
 func (o *origin) targets(ctx context.Context) (found []*target, err error) {
 	caddyCtx, _ := caddy.NewContext(caddy.Context{Context: ctx}) // never cancelled: a command ends soon
 	configs := []json.RawMessage{json.RawMessage(`{}`)}
@@ -117,7 +117,8 @@ func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
 	return found
 }
 
-// each opens one database after the other, calls f, and closes the database.
+// each opens one database after the other, calls f with it, and closes it. It stops at the
+// first error.
 func (o *origin) each(ctx context.Context, f func(*target) error) error {
 	targets, err := o.targets(ctx)
 	for _, d := range targets {
@@ -187,8 +188,8 @@ the file. The history, the keys of once, and a pause are copied.
 	return cmd
 }
 
-// move copies one page of events at a time, and then drops this page from the source.
-// Events with a running attempt stay. An interruption takes effect between two pages.
+// move copies one page of events at a time, and then drops this page from the source. Events
+// with a running attempt stay in the source. An interruption takes effect between two pages.
 func move(ctx context.Context, from, to store.Store) error {
 	moved := 0
 	err := store.Copy(ctx, to, from, true, func(ids []string) error {

@@ -70,7 +70,7 @@ sends a deleted event of a type in once again, it is delivered.
 // filterUsage has the filter options for the usage line of a command.
 const filterUsage = "[--state pending|dead|delivered|all]... [--type <type>] [--resource <id>] [--error <text>] [--since <duration>] [--until <duration>]"
 
-// newFilter adds the options of a filter to a command.
+// newFilter adds the options of a filter to a command, and returns the filter that they set.
 func newFilter(cmd *cobra.Command) *store.Filter {
 	filter := new(store.Filter)
 	for name, usage := range map[string]string{
@@ -91,7 +91,7 @@ func newFilter(cmd *cobra.Command) *store.Filter {
 	return filter
 }
 
-// idsOrFilter requires either ids or a filter, and refuses both.
+// idsOrFilter requires either the ids of events or a filter, and refuses both together.
 func idsOrFilter(filter *store.Filter) cobra.PositionalArgs {
 	return func(_ *cobra.Command, ids []string) error {
 		if given := !reflect.DeepEqual(filter, new(store.Filter)); given == (len(ids) > 0) {
@@ -126,8 +126,8 @@ func (o *origin) change(cmd *cobra.Command, ids []string, filter store.Filter, f
 	return changed, err
 }
 
-// eachID calls f for each id with one database after the other, until f returns 1 for this
-// id. It returns an error if f returns 0 for an id with every database.
+// eachID calls f for each id with one database after the other, until f returns 1, because a
+// database has the event. eachID returns an error if f returns 0 for an id with every database.
 func (o *origin) eachID(cmd *cobra.Command, ids []string, f func(store.Store, store.Filter) (int, error)) error {
 	err := o.each(cmd.Context(), func(d *target) error {
 		var left []string

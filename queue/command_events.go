@@ -16,7 +16,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// errEnough ends a search that has found as many events as list should print.
+// errEnough ends a search that has found as many events as the command list should print.
 var errEnough = errors.New("enough events")
 
 func listCommand(o *origin) *cobra.Command {
@@ -70,7 +70,7 @@ func printRow(table io.Writer, r *store.Record) error {
 	return err
 }
 
-// listed is the JSON of an event in the output of list and show.
+// listed is the JSON of an event in the output of the commands list and show.
 type listed struct {
 	ID          string    `json:"id"`
 	Queue       string    `json:"queue"`
@@ -79,12 +79,12 @@ type listed struct {
 	EventType   string    `json:"event_type"`
 	ResourceID  string    `json:"resource_id"`
 	Attempts    int       `json:"attempts"`
-	NextAttempt time.Time `json:"next_attempt,omitzero"` // of a pending event; during an attempt, the end of its lease
+	NextAttempt time.Time `json:"next_attempt,omitzero"` // of a pending event; during an attempt, the end of the lease
 	LastError   string    `json:"last_error,omitempty"`
 	Finished    time.Time `json:"finished,omitzero"` // of a delivered event
 	Status      int       `json:"status,omitempty"`  // of a delivered event
 
-	Request *request.Request `json:"request,omitempty"` // only show prints it
+	Request *request.Request `json:"request,omitempty"` // only the command show prints it
 }
 
 func newListed(r *store.Record) listed {

@@ -20,8 +20,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/internal/event"
 	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/page" // the web page for operators
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // the other store
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"   // the default store
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/postgres" // the store in PostgreSQL
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"   // the default store, in an SQLite file
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
@@ -37,18 +37,19 @@ const defaultName = "default"
 
 // Handler stores verified webhooks in a database until the backend accepts them.
 //
-// Put `inkit_webhook` in front of it. Without a verified event, an error with HTTP status
-// 500 is returned, and nothing is stored. The `routes` make the first attempt. The event is
-// written to the database if that attempt fails or takes longer than 25 ms. If the backend
-// accepts the event, the sender gets the backend's response. If the attempt fails, or takes
-// longer than `answer_after`, the sender gets status 200 once the event is on the disk. Then
-// Caddy retries. Each wait is about the age of the event, from a second to five minutes.
-// Only status 2xx counts as accepted. All attempts have the same `Idempotency-Key`.
+// Put `inkit_webhook` in front of this handler. Without a verified event, an error with HTTP
+// status 500 is returned, and nothing is stored. The `routes` make the first attempt. The
+// event is written to the database if that attempt fails or takes longer than 25 ms. If the
+// backend accepts the event, the sender gets the backend's response. If the attempt fails, or
+// takes longer than `answer_after`, the sender gets status 200 as soon as the event is on the
+// disk. Caddy then makes further attempts. The wait before each attempt is about the age of
+// the event, but at least a second and at most five minutes. Only status 2xx counts as
+// accepted. All attempts have the same `Idempotency-Key`.
 //
-// No event is stored if the disk is full or `max_events` are pending. In this case, the
-// sender gets the response of a backend that accepts the event. Otherwise an error with HTTP
-// status 503 and a `Retry-After` field is returned. No sender gets 2xx for an event that is
-// neither on the disk nor accepted.
+// No event is stored if the disk is full or `max_events` are pending. If the backend accepts
+// an event that is not stored, the sender gets the backend's response. If not, an error with
+// HTTP status 503 and a `Retry-After` field is returned. No sender gets 2xx for an event that
+// is neither on the disk nor accepted.
 //
 // In the `routes`, use the placeholders of `inkit_webhook` and these placeholders:
 //
@@ -66,36 +67,37 @@ type Handler struct {
 	// directory.
 	StoreRaw json.RawMessage `json:"store,omitempty" caddy:"namespace=inkit_queue.stores inline_key=module"`
 
-	// How long the sender waits for the backend before it gets status 200 for a stored
-	// event. With 0, it does not wait. Default: `5s`.
+	// How long the sender waits for the backend before it gets status 200 for a stored event.
+	// With 0, the sender does not wait for the backend. Default: `5s`.
 	AnswerAfter *caddy.Duration `json:"answer_after,omitempty"`
 
 	// How long one attempt may take. Default: `30s`.
 	AttemptTimeout caddy.Duration `json:"attempt_timeout,omitempty"`
 
-	// The age after which a failed attempt is the last one: the event is dead. It stays in
-	// the database until an operator retries or drops it. Default: `5d`.
+	// The age of an event after which a failed attempt is the last attempt: the event is then dead.
+	// A dead event stays in the database until an operator retries or drops it. Default: `5d`.
 	MaxAge caddy.Duration `json:"max_age,omitempty"`
 
-	// How many events may be pending. Above that, new events are not stored.
+	// How many events may be pending. While so many are pending, no new event is stored.
 	// Default: `1000000`.
 	MaxEvents int `json:"max_events,omitempty"`
 
-	// How many attempts run at the same time. A quarter of them is only for new events.
-	// Default: `16`.
+	// How many attempts may run at the same time. A quarter of these places is only for new
+	// events. Default: `16`.
 	Concurrency int `json:"concurrency,omitempty"`
 
-	// How long the history keeps a delivered event: its id, type, resource, times and
-	// status, but not the request. It has about `max_events` rows at most. With 0, it is
-	// empty. Default: `7d`.
+	// How long the history keeps a delivered event: its id, type, resource, times and status,
+	// but not the request. The history has about `max_events` rows at most. With 0, the
+	// history is empty. Default: `7d`.
 	History *caddy.Duration `json:"history,omitempty"`
 
-	// The event types that the sender sends once for a resource, with `*` as a wildcard.
-	// If several events of these types have identical bodies, only the first is delivered.
-	// The others are answered with status 200. Default: none.
+	// The event types that the sender sends only one time for each resource, with `*` as a
+	// wildcard. If several events of these types have identical bodies, only the first is
+	// delivered. The others are answered with status 200. Default: none.
 	Once []string `json:"once,omitempty"`
 
-	// How long the queue recognizes the identical bodies of such events. Default: `30d`.
+	// How long the queue remembers an event whose type is in `once`, to recognize an event
+	// with an identical body. Default: `30d`.
 	Remember caddy.Duration `json:"remember,omitempty"`
 
 	// The handlers that deliver an event, such as `reverse_proxy`. Required.
@@ -116,7 +118,7 @@ func (Handler) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// Provision sets the defaults, and registers this handler with the app. It opens nothing.
+// Provision sets the defaults, and registers this handler with the app. It opens no database.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
 	h.server, _ = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
@@ -148,7 +150,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	return h.app.register(h)
 }
 
-// loadStore sets up the database without opening it.
+// loadStore returns the module of the database, and does not open the database.
 func (h *Handler) loadStore(ctx caddy.Context) (store.Opener, error) {
 	if h.StoreRaw == nil {
 		h.StoreRaw = json.RawMessage(`{"module":"sqlite"}`)
@@ -187,7 +189,7 @@ func (h *Handler) Validate() error {
 	return nil
 }
 
-// isOnce reports whether once lists an event type.
+// isOnce reports whether the option once lists an event type.
 func (h *Handler) isOnce(eventType string) bool {
 	return slices.ContainsFunc(h.Once, func(pattern string) bool {
 		match, _ := path.Match(pattern, eventType)
@@ -214,10 +216,10 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	return newArrival(q, h, newRequest(r, e), record).answer(w)
 }
 
-// acquire returns the queue, and opens it if needed. It does not wait for the database. Each
-// request has a reference of its own, because requests can arrive before the start of the
-// app, and after its end, on open connections. The release of the last reference closes the
-// queue.
+// acquire returns the queue of the handler, and opens the queue if it is not open. It does not
+// wait for the database. Each call takes a reference, and the release of the last reference
+// closes the queue. Each request has a reference of its own, because requests can arrive
+// before the app starts, and on open connections after the app has stopped.
 func (h *Handler) acquire() *queue {
 	key := h.opener.Key() + "\x00" + h.Name
 	value, _, _ := queues.LoadOrNew(key, func() (caddy.Destructor, error) {

@@ -19,7 +19,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// newRequest returns the data to store from a request and its event.
+// newRequest returns the data that the queue stores from a request and its event.
 func newRequest(r *http.Request, e *event.Event) *request.Request {
 	original := r.Context().Value(caddyhttp.OriginalRequestCtxKey).(http.Request)
 	stored := &request.Request{
@@ -57,11 +57,12 @@ func newRequest(r *http.Request, e *event.Event) *request.Request {
 			}
 		}
 	}
-	delete(stored.Vars, "unhandled") // belongs to one run of the handlers
+	delete(stored.Vars, "unhandled") // this variable belongs to one run of the handlers
 	return stored
 }
 
-// prepare makes the request of one attempt. It shares no data with other attempts.
+// prepare makes the request of one attempt. A change of this request does not affect other
+// attempts.
 func prepare(ctx context.Context, r *request.Request, server *caddyhttp.Server, w http.ResponseWriter, rec *store.Record) *http.Request {
 	local := cmp.Or(r.Local, &request.Address{Net: "tcp"}) // without an address, Caddy's placeholders panic
 	req := (&http.Request{

@@ -21,7 +21,7 @@ import (
 // handlers of a configuration. The first attached handler delivers until it is detached,
 // because during a reload the new configuration may still fail.
 type queue struct {
-	key      string // in queues
+	key      string // the queue's key in queues
 	name     string
 	db       *database
 	breaker  *delivery.Breaker
@@ -80,7 +80,8 @@ func (q *queue) Destruct() error {
 	return nil
 }
 
-// attach adds a handler. It delivers when all handlers before it are detached.
+// attach adds a handler. The handler delivers when all handlers that were attached before are
+// detached.
 func (q *queue) attach(h *Handler) {
 	q.locked(func() { q.handlers = append(q.handlers, h) })
 	q.follow()
@@ -120,8 +121,8 @@ func (q *queue) Timeout() time.Duration {
 	return 0
 }
 
-// Peek implements delivery.Queue. Without a pending event for a probe, a backend that is down
-// counts as up. Then the next new event is the probe.
+// Peek implements delivery.Queue. If no event is pending for a probe, a backend that is down
+// counts as up again, and the next new event is the probe.
 func (q *queue) Peek() (p store.Peek, err error) {
 	s, err := q.db.writer.Store()
 	if s == nil {
@@ -158,8 +159,9 @@ func (q *queue) heedPause(p *store.Peek) {
 	}
 }
 
-// isPaused reports whether the queue is paused. After the start, it waits until the
-// database is open, because the backend of a paused queue must not get an event.
+// isPaused reports whether the queue is paused. After the start, it waits for the first answer
+// of the database, at most half of storeWait, because the backend of a paused queue must not
+// get an event.
 func (q *queue) isPaused() bool {
 	if !q.db.writer.Failing() {
 		<-q.pauseKnown.Done()
@@ -171,7 +173,7 @@ func (q *queue) isPaused() bool {
 func (q *queue) Claim(c *store.Claim) ([]*store.Record, error) {
 	c.Queue = q.name
 	records, err := q.db.writer.Claim(c)
-	q.running.Add(len(records)) // here and not in the goroutine of the attempt, because Destruct may already wait
+	q.running.Add(len(records)) // here and not in the goroutine of the attempt, because Destruct may already wait for running
 	return records, err
 }
 
@@ -239,10 +241,10 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 	return f
 }
 
-// errFull means that max_events are pending.
+// errFull means that as many events are pending as the option max_events allows.
 var errFull = errors.New("too many events are pending")
 
-// onceAMinute limits a log line.
+// onceAMinute returns a limiter that allows a log line at most one time a minute.
 func onceAMinute() *rate.Limiter { return rate.NewLimiter(rate.Every(time.Minute), 1) }
 
 // noteStored counts an event by the result of storing it.

@@ -39,8 +39,8 @@ type database struct {
 	ctx      context.Context // for the counts
 	cancel   context.CancelFunc
 	counting sync.WaitGroup
-	outdated atomic.Bool // requests a count
-	damaged  int         // files that were moved aside
+	outdated atomic.Bool // true if keepCounts must count the events soon
+	damaged  int         // number of damaged databases that were moved aside and still exist
 
 	failing                        atomic.Bool // the log has the error, but not the recovery yet
 	failedLog, lockedLog, countLog *rate.Limiter
@@ -72,7 +72,7 @@ func openDatabase(h *Handler) *database {
 	return value.(*database)
 }
 
-// Destruct closes the database. Its queues are closed before.
+// Destruct closes the database. Its queues have been closed before.
 func (d *database) Destruct() error {
 	d.cancel()
 	d.counting.Wait()
@@ -93,7 +93,7 @@ func (d *database) leave(q *queue) {
 	}
 }
 
-// warn logs that a queue has pending events, but is not configured.
+// warn logs a warning if a queue has pending events, but is not configured.
 func (d *database) warn(queue string) {
 	d.mu.Lock()
 	pending, configured := d.counts[countKey{queue, store.Pending}].Events, d.queues[queue] != nil
@@ -114,7 +114,8 @@ func (d *database) Opened() {
 	}
 }
 
-// Failed implements writer.Observer. It logs once a minute.
+// Failed implements writer.Observer. It logs the first error after a success, and then at most
+// one error a minute.
 func (d *database) Failed(err error) {
 	if was := d.failing.Swap(true); d.failedLog.Allow() || !was {
 		d.logger.Load().Error("cannot store events: passing them to the backend, refusing with 503 what it does not accept", zap.Error(err))
@@ -189,7 +190,7 @@ func (d *database) keepCounts() {
 		wait := countInterval
 		s, _ := d.writer.Store()
 		if s == nil {
-			wait = time.Second / 10 // max_events needs the first count
+			wait = time.Second / 10 // the check of max_events needs the first count
 		} else if d.outdated.Swap(false) || !time.Now().Before(next) {
 			began := time.Now()
 			if err := d.count(s, next.IsZero()); err == nil {
@@ -248,7 +249,7 @@ func (d *database) count(s store.Store, first bool) error {
 	return err
 }
 
-// show sets the metrics.
+// show sets the gauges to the last known numbers.
 func (d *database) show() {
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -1,10 +1,10 @@
 // Command caddy is Caddy with its standard modules, inkit_webhook and inkit_queue, for the
-// quick start and the tests. To build one for production, with the modules and
-// the version of Caddy of your choice, use xcaddy.
+// quick start and the tests. To build a Caddy for production, with modules and a version of
+// your choice, use xcaddy.
 package main
 
 import (
-	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue" // brings inkit_webhook along
+	_ "github.com/inkit-webhooks/caddy-inkit-webhook/queue" // includes inkit_webhook
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 

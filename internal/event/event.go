@@ -23,7 +23,7 @@ type Event struct {
 	Outcome        string // Verified, or a word for the cause of the rejection
 	Body           []byte // the signed bytes; no code may change them
 	SecretName     string // the name of the secret that made the signature
-	IdempotencyKey string // the value of the header field; empty without this field
+	IdempotencyKey string // the value of the field Idempotency-Key; empty without this field
 
 	parsed atomic.Pointer[[2]string] // event_type and resource_id; nil until the first use
 	vars   map[string]any            // Caddy's variables of the request
@@ -33,7 +33,7 @@ type Event struct {
 // is not the JSON that Inkit documents.
 func (e *Event) Type() string { return e.members()[0] }
 
-// ResourceID returns the resource_id. It is empty if the body is not that JSON.
+// ResourceID returns the resource_id. It is empty if the body is not the JSON that Inkit documents.
 func (e *Event) ResourceID() string { return e.members()[1] }
 
 // members returns the two members of the JSON object that Inkit documents
@@ -43,7 +43,7 @@ func (e *Event) members() *[2]string {
 	if parsed := e.parsed.Load(); parsed != nil {
 		return parsed
 	}
-	// A map, because with a struct, encoding/json ignores upper and lower case in names.
+	// A map, because for a struct, encoding/json also accepts a name in another case.
 	var object map[string]any
 	if json.Unmarshal(e.Body, &object) != nil {
 		object = nil
@@ -58,16 +58,17 @@ func (e *Event) members() *[2]string {
 	return &members
 }
 
-// varName is the event's name among Caddy's variables of the request. All copies of a
-// request share these variables. Error routes would lose a value of the context when a
-// handler such as timeouts or tracing copies the request.
+// varName is the event's name among Caddy's variables of the request. All copies of a request
+// share these variables. A value in the context would not reach the error routes if a handler
+// such as timeouts or tracing copies the request.
 const varName = "inkit_webhook"
 
-// String returns the text of {http.vars.inkit_webhook}.
+// String returns the text of the placeholder {http.vars.inkit_webhook}.
 func (e *Event) String() string { return e.Outcome }
 
-// Attach makes e the event of the request with this context: FromContext returns it, and
-// the placeholders show it. Attach returns the verified event that e replaces, or nil.
+// Attach makes e the event of the request with this context. From now on, the placeholders
+// show e, and FromContext returns e if e is verified. Attach returns the verified event that e
+// replaces, or nil.
 func (e *Event) Attach(ctx context.Context) (earlier *Event) {
 	e.vars = ctx.Value(caddyhttp.VarsCtxKey).(map[string]any)
 	earlier = verified(e.vars)
@@ -89,11 +90,12 @@ func verified(vars map[string]any) *Event {
 	return nil
 }
 
-// Unhandled reports whether the request reached the end of its handlers. There, Caddy
+// Unhandled reports whether the request reached the end of its handlers. At that end, Caddy
 // answers 200 if no handler wrote a status.
 func (e *Event) Unhandled() bool { return e.vars["unhandled"] == true }
 
-// placeholder shows the request's current event, which may have replaced e.
+// placeholder returns the value of a placeholder for the request's current event, which may
+// have replaced e. It returns false for a placeholder of another module.
 func (e *Event) placeholder(name string) (any, bool) {
 	now, ok := e.vars[varName].(*Event)
 	if !ok {

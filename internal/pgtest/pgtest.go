@@ -28,8 +28,8 @@ import (
 // Password is the password of the role postgres.
 const Password = "c0nf1d3nt1al-pw"
 
-// program returns the path of one of PostgreSQL's programs, and skips the test if it is
-// not installed.
+// program returns the path of one of PostgreSQL's programs, and skips the test if the program
+// is not installed.
 func program(t testing.TB, name string) string {
 	t.Helper()
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/" + name)
@@ -74,7 +74,8 @@ func (b *buffer) String() string {
 	return b.b.String()
 }
 
-// unprivileged makes cmd run as the user postgres if we are root, because it refuses root.
+// unprivileged makes cmd run as the user postgres if the test runs as root, because PostgreSQL
+// refuses to run as root. It gives dir and the files in dir to the user postgres.
 func unprivileged(t testing.TB, cmd *exec.Cmd, dir string) {
 	t.Helper()
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
@@ -112,8 +113,8 @@ var lastPort atomic.Uint32
 // Each test process starts at another port, so that two processes do not try the same port.
 func init() { lastPort.Store(uint32(os.Getpid()*97) % 10_000) }
 
-// freePort returns a port on which nothing listens, and never the same port again: a
-// stopped server keeps its port. All are below the ports of the end-to-end tests.
+// freePort returns a port on which nothing listens. It does not return the same port again, because
+// a stopped server keeps its port. All its ports are below the ports of the end-to-end tests.
 func freePort(t testing.TB) string {
 	t.Helper()
 	for range 1000 {
@@ -123,7 +124,7 @@ func freePort(t testing.TB) string {
 		}
 		addr := l.Addr().String()
 		require.NoError(t, l.Close())
-		for { // a program that a parallel test just starts may briefly inherit the listener
+		for { // a program that a parallel test starts may inherit the listener for a moment
 			conn, err := net.Dial("tcp", addr)
 			if err != nil {
 				_, port, _ := net.SplitHostPort(addr)
@@ -152,8 +153,8 @@ func Start(t testing.TB, options ...string) *Server {
 	return s
 }
 
-// Standby starts a standby of the server. From then on, each commit waits until it is on
-// the disks of both.
+// Standby starts a standby of the server. From now on, each commit waits until it is on the
+// disks of the server and of the standby.
 func (s *Server) Standby(t testing.TB) *Server {
 	t.Helper()
 	standby := &Server{t: t, Dir: newDir(t), options: s.options}
@@ -249,7 +250,7 @@ func (s *Server) processes() []int {
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, stat := range stats {
 		content, _ := os.ReadFile(stat)
-		// pid (name) state ppid
+		// the content begins with: pid (name) state ppid
 		_, rest, ok := strings.Cut(string(content), ") ")
 		if fields := strings.Fields(rest); ok && len(fields) > 1 && fields[1] == strconv.Itoa(server) {
 			pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(stat)))

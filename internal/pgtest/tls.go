@@ -23,7 +23,7 @@ import (
 
 // Authority signs certificates.
 type Authority struct {
-	File string // its own certificate
+	File string // the certificate of the authority
 
 	certificate *x509.Certificate
 	key         *ecdsa.PrivateKey
@@ -45,7 +45,8 @@ func NewAuthority(t testing.TB) *Authority {
 	return a
 }
 
-// sign creates a key and its certificate, self-signed if a has no certificate yet.
+// sign creates a key, and a certificate for the key. The certificate is self-signed if a has
+// no certificate yet.
 func (a *Authority) sign(t testing.TB, template *x509.Certificate) (der []byte, key *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -85,8 +86,8 @@ func writePEM(t testing.TB, file, kind string, der []byte) {
 	require.NoError(t, os.WriteFile(file, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600))
 }
 
-// TLS turns on TLS in the server, with a certificate of the authority, and adds lines to
-// pg_hba.conf for other roles. The role postgres can connect as before.
+// TLS turns on TLS in the server, with a certificate of the authority. It writes a pg_hba.conf
+// with which the role postgres can connect as before, and adds the lines hba for other roles.
 func (s *Server) TLS(t testing.TB, a *Authority, hba ...string) {
 	t.Helper()
 	certificate, key := a.Issue(t, "")

@@ -14,7 +14,8 @@ import (
 
 const maxFile = 1 << 20 // in bytes
 
-// Name returns the text between the braces if value is exactly one placeholder.
+// Name returns the text between the braces of value. It returns false unless value is exactly
+// one placeholder.
 func Name(value string) (name string, ok bool) {
 	name = strings.TrimSuffix(strings.TrimPrefix(value, "{"), "}")
 	return name, value == "{"+name+"}" && name != "" && !strings.ContainsAny(name, "{}")
@@ -58,7 +59,7 @@ func ReadFile(name string) (string, error) {
 	}
 	secret := strings.TrimSuffix(strings.TrimSuffix(string(content), "\n"), "\r")
 	switch {
-	case err != nil: // an fs.PathError
+	case err != nil: // err is an fs.PathError: Unwrap removes the file's name
 		return "", fmt.Errorf("file cannot be read: %w", errors.Unwrap(err))
 	case len(content) > maxFile:
 		return "", errors.New("file is larger than 1 MiB")

@@ -16,7 +16,7 @@ import (
 	"go.uber.org/zap"
 )
 
-// changes has the functions that make a change.
+// changes has the functions that change events or queues, by the last word of the path.
 var changes = map[string]func(*visit) error{
 	"retry":  (*visit).retry,
 	"drop":   (*visit).drop,
@@ -24,9 +24,10 @@ var changes = map[string]func(*visit) error{
 	"resume": func(v *visit) error { return v.pause("resume") },
 }
 
-// selection returns a filter for the events that a form selects: the events with these ids,
-// or all that match the filter. A form that asks the user to confirm has the time of the
-// question, so that its filter selects the events that the user saw.
+// selection returns a filter for the events that a form selects: the events with the ids in
+// the form, or all events that match the filter in the form. A form that asks the user to
+// confirm has the time of the question. Durations in the filter end at this time, so that the
+// filter selects the events that the user saw.
 func (v *visit) selection() (store.Filter, error) {
 	form := v.r.PostForm
 	if ids := form["id"]; ids != nil {
@@ -56,14 +57,14 @@ func (v *visit) back(view string, query url.Values, action string, c changed) er
 	return nil
 }
 
-// log logs also an action that failed, because it may have changed some events.
+// log logs an action of the user. It also logs an action that failed, because that action may
+// have changed some events.
 func (v *visit) log(action, queue string, n int, err error) {
 	v.h.logger.Info("an operator has changed the queue", zap.String("user", v.user), zap.String("action", action),
 		zap.String("queue", queue), zap.Int("events", n), zap.Error(err))
 }
 
-// apply changes events, logs the change, and redirects the browser to the view that it
-// came from.
+// apply changes events, logs the change, and redirects the browser to the view that has the form.
 func (v *visit) apply(action string, f store.Filter, change operator.Action) error {
 	c, err := v.h.change(v.r.Context(), f, change)
 	v.log(action, cmp.Or(strings.Join(c.queues, ","), f.Queue), c.n, err)
@@ -84,8 +85,9 @@ func (v *visit) retry() error {
 	return v.apply("retry", f, store.Store.Retry)
 }
 
-// drop asks the user to confirm. The form sends back the number of events. If the filter
-// then selects another number of events, for example with other last errors, drop asks again.
+// drop asks the user to confirm, and deletes the events after the user has confirmed. The form
+// of the question contains the number of events. If the filter selects another number after
+// the question, for example because last errors have changed, drop asks again.
 func (v *visit) drop() error {
 	f, err := v.selection()
 	if err != nil {

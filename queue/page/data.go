@@ -17,11 +17,11 @@ const (
 	pageSize      = 50
 	searchTimeout = 5 * time.Second
 
-	// maxPause is the longest pause after a page before the next one.
+	// maxPause is the longest pause after a page before the next page is made.
 	maxPause = 50 * time.Millisecond
 
-	// The pause after a look at a database is lookPause, or lookShare times the duration of
-	// the look if that is longer. A visitor waits for a look at most lookWait.
+	// The pause after a look at a database is lookPause or lookShare times the duration of the
+	// look, whichever is longer. A visitor waits for a look at most lookWait.
 	lookPause   = 2 * time.Second
 	lookShare   = 10
 	lookWait    = 200 * time.Millisecond
@@ -33,9 +33,9 @@ const (
 	maxCount   = 10_000
 )
 
-// turn waits for the turn of this visitor, which ends with done. Only one page is made at a
-// time, and the pause after it is as long as the turn, up to maxPause. So even many
-// visitors do not slow down events.
+// turn waits for the turn of this visitor. The caller ends the turn by calling done. Only one
+// page is made at a time. The pause after a turn is as long as the turn, but at most maxPause.
+// So even many visitors do not slow down events.
 func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 	select {
 	case h.shared.turn <- struct{}{}:
@@ -46,7 +46,7 @@ func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 	}
 }
 
-// database is a database with the queues of this Caddy in it.
+// database is a database, and the queues of this Caddy that are in it.
 type database struct {
 	Key    string
 	queues []operator.Queue
@@ -85,8 +85,8 @@ func (h *Handler) databases() (all []*database) {
 	return all
 }
 
-// each calls f for each database that may have events of a queue, and joins the errors. An
-// error of another database is not shown to a visitor who looks at this queue.
+// each calls f for the databases of a queue, or for all databases if this Caddy has no such queue,
+// and joins the errors. So a visitor who looks at one queue sees no error of another database.
 func (h *Handler) each(queue string, f func(*database, store.Store) error) (err error) {
 	some := slices.DeleteFunc(h.databases(), func(d *database) bool { return d.Live(queue) == nil })
 	if len(some) == 0 {
@@ -113,7 +113,8 @@ type look struct {
 	done chan struct{} // closed at the end of the look
 }
 
-// look returns the last known status of a database. It starts a new look if it is time for one.
+// look returns the last known status of a database. If the pause is over, it starts a new
+// look. It waits for a running look at most lookWait.
 func (h *Handler) look(d *database) look {
 	h.shared.mu.Lock()
 	l := h.shared.looks[d.Key]
@@ -194,7 +195,7 @@ func (h *Handler) search(ctx context.Context, f store.Filter, withRequest bool) 
 	return store.Merge(f, parts...), err
 }
 
-// count counts events, and returns the number in words.
+// count counts events, and returns the number as a text, such as 12 events.
 func (h *Handler) count(ctx context.Context, f store.Filter) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, changeTime)
 	defer cancel()
@@ -213,7 +214,7 @@ func (h *Handler) count(ctx context.Context, f store.Filter) (string, error) {
 type changed struct {
 	n      int
 	more   bool     // changeTime ended before all events were changed
-	queues []string // the queues of these events
+	queues []string // the queues of the changed events
 }
 
 // change changes events in all databases. After an error, the events that were already

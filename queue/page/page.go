@@ -1,5 +1,5 @@
-// Package page is the page of the queue for its operator: the events with their last
-// errors, and the buttons to retry, drop and pause. It is a Caddy HTTP handler,
+// Package page is the web page of the queues for an operator. It shows the events with their last
+// errors, and has buttons to retry and drop events and to pause queues. It is a Caddy HTTP handler,
 // http.handlers.inkit_queue_page, that reads the databases of the queues in the same Caddy.
 package page
 
@@ -34,8 +34,8 @@ const (
 	defaultUser = "{http.auth.user.id}"
 )
 
-// headers are the header fields of every response. The browser loads nothing from other
-// sites, runs no script, stores no copy, and does not show the page in a frame.
+// headers are the header fields of every response. With these fields, the browser loads nothing
+// from other sites, runs no script, stores no copy, and does not show the page in a frame.
 var headers = map[string]string{
 	"Content-Security-Policy": "default-src 'none'; style-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
 	"Cache-Control":           "no-store",
@@ -46,8 +46,8 @@ var headers = map[string]string{
 // Handler shows the queues of this Caddy to an operator, who can retry and drop events,
 // and pause queues.
 //
-// It does not authenticate users: a handler in front must do this, such as `http_basic`
-// authentication. For a request without a user, an error with HTTP status 403 is
+// It does not authenticate users. A handler in front must authenticate them, such as
+// `http_basic` authentication. For a request without a user, an error with HTTP status 403 is
 // returned, and a log line gives the reason, at most once a minute.
 //
 // It works under every path: only the word after the last slash selects the view, and all
@@ -73,7 +73,7 @@ type shared struct {
 	warning rate.Sometimes // for the log line about a request without a user
 
 	mu    sync.Mutex
-	looks map[string]*look // by database
+	looks map[string]*look // by the key of the database
 }
 
 func newShared() *shared {

@@ -24,7 +24,7 @@ var files embed.FS
 //go:embed page.css
 var stylesheet []byte
 
-// templates has the views, and the frame that is the same in each.
+// templates has the templates of the views, and of the frame that is the same in each view.
 var templates = template.Must(template.New("").Funcs(words).ParseFS(files, "templates/*.html"))
 
 // views has the functions that show a view, by the last word of the path.
@@ -44,7 +44,7 @@ type visit struct {
 	now  time.Time
 }
 
-// frame has the data of each template.
+// frame has the data that each template gets.
 type frame struct {
 	User     string
 	ReadOnly bool
@@ -54,7 +54,8 @@ type frame struct {
 	View     any
 }
 
-// render writes a view.
+// render writes a response with the template of this name. trouble is an error to show, or
+// nil. view has the data of the view.
 func (v *visit) render(status int, name, title string, trouble error, view any) error {
 	turn, err := v.h.turn(v.r.Context())
 	if err != nil {
@@ -117,7 +118,7 @@ func (v *visit) list() error {
 		Queues []operator.Queue
 		Events []*store.Record
 		Next   string    // the link to more events
-		Until  time.Time // how far the search got, if it took too long
+		Until  time.Time // the time in the position where a slow search stopped
 		Kept   bool      // whether the list has events that can be changed
 	}{Filter: newFilter(v.r.URL.Query()), Queues: v.h.queues.Queues()}
 	f, err := view.Filter.toStore(v.now)

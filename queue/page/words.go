@@ -57,7 +57,7 @@ func events(n int) string {
 	return number(n) + " events"
 }
 
-// when returns a time relative to now.
+// when returns the text of a time relative to now, such as 5 min ago.
 func when(t time.Time) string {
 	switch ago := time.Since(t); {
 	case ago >= time.Second:
@@ -69,7 +69,7 @@ func when(t time.Time) string {
 	}
 }
 
-// body is a body as the page shows it.
+// body is the body of an event as the page shows it.
 type body struct {
 	Kind, Text string
 	Size       int
@@ -98,8 +98,8 @@ var results = map[string]string{
 	"resume": "The queue is no longer paused.",
 }
 
-// done returns a sentence about the result of an action. A URL can only choose one of the
-// sentences and its number, so a link from another site cannot show its own text.
+// done returns a sentence about the result of an action. A URL can only choose one of the sentences
+// and the number of events in it. So a link from another site cannot show a text of that site.
 func done(action, n string, more bool) string {
 	count, _ := strconv.Atoi(n)
 	sentence := strings.Replace(results[action], "{events}", events(max(0, count)), 1)

@@ -22,14 +22,15 @@ const (
 	History = "delivered" // deleted: only a row of the history is left
 )
 
-// Latest is the longest wait before an event is due: the longest Retry-After plus its
-// jitter, or attempt_timeout if it is longer. A later due time comes from a wrong clock: the
-// event is due now.
+// Latest is the longest wait before an event is due: the longest Retry-After plus a fifth. The
+// lease of an attempt may be longer. An event with a later due time counts as due now, because
+// that due time comes from a wrong clock.
 const Latest = 72 * time.Minute
 
-// Record is an event in a store. Operators see its columns. An attempt sends Request.
+// Record is an event in a store. An attempt sends Request. The other fields are for the queue
+// and for operators.
 type Record struct {
-	ID         string // unique across all queues, and sorted by time
+	ID         string // unique across all queues; the order of ids is the order of their times
 	Queue      string
 	State      string
 	Received   time.Time // by the clock of the Caddy that received the event
@@ -44,8 +45,8 @@ type Record struct {
 	// lease, other owners must not attempt the event.
 	Lease time.Duration
 
-	// Set by a store, with the store's clock: when the next attempt is due, when the lease of
-	// the running attempt ends, and the event's age at the time of the claim or search.
+	// Set by a store, with the store's clock. The next attempt is due at Due. The lease of the
+	// running attempt ends at LeasedUntil. Age is the event's age when it was claimed or found.
 	Due, LeasedUntil time.Time
 	Age              time.Duration
 
@@ -53,15 +54,15 @@ type Record struct {
 	Finished time.Time
 	Status   int
 
-	// For Batch.Add, if once lists the event's type: the event's digest, and how long to
-	// remember it. If an earlier event has the same digest, Apply sets First to the id of
-	// the earlier event, and does not add the record.
+	// For Batch.Add, if the option once lists the event's type: the event's digest, and how
+	// long the store remembers the digest. If an earlier event has the same digest, Apply sets
+	// First to the id of the earlier event, and does not add the record.
 	Digest   []byte
 	Remember time.Duration
 	First    string
 }
 
-// Sum returns the checksum of ID and Request. A record with another checksum is damaged.
+// Sum returns the checksum of ID and Request. A record whose Checksum has another value is damaged.
 func (r *Record) Sum() []byte {
 	hash := sha256.New()
 	hash.Write([]byte(r.ID))
@@ -93,10 +94,10 @@ type Claim struct {
 	Queue   string
 	Max     int           // the maximum number of events
 	Lease   time.Duration // how long other owners must not attempt the events
-	Newest  bool          // the newest events first, otherwise the earliest due events first
+	Newest  bool          // if true, the newest events first, otherwise the earliest due events first
 	Records []*Record
 
-	Without map[string]bool // for Due: events that the owner has attempted, but could not finish yet
+	Without map[string]bool // for Due: events to leave out, because the owner attempts them, or could not finish them yet
 }
 
 // Batch is the work of one transaction.
@@ -116,7 +117,7 @@ type Batch struct {
 // Peek is the part of a queue's state that a store reads fast, even with many events.
 type Peek struct {
 	Empty bool          // no event is pending
-	Wait  time.Duration // until the next event is due, 0 if an event is due now
+	Wait  time.Duration // the time until the next event is due, 0 if an event is due now
 
 	Paused time.Time // start of the pause, zero if the queue is not paused
 }
@@ -128,7 +129,7 @@ type Count struct {
 	Oldest       time.Duration // the age of the oldest event
 }
 
-// Filter selects events for operators. An empty field selects all events.
+// Filter selects events for operators. An empty field sets no condition, except States.
 type Filter struct {
 	Queue    string
 	States   []string // nil for pending and dead
@@ -165,7 +166,7 @@ func TimeOf(id string) time.Time {
 	return time.Unix(parsed.Time().UnixTime())
 }
 
-// Rows are unchanged rows of the table events, history, once or paused.
+// Rows are rows of the table events, history, once or paused, as they are in the database.
 type Rows struct {
 	Table string
 	Rows  [][]any // with the columns as in schema.sql
@@ -181,7 +182,7 @@ type Status struct {
 // Hours has a number for each of the last 24 hours. The last hour ends now.
 type Hours [24]int
 
-// Sum returns the number for the last day.
+// Sum returns the sum of the 24 hours.
 func (h Hours) Sum() (sum int) {
 	for _, n := range h {
 		sum += n
@@ -195,12 +196,12 @@ type QueueStatus struct {
 	Queue         string
 	Pending, Dead int
 	Oldest        time.Duration // the age of the oldest pending event
-	Next          time.Duration // until the next attempt is due, 0 if an attempt is due now or no event is pending
+	Next          time.Duration // the time until the next attempt is due, 0 if an attempt is due now or no event is pending
 	Paused        time.Time     // start of the pause, zero if the queue is not paused
 
 	Delivered  Hours // delivered events
-	Failed     Hours // failed attempts of these events, by the hour of the delivery
-	Duplicates int   // duplicates of all remembered events
+	Failed     Hours // failed attempts at the delivered events, by the hour of the delivery
+	Duplicates int   // duplicates of all events whose digests the store remembers
 
 	// Errors are the most frequent last errors of pending and dead events, at most five.
 	// If there are many events, only the oldest and the newest events count.
@@ -220,19 +221,19 @@ type Keep struct {
 	Rows  int // the maximum number of rows
 }
 
-// Store keeps events in a database. Apply, Peek, Counts and Tidy repair the database, and
-// after that, the other methods succeed too. Several goroutines may call its methods, but for
-// each owner, only one goroutine may call Apply. Errors show no part of an event, and no
-// credentials.
+// Store keeps events in a database. Apply, Peek, Counts and Tidy repair the database. After a
+// repair, the other methods succeed too. Several goroutines may call the methods of a store,
+// but for each owner, only one goroutine may call Apply. Errors show no part of an event, and
+// no credentials.
 type Store interface {
-	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch
-	// is on the disk, and Left and the claims have their results. After a connection error,
-	// the batch may be on the disk. Adding an existing event changes nothing. If another
-	// owner has the lease of an event, a finish changes the event only if it is Delivered.
+	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch is on
+	// the disk, and Left and the claims have their results. After a connection error, the batch may
+	// be on the disk or not. Adding an existing event changes nothing. If another owner has the
+	// lease of an event, a finish changes the event only if its Outcome is Delivered.
 	Apply(ctx context.Context, b *Batch) error
 
-	// Due fills Records with due events, but sets no lease: events in a read-only database
-	// must be delivered too. Callers use it after Apply has failed with the error why. If
+	// Due fills Records with due events, but sets no lease, so that events in a read-only
+	// database are delivered too. Call Due after Apply has failed with the error why. If
 	// another process could attempt the same events, Due returns why.
 	Due(ctx context.Context, c *Claim, why error) error
 
@@ -248,14 +249,15 @@ type Store interface {
 	// search stops after about half a second.
 	Search(ctx context.Context, filter Filter, withRequest bool) (Page, error)
 
-	// ReadRows returns the next page of a table after a given page, sorted by primary key. If
-	// idle is true, it leaves out events with a running attempt.
+	// ReadRows returns the next page of a table after a given page, sorted by id, or by queue
+	// in the table paused. If idle is true, ReadRows leaves out events with a running attempt.
 	ReadRows(ctx context.Context, after Rows, idle bool) (Rows, error)
 
 	// Status returns the state of all queues in the database, and of the named queues.
 	Status(ctx context.Context, queues ...string) (Status, error)
 
-	// Pause starts or ends the pause of a queue. It reports whether the queue has changed.
+	// Pause starts or ends the pause of a queue. It returns false if the queue was in this
+	// state already.
 	Pause(ctx context.Context, queue string, paused bool) (changed bool, err error)
 
 	// Retry makes events pending and due, with an age of 0. It leaves out events with a
@@ -263,12 +265,12 @@ type Store interface {
 	Retry(ctx context.Context, filter Filter) (int, error)
 
 	// Drop deletes events and their keys, and returns the number of deleted events. If Inkit
-	// sends a dropped event again, the queue stores it. It is for a few thousand events at
-	// most: callers name the events of a page.
+	// sends a dropped event again, the queue stores that event. Drop is for a few thousand
+	// events at most: callers name the events of a page.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
-	// Tidy deletes expired history and keys, and gives free space back to the disk. It returns
-	// how many damaged databases were moved aside and still exist.
+	// Tidy deletes expired keys and expired rows of the history, and gives free space back to
+	// the disk. It returns how many damaged databases were moved aside and still exist.
 	Tidy(ctx context.Context, keep []Keep) (damagedFiles int, err error)
 
 	Close() error
@@ -291,7 +293,8 @@ type Opening struct {
 	// store waits longer for locks, and repairs nothing.
 	Command bool
 
-	// If Existing is true, a missing database is an error. Otherwise Open creates it.
+	// If Existing is true, a missing database is an error. If Existing is false, Open creates
+	// a missing database.
 	Existing bool
 }
 
@@ -303,13 +306,13 @@ type Opener interface {
 	// Open opens the database, and creates the schema if it is missing.
 	Open(ctx context.Context, o Opening) (Store, error)
 
-	// Migration returns the SQL that an operator can run to create the schema. It is empty
-	// if the database needs no operator.
+	// Migration returns the SQL that an operator can run to create the schema. It is empty if
+	// Open can always create the schema, as in SQLite.
 	Migration() string
 }
 
-// Each calls f with each page of matching events, without requests. While f runs, no read of
-// the database is open. So f may be slow, and SQLite's log does not grow.
+// Each calls f with each page of the events that the filter selects, without their requests. While
+// f runs, no read of the database is open. So f may be slow, and SQLite's log does not grow.
 func Each(ctx context.Context, s Store, filter Filter, f func(page []*Record) error) error {
 	for {
 		page, err := s.Search(ctx, filter, false)
@@ -352,9 +355,9 @@ func Merge(f Filter, parts ...Page) (all Page) {
 	return all
 }
 
-// Copy copies all rows of a store, and calls copied with the ids of each page of events.
-// If idle is true, it leaves out events with a running attempt. It does not change existing
-// rows. If ctx ends, Copy stops before the next page.
+// Copy copies all rows of a store into another store, and calls copied with the ids of each page of
+// events. If idle is true, Copy leaves out events with a running attempt. It does not change the
+// rows that the other store already has. If ctx ends, Copy stops before the next page.
 func Copy(ctx context.Context, to, from Store, idle bool, copied func(ids []string) error) error {
 	for _, table := range []string{"paused", "once", "history", "events"} { // events last: copied may drop an event and its key from the source
 		for page := (Rows{Table: table}); ; {

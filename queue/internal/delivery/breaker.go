@@ -7,25 +7,26 @@ import (
 )
 
 const (
-	// The backend counts as down after downAfter failed attempts in a row at different
-	// events. probeInterval is the pause between two probes.
+	// The backend counts as down after downAfter attempts in a row, at different events, have
+	// not reached it. probeInterval is the pause between two probes.
 	downAfter     = 5
 	probeInterval = time.Second
 )
 
 // Breaker decides from the attempts of this process whether the backend is down. While the
-// backend is down, one attempt a second probes it. After a successful probe, the number of
-// parallel attempts doubles from 1. Changes of the system clock have no effect.
+// backend is down, one attempt a second probes it. After a successful probe, the limit of
+// parallel attempts is 1, and doubles with each attempt that reaches the backend. Changes of
+// the system clock have no effect.
 type Breaker struct {
 	mu   sync.Mutex
 	down time.Time // the time since which the backend is down, zero if it is up
-	last time.Time // when an attempt last did not reach the backend
-	lost []string  // the events of the failed attempts in a row
-	ramp int       // limit of parallel attempts, 0 for no limit
+	last time.Time // the time of the last attempt that did not reach the backend
+	lost []string  // the events of the attempts in a row that did not reach the backend
+	ramp int       // limit of parallel attempts after an outage, 0 for no limit
 }
 
-// Reached records that an attempt has reached the backend. If the backend was down,
-// it also returns the length of the outage.
+// Reached records that an attempt has reached the backend. If the backend was down, Reached
+// returns the length of the outage and true. limit is the usual limit of parallel attempts.
 func (b *Breaker) Reached(limit int) (down time.Duration, back bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -40,8 +41,8 @@ func (b *Breaker) Reached(limit int) (down time.Duration, back bool) {
 	return 0, false
 }
 
-// Unreached records that an attempt has not reached the backend, and reports whether the
-// backend counts as down from now on.
+// Unreached records that the attempt at an event has not reached the backend. It returns true
+// if the backend counted as up, and counts as down from now on.
 func (b *Breaker) Unreached(id string) (down bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -16,14 +16,14 @@ type Limits struct {
 	limit  atomic.Int64
 }
 
-// NewLimits returns limits of 0.
+// NewLimits returns Limits that allow no attempt.
 func NewLimits() *Limits {
 	l := &Limits{places: semaphore.NewWeighted(most)}
 	l.places.TryAcquire(most)
 	return l
 }
 
-// Resize changes the number of parallel attempts. A smaller number applies once enough
+// Resize changes the number of parallel attempts. A smaller number applies as soon as enough
 // running attempts have ended.
 func (l *Limits) Resize(limit int) {
 	limit = min(limit, most)
@@ -38,8 +38,9 @@ func (l *Limits) Resize(limit int) {
 // Limit returns the allowed number of parallel attempts.
 func (l *Limits) Limit() int { return int(l.limit.Load()) }
 
-// old returns how many of the attempts may be at old events, which the schedule attempts:
-// three quarters. So new events do not wait behind a backlog of hanging attempts.
+// old returns how many attempts the schedule may run at the same time: three quarters of the
+// limit. The other places are for new events, so that new events do not wait behind a backlog
+// of hanging attempts.
 func (l *Limits) old() int {
 	limit := l.Limit()
 	return min(limit, max(1, limit*3/4))
@@ -48,13 +49,13 @@ func (l *Limits) old() int {
 // TryTake takes a place for an attempt if one is free, and reports whether it did.
 func (l *Limits) TryTake() bool { return l.places.TryAcquire(1) }
 
-// Take waits for a place for an attempt, and takes more places if they are free. It returns
-// the number of taken places: 0 if the context has ended.
+// Take waits for a free place, takes it, and takes more free places, up to wanted places in
+// all. It returns the number of taken places, or 0 if the context ends.
 func (l *Limits) Take(ctx context.Context, wanted int) (n int) {
 	if l.places.Acquire(ctx, 1) != nil {
 		return 0
 	}
-	for n = 1; n < wanted && l.places.TryAcquire(1); n++ { // the others that are free
+	for n = 1; n < wanted && l.places.TryAcquire(1); n++ { // more places that are free
 	}
 	return n
 }

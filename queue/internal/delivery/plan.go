@@ -13,20 +13,21 @@ const pollInterval = time.Second
 
 // Backend is the state of the backend.
 type Backend struct {
-	Down  time.Time     // the time since which it is down, zero if it is up
-	Probe time.Duration // if it is down: until the next probe may begin
-	Ramp  int           // limit of parallel attempts after it was down, 0 for no limit
+	Down  time.Time     // the time since which the backend is down, zero if it is up
+	Probe time.Duration // if the backend is down: the time until the next probe may begin
+	Ramp  int           // limit of parallel attempts after an outage, 0 for no limit
 }
 
 func (b Backend) isDown() bool { return !b.Down.IsZero() }
 
-// Allows reports whether new events get an attempt before they are stored. If not, the newest
-// events come first: an event that hangs the backend looks like an outage, and would be probed
-// forever. New events are the least likely cause.
+// Allows reports whether new events get an attempt before they are stored. If not, the
+// schedule attempts the newest events first. An event that makes the backend hang looks like
+// an outage. If the oldest event were the probe, such an event would be the probe forever.
 func (b Backend) Allows() bool { return !b.isDown() && b.Ramp == 0 }
 
-// Plan decides how many due events to claim now, or how long to wait if it is none. The wait
-// ends early when an event is stored or finished. The limit is for attempts at old events.
+// Plan returns how many due events the schedule claims now. If this number is 0, Plan returns
+// how long the schedule waits. The wait ends early when an event is stored or finished. limit
+// is the allowed number of attempts at old events, and running is their current number.
 func Plan(b Backend, p store.Peek, limit, running int) (claim int, wait time.Duration) {
 	switch {
 	case b.isDown() && (b.Probe > 0 || running > 0):

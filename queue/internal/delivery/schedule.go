@@ -16,13 +16,13 @@ type Queue interface {
 	// Peek returns the state of the queue in the database.
 	Peek() (store.Peek, error)
 
-	// Claim leases due events.
+	// Claim leases due events, and returns them.
 	Claim(c *store.Claim) ([]*store.Record, error)
 
 	// Timeout returns how long an attempt may take, or 0 while no handler delivers.
 	Timeout() time.Duration
 
-	// AttemptStored makes one attempt at a claimed event, and calls ended when it is over.
+	// AttemptStored makes one attempt at a claimed event, and calls ended when the attempt is over.
 	AttemptStored(r *store.Record, ended func())
 }
 
@@ -40,8 +40,8 @@ func NewSchedule(q Queue, b *Breaker, l *Limits) *Schedule {
 	return &Schedule{queue: q, breaker: b, limits: l, woken: make(chan struct{}, 1)}
 }
 
-// Wake makes the schedule check again, because an event may be due sooner, or an attempt
-// may begin now.
+// Wake makes the schedule check for due events again, because an event may be due sooner, or
+// an attempt may begin now.
 func (s *Schedule) Wake() {
 	select {
 	case s.woken <- struct{}{}:
@@ -61,7 +61,7 @@ func (s *Schedule) Run(ctx context.Context) {
 	}
 }
 
-// next begins the attempts that may begin now, and returns how long to wait.
+// next begins the attempts that may begin now, and returns the wait before the next call.
 func (s *Schedule) next(ctx context.Context) time.Duration {
 	timeout, backend := s.queue.Timeout(), s.breaker.Backend()
 	limit, running := s.limits.old(), int(s.running.Load())
@@ -80,7 +80,7 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 		return wait
 	}
 	places := s.limits.Take(ctx, claim)
-	if places == 0 || s.breaker.Backend().isDown() != backend.isDown() { // this has changed during the wait for a place
+	if places == 0 || s.breaker.Backend().isDown() != backend.isDown() { // the state of the backend has changed during the wait for a place
 		s.limits.Free(places)
 		return 0
 	}

@@ -1,6 +1,6 @@
-// Package operator has what the page needs of the running Caddy, and what the page and the
-// commands share: the filters that an operator types, what they do to events, and the text of
-// a duration.
+// Package operator has the interface through which the page uses the running Caddy. It also
+// has the code that the page and the commands share: for the filters that an operator types,
+// for changes of events, and for the text of a duration.
 package operator
 
 import (
@@ -30,13 +30,14 @@ type Queue struct {
 	Wake func()
 }
 
-// Queues is the app of inkit_queue, for the page, which must not import it.
+// Queues is the interface to the app of inkit_queue, because the page must not import the
+// package of the app.
 type Queues interface {
 	// Queues returns the queues of the app's configuration.
 	Queues() []Queue
 }
 
-// States has the states of the events for each word in a filter.
+// States has the states of events that each word for a state in a filter selects.
 var States = map[string][]string{
 	store.Pending: {store.Pending},
 	store.Dead:    {store.Dead},
@@ -44,14 +45,16 @@ var States = map[string][]string{
 	"all":         {store.Pending, store.Dead, store.History},
 }
 
-// Action changes the events that a filter selects, such as store.Store.Retry.
+// Action changes the events that a filter selects, such as store.Store.Retry. It returns the
+// number of changed events.
 type Action func(store.Store, context.Context, store.Filter) (int, error)
 
 // Step is how many events change in one transaction. It is small, because a new event may
 // have to wait for the transaction.
 const Step = 100
 
-// InSteps calls f for the events that a filter selects, and with a filter for these events.
+// InSteps searches the events that a filter selects, and calls f with each page of at most
+// Step events and with a filter that selects only the events of this page.
 func InSteps(ctx context.Context, s store.Store, filter store.Filter, f func(page []*store.Record, step store.Filter) error) error {
 	filter.Limit = Step
 	return store.Each(ctx, s, filter, func(page []*store.Record) error {
@@ -64,7 +67,8 @@ func InSteps(ctx context.Context, s store.Store, filter store.Filter, f func(pag
 	})
 }
 
-// Set sets a field of a filter to the text of an operator. Several states add up.
+// Set sets a field of a filter from the text that a person typed. If it is called again with
+// another state, the filter selects both states.
 func Set(filter *store.Filter, field, text string, now time.Time) (err error) {
 	switch field {
 	case "queue":
@@ -88,7 +92,7 @@ func Set(filter *store.Filter, field, text string, now time.Time) (err error) {
 	return err
 }
 
-// parseTime parses a duration before now, or a date.
+// parseTime returns the time that a text means: a duration before now, or a date.
 func parseTime(text string, now time.Time) (time.Time, error) {
 	if ago, err := caddy.ParseDuration(text); err == nil && ago >= 0 {
 		return now.Add(-ago), nil

@@ -16,8 +16,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// Request has the data of the sender's request that an attempt needs. Even the first
-// attempt uses it, so that all attempts are the same.
+// Request has the data of the sender's request that an attempt needs. Even the first attempt
+// uses a Request, so that all attempts get the same data.
 //
 // Some data is not stored: the captures of regular expressions, the certificates of
 // clients, and the placeholders of a map directive in front of the queue. Directives in
@@ -55,7 +55,7 @@ type Target struct {
 	ForceQuery bool `json:"force_query,omitempty"`
 }
 
-// NewTarget returns the target of a URL.
+// NewTarget returns the target of a request with this URI and this URL.
 func NewTarget(uri string, u *url.URL) Target {
 	return Target{uri, u.Path, u.RawPath, u.RawQuery, u.ForceQuery}
 }
@@ -80,7 +80,7 @@ type Connection struct {
 	CipherSuite uint16 `json:"cipher_suite"`
 	ServerName  string `json:"server_name,omitempty"`
 	Protocol    string `json:"protocol,omitempty"`
-	Early       bool   `json:"early,omitempty"` // TLS early data, which an attacker can replay
+	Early       bool   `json:"early,omitempty"` // whether the request came in TLS early data, which an attacker can replay
 }
 
 // decoding reads the stored form. Unlike JSON, CBOR keeps strings that are not UTF-8, such

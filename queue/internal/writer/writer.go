@@ -18,8 +18,9 @@ const (
 	// most, so that no event waits for long.
 	maxBatch = 500
 
-	// History is written with the next transaction, or after historyPause. While the database
-	// fails, memory keeps at most historyRoom rows, and further rows are lost.
+	// Rows of the history are written with the next transaction, which begins at the latest
+	// after historyPause. While the database fails, memory keeps at most historyRoom rows, and
+	// further rows are lost.
 	historyPause = time.Second
 	historyRoom  = 100_000
 
@@ -31,16 +32,16 @@ const (
 )
 
 var (
-	// ErrCalledBack is the error of an event that was delivered before it was stored.
+	// ErrCalledBack is the error of an event that is not stored, because it was delivered first.
 	ErrCalledBack = errors.New("delivered before it was written")
 
-	// ErrDuplicate is the error of a duplicate event of a type in once. Record.First is the id
-	// of the first event, which is on the disk.
+	// ErrDuplicate is the error of an event that is not stored, because an earlier event has
+	// the same digest. Record.First is the id of the earlier event.
 	ErrDuplicate = errors.New("already stored")
 )
 
-// Observer gets the results of transactions. It is called without a lock of the writer,
-// from one goroutine at a time, and must not block.
+// Observer gets the results of transactions. The writer calls one method at a time, and holds
+// no lock during the call. The methods must not block.
 type Observer interface {
 	Opened()
 	Written(b *store.Batch)
@@ -59,13 +60,13 @@ type Writer struct {
 	mu       sync.Mutex
 	store    store.Store // nil until the database is open
 	broken   error       // the reason why store is nil
-	failing  bool        // the last transaction that added events has failed
+	failing  bool        // the last try to open the database or to add events has failed
 	adds     []*Addition
 	finishes []store.Finish
 	claims   []*claim
 	history  []*store.Record
 
-	// attempting has the ids of the events that this process attempts, until the result is
+	// attempting has the ids of the events that this process attempts, until their results are
 	// written. No claim returns these events, even if a changed clock makes them due.
 	attempting map[string]bool
 }
@@ -76,25 +77,26 @@ type Addition struct {
 	encode   func() ([]byte, error)
 	deadline time.Time
 	finish   *store.Finish // the result of an attempt that ended before the event was stored
-	writing  bool          // a transaction has the event
+	writing  bool          // a running transaction adds the event
 	ended    bool          // done is closed
 	err      error
 	done     chan struct{}
 	note     func(error)
 }
 
-// NewAddition returns an addition for Writer.Add, which calls encode to get the request of the
-// record. If encode fails, the event is not stored. If a transaction fails, the writer retries
-// until the deadline, except on a full disk. At the end, it calls note with the error of Err.
-// note must not block.
+// NewAddition returns an addition for Writer.Add. The writer calls encode to get the record's
+// request. If encode fails, the event is not stored. If a transaction fails, the writer
+// retries until the deadline, except on a full disk. When the event is stored, or will not be
+// stored, the writer calls note with the error that Err returns. note must not block.
 func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.Time, note func(error)) *Addition {
 	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), note: note}
 }
 
-// Done is closed when the event is on the disk, or when it will not be stored.
+// Done returns a channel that is closed when the event is on the disk, or when it will not be
+// stored.
 func (a *Addition) Done() <-chan struct{} { return a.done }
 
-// Err returns nil if the event is on the disk. Call it after Done.
+// Err returns nil if the event is on the disk. Call Err only after the channel of Done is closed.
 func (a *Addition) Err() error { return a.err }
 
 type claim struct {
@@ -114,8 +116,8 @@ func New(owner string, open func(context.Context) (store.Store, error), observer
 	return w
 }
 
-// Close writes all waiting work and closes the database. After that, do not use the writer
-// or wait for an addition.
+// Close writes all waiting work and closes the database. After Close, do not use the writer or
+// wait for an addition.
 func (w *Writer) Close() {
 	close(w.closing)
 	w.running.Wait()
@@ -142,7 +144,8 @@ func (w *Writer) Failing() bool {
 	return w.failing
 }
 
-// Add writes an event, unless an attempt has delivered it already.
+// Add makes the writer store an event, unless an attempt has delivered the event already. It
+// does not wait for the transaction.
 func (w *Writer) Add(a *Addition) {
 	var err error
 	a.record.Request, err = a.encode()
@@ -162,7 +165,8 @@ func (w *Writer) Add(a *Addition) {
 	}
 }
 
-// Finish writes the result of an attempt. The addition is nil if the event was claimed.
+// Finish makes the writer store the result of an attempt. It does not wait for the
+// transaction. a is the addition of the event, or nil if the event was claimed.
 func (w *Writer) Finish(a *Addition, f store.Finish) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -237,7 +241,7 @@ func (w *Writer) run() {
 	}
 }
 
-// opened opens the database if necessary, and reports whether it is open.
+// opened opens the database if necessary, and reports whether the database is open.
 func (w *Writer) opened() bool {
 	if w.store != nil {
 		return true
@@ -269,7 +273,8 @@ func (w *Writer) expire() {
 	})
 }
 
-// take returns the work of the next transaction.
+// take removes the work of the next transaction from the writer, and returns the batch with
+// the additions and the claims in it.
 func (w *Writer) take() (adds []*Addition, claims []*claim, b *store.Batch) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -295,7 +300,8 @@ func (w *Writer) take() (adds []*Addition, claims []*claim, b *store.Batch) {
 	return adds, claims, b
 }
 
-// write does all work that is waiting in one transaction, and reports whether it succeeded.
+// write does the waiting work in one transaction. It returns false if the transaction failed,
+// or left finishes that must be tried again.
 func (w *Writer) write() bool {
 	adds, claims, b := w.take()
 	if len(b.Add)+len(b.Finish)+len(b.History)+len(b.Claims) == 0 {
@@ -319,7 +325,7 @@ func (w *Writer) write() bool {
 	for _, c := range claims {
 		why := err
 		if err != nil {
-			c.Records = nil // the store may have committed all the same
+			c.Records = nil // although Apply failed, it may have set Records
 			w.mu.Lock()
 			c.Without = maps.Clone(w.attempting)
 			w.mu.Unlock()
@@ -331,7 +337,8 @@ func (w *Writer) write() bool {
 	return err == nil && len(b.Left) == 0
 }
 
-// settle ends the additions of a transaction, and puts back the work that it has not done.
+// settle ends the additions that a transaction has finished, and puts back the work that the
+// transaction has not done.
 func (w *Writer) settle(adds []*Addition, b *store.Batch, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -374,8 +381,9 @@ func (w *Writer) settle(adds []*Addition, b *store.Batch, err error) {
 	}
 }
 
-// exclude removes from a claim the events that this process already attempts, and registers
-// the others. It must run before the next transaction, which may end such an attempt.
+// exclude removes from a claim the events that this process already attempts, and adds the
+// other events to attempting. It must run before the next transaction, because that
+// transaction may remove events from attempting.
 func (w *Writer) exclude(c *store.Claim) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

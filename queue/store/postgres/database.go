@@ -16,10 +16,10 @@ import (
 	"github.com/jackc/pgx/v5/stdlib"
 )
 
-// schemaLock is the advisory lock for creating the schema: "inkit" in ASCII.
+// schemaLock is the key of the advisory lock for creating the schema: "inkit" in ASCII.
 const schemaLock = 0x696e6b6974
 
-// database is a store in PostgreSQL. Its pool heals broken connections.
+// database is a store in PostgreSQL. Its pool replaces broken connections.
 type database struct {
 	sqlstore.DB
 	pool        *pgxpool.Pool
@@ -63,9 +63,9 @@ func dialect(schema string) sqlstore.Dialect {
 		Bytes: "BYTEA", Schema: qualified, Rows: 100, Numbered: true, Skip: "FOR UPDATE OF e SKIP LOCKED",
 		// not clock_timestamp(): PostgreSQL uses no index for it
 		Now: "(extract(epoch FROM statement_timestamp()) * 1000)::bigint",
-		// The default of a role or database may not be durable. With pgbouncer, only settings
-		// of a transaction are reliable. If this Caddy crashes, its locks must end soon,
-		// because other Caddys wait for them.
+		// The synchronous_commit of a role or database may not be durable. With pgbouncer,
+		// only settings of a transaction are reliable. If this Caddy crashes, its locks must
+		// end soon, because other Caddys wait for them.
 		Begin: `SELECT set_config('idle_in_transaction_session_timeout', '2s', true),
 			CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write') THEN set_config('synchronous_commit', 'on', true) END`,
 		More: vacuum,
@@ -163,8 +163,8 @@ func (s *database) makeTables(ctx context.Context) error {
 	})
 }
 
-// notice counts commits without the confirmation of a standby: the wait for it was cancelled
-// on the server. Apart from this notice, such a commit looks successful to the client.
+// notice counts commits that no standby has confirmed, because the wait for the standby was
+// cancelled on the server. Apart from this notice, such a commit looks successful to the client.
 func (s *database) notice(_ *pgconn.PgConn, n *pgconn.Notice) {
 	if n.Routine == "SyncRepWaitForLSN" {
 		s.unconfirmed.Add(1)

@@ -13,14 +13,14 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// lost has the SQLSTATEs of a server that does not accept writes: it stops, starts, or is now a
-// standby.
+// lost has the SQLSTATEs of a server that does not accept writes, because the server stops,
+// starts, or is now a standby.
 var lost = []string{"25006", "57P01", "57P02", "57P03"}
 
 const unanswered = "the server does not answer in time"
 
-// explain returns the SQLSTATE of an error, if the server has sent it, and a hint for common
-// errors. The driver's own text says enough about others.
+// explain returns the SQLSTATE of an error, and a hint. The SQLSTATE is empty if the error is
+// not from the server. The hint is empty if the driver's own text says enough about the error.
 func explain(err error) (state, hint string) {
 	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
 		state = pgErr.Code
@@ -44,11 +44,11 @@ func explain(err error) (state, hint string) {
 	return state, hint
 }
 
-// wrap translates an error of the driver. If one connection is lost, it closes all
-// connections, because they lead to the same server.
+// wrap translates an error of the driver. If one connection is lost, wrap closes all
+// connections, because all lead to the same server.
 //
-// The driver's text shows host and role of a failed connection, but not the password. If the
-// server refused a value, wrap leaves out the text: it could show a part of an event.
+// The driver's text shows host and role of a failed connection, but not the password. If the server
+// refused a value, wrap leaves out the driver's text, because it could show a part of an event.
 func (s *database) wrap(err error) error {
 	if err == nil {
 		return err

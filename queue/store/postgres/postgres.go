@@ -28,12 +28,12 @@ func init() {
 // Postgres keeps the events of a queue in PostgreSQL. Several Caddys can share the database.
 //
 // Each Caddy stores the events that it receives, and delivers due events of all Caddys.
-// PostgreSQL must be version 12 or later. When the queue starts, it creates missing tables.
-// If its role may not create tables, run the SQL of `caddy inkit-queue migrate` with another
-// role. The queue's role needs SELECT, INSERT, UPDATE and DELETE on the tables.
+// PostgreSQL must be version 12 or later. When a queue starts, Caddy creates missing tables.
+// If Caddy's role may not create tables, run the SQL of `caddy inkit-queue migrate` with
+// another role. Caddy's role needs SELECT, INSERT, UPDATE and DELETE on the tables.
 //
 // If the connection string names several servers, Caddy uses the server that accepts writes.
-// A pooler such as pgbouncer works in transaction mode.
+// Caddy can also use a pooler, such as pgbouncer in transaction mode.
 type Postgres struct {
 	// The connection string in the format of libpq, such as
 	// `postgres://inkit@db1,db2/inkit?sslmode=verify-full`. It is either one placeholder and
@@ -70,8 +70,8 @@ func (p *Postgres) Validate() error {
 //		schema <name>
 //	}
 //
-// The line of store allows only a placeholder. Errors show no word of the input: each word
-// may be a part of the connection string.
+// On the line of the option store, only a placeholder is allowed. Errors show no word of the
+// input: each word may be a part of the connection string.
 func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume the name of the store
 	if args := d.RemainingArgs(); len(args) > 0 {
@@ -133,8 +133,8 @@ var (
 
 var errInvalid = errors.New("dsn: is not a valid connection string of PostgreSQL, such as postgres://role@host/database")
 
-// config resolves and parses the connection string, and reads the files in it. Its errors
-// show no part of the connection string.
+// config resolves and parses the connection string, and reads the files that it names. Its
+// errors show no part of the connection string.
 func (p *Postgres) config() (*pgxpool.Config, error) {
 	dsn := p.DSN
 	if name, ok := placeholder.Name(dsn); ok {
@@ -161,7 +161,8 @@ func (p *Postgres) config() (*pgxpool.Config, error) {
 	if !strings.Contains(dsn, "pool_max_conns") {
 		config.MaxConns = maxConnections
 	}
-	// No prepared statements: pgbouncer may give the next transaction to another server.
+	// No prepared statements: pgbouncer may run the next transaction in another connection to
+	// the server.
 	c.DefaultQueryExecMode = pgx.QueryExecModeExec
 	c.ConnectTimeout = cmp.Or(c.ConnectTimeout, connectTimeout)
 	if c.ValidateConnect == nil {

@@ -27,17 +27,19 @@ const (
 	busyTimeout        = 4 * time.Second
 	commandBusyTimeout = 30 * time.Second
 
-	// rowsPerStatement is how many events a statement adds. More events are no faster.
+	// rowsPerStatement is how many events a statement adds. More events in a statement are no
+	// faster.
 	rowsPerStatement = 8
 
-	// reserve is the suffix of a file that Caddy empties when the disk is full. Its size equals
-	// the size of the write-ahead log: SQLite may have to copy the whole log into the database.
+	// reserve is the suffix of the file that Caddy empties when the disk is full. reserveSize
+	// is also the size of the write-ahead log, because SQLite may have to copy the whole log
+	// into the database.
 	reserve     = "-reserve"
 	reserveSize = 1 << 20
 )
 
-// file is a store in a file. The methods that Caddy calls all the time repair the file, see
-// repair. If another method finds damage, it returns an error.
+// file is a store in a file. Apply, Peek, Counts and Tidy repair the file, see repair. If
+// another method finds damage, it returns an error.
 type file struct {
 	sqlstore.DB
 	path    string // without symbolic links: SQLite puts its log next to the real file
@@ -62,8 +64,8 @@ func openSQLite(path string, connections int, busy time.Duration, pragmas ...str
 }
 
 // open prepares the file that is now at the path. It creates a missing schema, unless the file
-// has other tables. If the schema exists, it only reads: a command must not wait while Caddy
-// writes.
+// has other tables. If the schema exists, open only reads, because a command must not wait
+// while Caddy writes.
 func (f *file) open(ctx context.Context) error {
 	var tables, ours int
 	var migrated error
@@ -83,7 +85,7 @@ func (f *file) open(ctx context.Context) error {
 	case ours == 0:
 		return errors.New("is the database of another program")
 	}
-	for range f.Read.Stats().MaxOpenConnections { // a later connection could open another file
+	for range f.Read.Stats().MaxOpenConnections { // open all connections now: a later connection could open another file
 		conn, err := f.Read.Conn(ctx)
 		if err != nil {
 			return err
@@ -94,7 +96,7 @@ func (f *file) open(ctx context.Context) error {
 		}
 	}
 	main, err := os.Stat(f.path)
-	log, logErr := os.Stat(f.path + "-wal") // the first query has opened it
+	log, logErr := os.Stat(f.path + "-wal") // the first query has opened the log
 	if err = errors.Join(err, logErr); err != nil {
 		return err
 	}
@@ -118,8 +120,8 @@ func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 	return err
 }
 
-// apply does not repair. While the disk is full, it adds nothing: the store needs the remaining
-// space to finish the events in the database.
+// apply is Apply without a repair. While the disk is full, apply adds nothing: the store needs
+// the remaining space to finish the events in the database.
 func (f *file) apply(ctx context.Context, b *store.Batch) error {
 	if len(b.Add)+len(b.History)+len(b.Copied.Rows) > 0 && !f.hasRoom(false) {
 		return store.ErrFull
@@ -167,9 +169,9 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, e
 	return len(names), nil
 }
 
-// hasRoom reports whether the disk has space to add events: whether the reserve is complete.
-// If not, it tries to write the reserve once a second. The first try at the start does not
-// wait: a power cut may have left a part of the reserve.
+// hasRoom reports whether the disk has space for new events: whether the reserve is complete.
+// If the reserve is not complete, hasRoom tries to write it, at most one time a second. At the
+// start, hasRoom tries immediately, because a power cut may have left a part of the reserve.
 func (f *file) hasRoom(start bool) bool {
 	info, err := os.Stat(f.path + reserve)
 	switch {

@@ -23,10 +23,11 @@ var (
 )
 
 // repair repairs the file after an operation that had the error err. used has the files that
-// were open before the operation. repair moves a damaged file aside and opens an empty file. If
-// the open file is no longer at its path, repair copies the events into the file that is now
-// there. This works because this process still has the old file open. After a repair, repair
-// returns nil. A command repairs nothing, because Caddy may be running.
+// were open before the operation. repair moves a damaged file aside and opens an empty file.
+// If the open file is no longer at its path, repair copies the events into the file that is
+// now there. The copy works because this process still has the old file open. repair returns
+// nil if it has repaired the file, and err if the file needs no repair. A command repairs
+// nothing, because Caddy may be running.
 func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	moved := errors.Is(err, errMoved)
 	if f.opening.Command || !moved && !errors.Is(err, errDamaged) {
@@ -55,7 +56,8 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	return err
 }
 
-// moveAside renames a damaged database and its log. The new names contain the time.
+// moveAside renames a damaged database and its log. The new names contain the time. If a file
+// cannot be renamed, moveAside returns the error why.
 func (f *file) moveAside(why error) error {
 	for _, db := range []*sql.DB{f.Read, f.Write} { // Windows cannot rename an open file
 		db.SetMaxIdleConns(0)
@@ -99,8 +101,8 @@ func (f *file) rescue(ctx context.Context, used *opened) error {
 	return store.Copy(ctx, fresh, from, false, func([]string) error { return nil })
 }
 
-// disconnect closes all connections. The next connections open the file that is then at the
-// path. The log is moved into the file before, while no other goroutine writes.
+// disconnect moves the log into the file while no other goroutine writes, and then closes all
+// connections. A later connection opens the file that is at the path at that time.
 func (f *file) disconnect(ctx context.Context) error {
 	var write *sql.Conn
 	var bad error
@@ -124,7 +126,8 @@ func (f *file) disconnect(ctx context.Context) error {
 	return err
 }
 
-// checkpoint moves the whole log into the file.
+// checkpoint moves the whole log into the file. It returns ErrLocked if another connection
+// prevents this.
 func checkpoint(ctx context.Context, db sqlstore.Querier) error {
 	var busy, pages, moved int
 	err := db.QueryRowContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`).Scan(&busy, &pages, &moved)
@@ -147,8 +150,8 @@ func isFile(path string, opened os.FileInfo) bool {
 	return os.SameFile(info, opened)
 }
 
-// Close implements store.Store. It copies the events if the file was deleted after the last
-// transaction.
+// Close implements store.Store. If the file was deleted or replaced after the last
+// transaction, Close copies the events into the file at the path.
 func (f *file) Close() error {
 	if used := f.opened.Load(); !f.isAtPath(used) {
 		if err := f.repair(context.Background(), used, errMoved); err != nil {

@@ -34,11 +34,11 @@ const _ = uint(sqlite3.SQLITE_VERSION_NUMBER - 3_051_003)
 
 // SQLite keeps the events of a queue in a file on this machine.
 //
-// Caddy creates a missing file or folder. Only Caddy's user can read it. Several queues,
-// and several processes on the machine, can share one file. The file must not be on a
-// network file system. Next to the file are SQLite's write-ahead log (`-wal`), the index of
-// the log (`-shm`), and a reserve of 1 MB (`-reserve`). Caddy empties the reserve when the
-// disk is full, because deleting events needs space too.
+// Caddy creates a missing file or folder. Only Caddy's user can read the file. Several queues,
+// and several processes on the machine, can share one file. The file must not be on a network
+// file system. Next to the file are SQLite's write-ahead log (`-wal`), the index of the log
+// (`-shm`), and a reserve of 1 MB (`-reserve`). Caddy empties the reserve when the disk is
+// full, because deleting events needs space too.
 type SQLite struct {
 	// The path of the file. Caddy replaces placeholders such as `{env.NAME}` when it
 	// loads the configuration. A relative path starts at Caddy's working directory.

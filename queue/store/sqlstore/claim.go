@@ -10,9 +10,10 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// claim leases the due events of a queue.
+// claim leases due events of a queue for the owner, and sets the Records of the claim.
 func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
-	// Only a wrong clock gives such a late due time: these events are due now.
+	// Only a wrong clock gives a due time that is so late. This statement makes such events
+	// due now.
 	_, err := d.exec(ctx, tx, `
 		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
 			SELECT e.id FROM {schema}inkit_queue_events AS e
@@ -42,8 +43,9 @@ func (d *DB) claimFrom(ctx context.Context, tx *sql.Tx, owner string, claim *sto
 	return err
 }
 
-// Due implements store.Store. It returns why if another process may still write: the other
-// process may deliver the same events. On a full disk, no process can write.
+// Due implements store.Store. It returns why if another process may still write, because that
+// process may attempt the same events. On a full disk, no process can write, so Due reads the
+// events.
 func (d *DB) Due(ctx context.Context, c *store.Claim, why error) (err error) {
 	if errors.Is(why, store.ErrLocked) || d.Skip != "" && !errors.Is(why, store.ErrFull) {
 		return why

@@ -7,8 +7,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// once writes the keys of new events. If a key already exists, its event is a duplicate of
-// the first event.
+// once writes the keys of the new events that have a digest. If a key already exists, the new
+// event is a duplicate, and once sets its First to the id of the first event.
 func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) (err error) {
 	var keys []any
 	for _, r := range added {
@@ -33,7 +33,7 @@ func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) (err e
 // keyOver is the condition for a key that no longer counts: it has expired, and its event is gone.
 const keyOver = `o.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = o.id)`
 
-// addKeys sorts the keys, so that two transactions cannot deadlock.
+// addKeys adds the keys in sorted order, so that two transactions cannot deadlock.
 var addKeys = statement{
 	`(?, CAST(? AS {bytes}), ?, CAST(? AS BIGINT))`,
 	`INSERT INTO {schema}inkit_queue_once AS o (queue, digest, id, expires, duplicates)

@@ -31,7 +31,7 @@ func (c *condition) add(part string, args ...any) {
 	c.parts, c.args = append(c.parts, part), append(c.args, args...)
 }
 
-// when adds a part if it is used.
+// when adds a part if used is true.
 func (c *condition) when(used bool, part string, arg any) {
 	if used {
 		c.add(part, arg)
@@ -48,7 +48,8 @@ func (c *condition) ids(ids []string) {
 	}
 }
 
-// idAt returns the beginning of the ids with a time: a UUID starts with the milliseconds.
+// idAt returns the beginning of all ids of a time. An id is a UUID of version 7, which starts
+// with its time in milliseconds.
 func idAt(t time.Time) string {
 	ms := fmt.Sprintf("%012x", max(0, t.UnixMilli()))
 	return ms[:8] + "-" + ms[8:]
@@ -70,10 +71,11 @@ func tables(f store.Filter) (found []string) {
 	return found
 }
 
-// conditions returns a filter's condition in two parts. For bounds, an index finds the rows in
-// the order of their ids: an id contains the time of its event. In rest, concatenations avoid
-// the index of due times, because the database must read the rows in the order of their ids.
-// For a filter without pending and dead events, both parts select no row of events.
+// conditions returns a filter's condition in two parts, which must both be true. For bounds,
+// an index finds the rows in the order of their ids, because an id contains the time of its
+// event. In rest, concatenations with an empty text keep the database from using the index of
+// due times: the database must read the rows in the order of their ids. If a filter selects
+// neither pending nor dead events, the two parts together select no row of the table events.
 func conditions(f store.Filter, table string) (bounds, rest *condition) {
 	bounds, rest = new(condition), new(condition)
 	if table == events && !has(f, store.Pending) {
@@ -166,7 +168,7 @@ func recordColumns(table string, withRequest bool) string {
 	return columns + ", NULL, NULL"
 }
 
-// records runs a statement that returns recordColumns.
+// records runs a statement that returns recordColumns, and returns a record for each row.
 func (d *DB) records(ctx context.Context, db Querier, query string, args ...any) (found []*store.Record, err error) {
 	var r store.Record
 	var received, due, lease, finished sql.NullInt64
@@ -191,8 +193,8 @@ func at(ms sql.NullInt64) time.Time {
 	return time.UnixMilli(ms.Int64)
 }
 
-// milliseconds returns a duration from a database. It is never negative, because a clock may
-// have been wrong.
+// milliseconds returns a duration from a database. It returns 0 for a negative duration, which
+// comes from a wrong clock.
 func milliseconds(ms int64) time.Duration { return time.Duration(max(0, ms)) * time.Millisecond }
 
 // Retry implements store.Store.
@@ -217,7 +219,7 @@ func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
 			}
 		}
 		n = len(gone)
-		if n == 0 && has(f, store.History) { // a key may stay longer than its event's history
+		if n == 0 && has(f, store.History) { // a key may exist longer than the row of its event in the history
 			gone = f.IDs
 		}
 		c := new(condition)

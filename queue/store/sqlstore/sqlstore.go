@@ -28,14 +28,14 @@ type Dialect struct {
 	Now       string // the time in milliseconds, constant during a statement
 	Skip      string // makes a SELECT skip locked rows; empty if no row can be locked
 	Begin     string // the first statement of a transaction that writes, or empty
-	More      string // statements after schema.sql
+	More      string // statements to run after schema.sql
 	Size      string // a SELECT of the size of the database in bytes
 
 	// Wrap translates an error of the driver into an error of package store.
 	Wrap func(error) error
 }
 
-// DB is a store that does not repair its database. The packages that embed DB repair it.
+// DB is a store that does not repair its database. The types that embed DB repair the database.
 type DB struct {
 	Dialect
 	Write, Read *sql.DB
@@ -61,7 +61,7 @@ func (d *DB) text(query string) string {
 	return b.String()
 }
 
-// InTx calls f in a transaction that writes.
+// InTx calls f in a transaction that writes, and commits if f returns no error.
 func (d *DB) InTx(ctx context.Context, f func(tx *sql.Tx) error) error {
 	tx, err := d.Write.BeginTx(ctx, &sql.TxOptions{Isolation: sql.LevelReadCommitted})
 	if err != nil {
@@ -105,7 +105,8 @@ func (d *DB) change(ctx context.Context, query string, args ...any) (n int, err 
 	return n, err
 }
 
-// each runs a query, scans each row into dest, and calls row unless row is nil.
+// each runs a query. It scans each row of the result into dest, and then calls row, unless row
+// is nil.
 func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query string, args ...any) error {
 	rows, err := db.QueryContext(ctx, d.text(query), args...)
 	if err != nil {
@@ -123,7 +124,7 @@ func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query
 	return rows.Err()
 }
 
-// read is each outside of a transaction.
+// read is like each, but outside of a transaction, and translates the error.
 func (d *DB) read(ctx context.Context, dest []any, row func(), query string, args ...any) error {
 	return d.Wrap(d.each(ctx, d.Read, dest, row, query, args...))
 }

@@ -10,7 +10,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// statement is a statement for many events. In text, {rows} stands for one row per event.
+// statement is a statement for many events. In text, {rows} stands for a copy of row for each
+// event.
 type statement struct{ row, text string }
 
 // insert returns a statement that adds rows to a table, with an argument for each column.
@@ -46,8 +47,8 @@ func (s statement) forRows(n int) string {
 	return strings.Replace(s.text, "{rows}", strings.Repeat(s.row+",", n-1)+s.row, 1)
 }
 
-// PrepareApply prepares the statements of Apply: SQLite is as slow in parsing them as in
-// running them.
+// PrepareApply prepares the statements of Apply, because SQLite takes as long to parse them as
+// to run them.
 func (d *DB) PrepareApply(ctx context.Context) error {
 	d.prepared = make(map[string]*sql.Stmt)
 	for _, s := range []statement{addEvents, addHistory, deliverEvents, keepEvents} {
@@ -115,8 +116,8 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 	})
 }
 
-// plain returns a text that every database accepts: UTF-8 without NUL. Otherwise one event
-// would make each batch with it fail.
+// plain returns a text that every database accepts: UTF-8 without NUL. Otherwise each batch
+// with such a text would fail.
 func plain(text string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
 }
@@ -149,7 +150,7 @@ func eventRows(b *store.Batch) (rows [][]any) {
 	return rows
 }
 
-// finishRows returns the arguments of deliverEvents and of keepEvents.
+// finishRows returns the arguments of deliverEvents, and those of keepEvents for the other events.
 func finishRows(b *store.Batch) (delivered, others [][]any) {
 	for _, f := range b.Finish {
 		state, uncounted := store.Pending, 0
@@ -168,8 +169,9 @@ func finishRows(b *store.Batch) (delivered, others [][]any) {
 	return delivered, others
 }
 
-// left finds the finishes that Apply could not write because another transaction has locked
-// their rows. Their events still exist, and this owner still has the lease.
+// left sets Left to the finishes that Apply could not write because another transaction has
+// locked their rows. These are the finishes whose events still exist, if this owner still has
+// the lease, or the Outcome is Delivered.
 func (d *DB) left(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 	for some := range slices.Chunk(b.Finish, d.Rows) {
 		finishes, c := make(map[string]store.Finish), new(condition)
