@@ -143,9 +143,9 @@ func (s spread) String() string {
 	return fmt.Sprintf("%.0f (%.0f to %.0f)", s.median(), slices.Min(s), slices.Max(s))
 }
 
-// print writes the tables of docs/performance.md. rows come in pairs: one program without
-// verification, and the same program with it. The first pair is this module. The last
-// column names the figures in which the other program is better than this module.
+// print writes the tables of docs/performance.md. rows has pairs: a program without
+// verification, and the same program with verification. The first pair is this module. The
+// last column names the figures in which the other program is better than this module.
 func print(rows []*row, rounds int, each time.Duration) {
 	fmt.Printf("%s, %d processors, %s. Medians of %d rounds of %v, lowest and highest in brackets.\n",
 		time.Now().Format(time.DateOnly), runtime.NumCPU(), versions(), rounds, each)
@@ -198,7 +198,7 @@ type figure struct {
 	theirs, ours float64
 }
 
-// better names the figures in which the other program is better.
+// better returns the names of the figures in which the other program is better.
 func better(figures ...figure) string {
 	var names []string
 	for _, f := range figures {

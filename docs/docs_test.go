@@ -104,8 +104,8 @@ func problems(t *testing.T, content string) (problems []string) {
 	return problems
 }
 
-// endsInPage reports whether the last directive of a site, or of a route at its end, is the
-// page of the queue, without a matcher.
+// endsInPage reports whether a site ends in the directive inkit_queue_page without a
+// matcher. If the site is only a route, endsInPage looks into the route.
 func endsInPage(directives []string) bool {
 	words := strings.Fields(directives[len(directives)-1])
 	if words[0] == "route" && len(directives) == 1 {
@@ -193,8 +193,8 @@ func TestLinks(t *testing.T) {
 	assert.Greater(t, count, 20)
 }
 
-// The README has the same grammar as the source, and the other pages name all outcomes,
-// metrics, placeholders and commands of the source.
+// The documents have the same grammar as the source, and name all outcomes, metrics,
+// placeholders and commands of the source.
 func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 	readme := files(t, "README.md")["README.md"]
 	reference := files(t, "reference.md")["docs/reference.md"] + files(t, "monitoring.md")["docs/monitoring.md"]
@@ -343,7 +343,8 @@ func TestMessages(t *testing.T) {
 	assert.Equal(t, string(want), got, "go test ./docs -run TestMessages -update")
 }
 
-// message returns the argument of a call that logs or makes an error, and the level.
+// message returns the text of a call that makes an error or a log line. kind is error, or the
+// level of the log line.
 func message(call *ast.CallExpr) (kind string, argument ast.Expr) {
 	function := types.ExprString(call.Fun)
 	receiver, method := function[:max(0, strings.LastIndex(function, "."))], function[strings.LastIndex(function, ".")+1:]

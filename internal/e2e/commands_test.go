@@ -22,7 +22,7 @@ import (
 )
 
 // webhookCommand runs caddy inkit-webhook and returns its output and exit status. The
-// environment has the secret, unless it is empty.
+// value of INKIT_WEBHOOK_SECRET is secret.
 func webhookCommand(t *testing.T, secret, stdin string, args ...string) (stdout, stderr string, status int) {
 	t.Helper()
 	cmd := exec.Command(caddyPath, append([]string{"inkit-webhook"}, args...)...)

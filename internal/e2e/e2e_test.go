@@ -419,13 +419,13 @@ func readFile(t *testing.T, path string) string {
 	return string(content)
 }
 
-// logged waits for a line of the log.
+// logged waits until the log of Caddy contains text.
 func (c *caddy) logged(text string) {
 	c.t.Helper()
 	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })
 }
 
-// replaceEach replaces pairs of texts, each of which must be there.
+// replaceEach replaces the first text of each pair, which must be there, by the second one.
 func replaceEach(t *testing.T, text string, pairs ...string) string {
 	t.Helper()
 	for i := 0; i < len(pairs); i += 2 {
@@ -435,7 +435,7 @@ func replaceEach(t *testing.T, text string, pairs ...string) string {
 	return text
 }
 
-// needs skips a test if a program is not installed.
+// The function needs skips a test if one of the programs is not installed.
 func needs(t *testing.T, programs ...string) {
 	t.Helper()
 	for _, program := range programs {

@@ -98,7 +98,7 @@ func TestAlertRules(t *testing.T) {
 	}
 }
 
-// TestMonitoringDoc: the document names every alert and metric, and the rule in it fires.
+// TestMonitoringDoc: docs/monitoring.md names every alert and metric, and its rule fires.
 func TestMonitoringDoc(t *testing.T) {
 	t.Parallel()
 	doc := readFile(t, "../../docs/monitoring.md")
@@ -256,8 +256,8 @@ func (p *prometheus) query(at time.Time, expr string) (result []series) {
 	return result
 }
 
-// when waits for a time at which each expression has the value 2. The time is two seconds
-// in the past, so that no scrape is still running.
+// The method when waits for a time at which each expression has the value 2. It returns this
+// time, two seconds in the past, so that no scrape of that time is still running.
 func (p *prometheus) when(what string, exprs ...string) (at time.Time) {
 	p.t.Helper()
 	deadline := time.Now().Add(time.Minute)
@@ -446,7 +446,8 @@ func TestDashboard(t *testing.T) {
 		assert.Empty(t, shown(now.Add(25*time.Hour), ".*"), panel.Title)
 	}
 
-	// in Caddy's own metrics, the label is the first handler of the route: handle is a subroute
+	// the label handler of Caddy's own metrics has the first handler of the route: for the
+	// directive handle, this is subroute
 	for _, metric := range []string{"caddy_http_request_duration_seconds_count", "caddy_http_request_size_bytes_count", "caddy_http_response_duration_seconds_count"} {
 		assert.NotEmpty(t, p.query(now, metric+`{handler="subroute"}`), metric)
 		assert.Empty(t, p.query(now, metric+`{handler="inkit_webhook"}`), metric)
