@@ -41,7 +41,7 @@ func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*ht
 	return r, e
 }
 
-// stored returns the request of attempt 3, made from a stored request.
+// stored encodes a request, decodes it, and returns the request of attempt 3.
 func stored(tb testing.TB, r *http.Request, e *event.Event) *http.Request {
 	tb.Helper()
 	a := &addition{rec: &store.Record{ID: "id", Received: time.Unix(1_795_592_263, 0), Attempts: 3}, request: newRequest(r, e)}
@@ -112,7 +112,7 @@ func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
 func TestStoredVariables(t *testing.T) {
 	for _, tt := range []struct {
 		name        string
-		value, want any // nil if it is not stored
+		value, want any // want is nil if the value is not stored
 	}{
 		{"a text", "green", "green"},
 		{"an empty text", "", ""},
@@ -216,7 +216,7 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 	}
 }
 
-// The stored form of a request must not change, because later versions read it.
+// The stored form of a request must not change, because later versions must read it.
 func TestStoredForm(t *testing.T) {
 	r, e := arrived(t, "https://example.com/webhook?x=1", "the body", func(r *http.Request) {
 		r.Header = http.Header{"X-A": {"1"}}

@@ -33,7 +33,7 @@ func delivered(id string, change func(r *store.Record)) *store.Record {
 	return r
 }
 
-// keyed returns an event that must be stored only once.
+// keyed returns an event with a key: a second event with the same digest is a duplicate.
 func keyed(id, digest string) *store.Record {
 	r := record(id)
 	r.Digest, r.Remember = []byte(digest), time.Hour
