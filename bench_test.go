@@ -73,7 +73,7 @@ func BenchmarkHMACOfNewMemory(b *testing.B) {
 
 // BenchmarkServeHTTP measures a request through the handler, with an upstream that reads
 // the body. The rows pass-through are without the handler: subtract their figures. The rows
-// naive are with a minimal middleware without a limit, placeholders, logs and metrics.
+// naive use a minimal middleware, which has no limit, placeholders, logs or metrics.
 func BenchmarkServeHTTP(b *testing.B) {
 	one := Secret{Value: testSecret}
 	older := Secret{Value: "an older secret"}

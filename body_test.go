@@ -285,7 +285,7 @@ func TestReplacedBodyIsNotUndone(t *testing.T) {
 	require.Error(t, err)
 }
 
-// An error route gets the whole verified body, and may send a failed event to another backend.
+// An error route gets the whole verified body, so it can send the event to another backend.
 func TestErrorRoutesGetTheBody(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	for _, body := range []string{"", "abc", strings.Repeat("a", 50_000)} {

@@ -111,7 +111,7 @@ func FuzzExplain(f *testing.F) {
 		if cause := explain([]Secret{{Value: secret, Name: "name"}}, body, signature); cause == "" {
 			t.Error("no answer")
 		}
-		if json.Valid(body) { // each variant must also be valid
+		if json.Valid(body) { // each variant must be valid, too
 			tryLayouts(string(body), func(variant, layout string) {
 				require.True(t, json.Valid([]byte(variant)), "%s: %q", layout, variant)
 			})

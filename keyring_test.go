@@ -40,7 +40,7 @@ func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	assert.Equal(t, "blue", secrets[i].Name, "the first of the equal secrets counts")
 }
 
-// reloadsSince returns a function. It returns the number of reloads from now on, by result.
+// reloadsSince returns a function that counts the reloads after this call, by result.
 func reloadsSince(h *Handler) func() string {
 	count := func(result int) float64 { return testutil.ToFloat64(h.counters.reloads[result]) }
 	changed, unchanged, failed := count(reloadChanged), count(reloadUnchanged), count(reloadFailed)
@@ -289,7 +289,7 @@ func TestFileSystemThatHangs(t *testing.T) {
 }
 
 // Four senders use one secret, while the file of the other secret is replaced again and again.
-// All events must pass, also an event with each new secret.
+// All events must pass, also those with a new secret.
 func TestSecretsAreReloadedUnderLoad(t *testing.T) {
 	dir := t.TempDir()
 	path := writeFile(t, filepath.Join(dir, "secret"), "first\n")

@@ -127,7 +127,6 @@ func load(tb testing.TB, h *Handler) error {
 	return h.Validate()
 }
 
-// result is the result of a request.
 type result struct {
 	status     int // of the error, or 200
 	outcome    string

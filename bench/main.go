@@ -131,7 +131,7 @@ func (s spread) median() float64 {
 	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
 }
 
-// minus subtracts the other figure in each round.
+// minus returns the differences: in each round, the figure minus the other figure.
 func (s spread) minus(other spread) (differences spread) {
 	for i := range s {
 		differences = append(differences, s[i]-other[i])
@@ -192,7 +192,7 @@ func print(rows []*row, rounds int, each time.Duration) {
 	}
 }
 
-// figure is one value of another program and of this module. A lower value is better.
+// A figure has a value of another program and of this module. A lower value is better.
 type figure struct {
 	name         string
 	theirs, ours float64

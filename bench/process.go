@@ -63,8 +63,8 @@ func (p *process) stop() {
 	<-p.exited
 }
 
-// each passes every process of the group to f, with the fields of /proc/<pid>/stat from the
-// third field on.
+// The method each calls f for every process of the group, with the fields of /proc/<pid>/stat
+// from the third field on.
 func (p *process) each(f func(pid string, stat []string)) error {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {

@@ -12,7 +12,7 @@ import (
 
 const secret = "test_inkit_webhook_secret"
 
-// path is for all programs. The program webhook only serves paths under /hooks/.
+// path suits all programs: the program webhook serves only paths under /hooks/.
 const path = "/hooks/inkit"
 
 const njsModule = "/usr/lib/nginx/modules/ngx_http_js_module.so"
@@ -49,7 +49,7 @@ func rows(caddy, backend string) (all []*row) {
 		return exec.Command(caddy, "run", "--config", filepath.Join(dir, "Caddyfile"))
 	})
 
-	// nginx has no r.requestBuffer for a body that it wrote to a file, so it rejects a large body.
+	// If nginx writes a large body to a file, r.requestBuffer is empty, and the script rejects it.
 	pair("nginx, njs", func(_ string, verifies bool) map[string]string {
 		location := "location / { proxy_pass http://backend; }"
 		if verifies {

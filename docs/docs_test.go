@@ -1,5 +1,5 @@
-// Package docs tests the documents without running their commands. internal/e2e and
-// .ci/first-run test the rest.
+// Package docs tests the documents, but does not run their commands: internal/e2e and
+// .ci/first-run do this.
 package docs
 
 import (
@@ -31,8 +31,8 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 )
 
-// files returns the files of the repository that match one of the patterns, by their path
-// in the repository.
+// files returns the files of the repository that match one of the patterns. The keys are
+// paths in the repository.
 func files(t *testing.T, patterns ...string) map[string]string {
 	t.Helper()
 	found := make(map[string]string)
@@ -69,7 +69,7 @@ func blocks(document, language string) (blocks []string) {
 	return blocks
 }
 
-// problems returns the faults of a Caddyfile in the project.
+// problems returns the faults of a Caddyfile of this repository.
 func problems(t *testing.T, content string) (problems []string) {
 	t.Helper()
 	_, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(content), map[string]any{"filename": "Caddyfile"})
@@ -343,8 +343,7 @@ func TestMessages(t *testing.T) {
 	assert.Equal(t, string(want), got, "go test ./docs -run TestMessages -update")
 }
 
-// message returns the text of a call that makes an error or a log line. kind is error, or the
-// level of the log line.
+// message returns the text of an error or of a log line. kind is error, or the level of the line.
 func message(call *ast.CallExpr) (kind string, argument ast.Expr) {
 	function := types.ExprString(call.Fun)
 	receiver, method := function[:max(0, strings.LastIndex(function, "."))], function[strings.LastIndex(function, ".")+1:]

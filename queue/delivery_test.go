@@ -115,7 +115,7 @@ func TestLastError(t *testing.T) {
 	}
 }
 
-// The last error is one short line, also if the backend sends a long text in any attempt.
+// After each attempt, the last error is one short line, even if the error of a handler is long.
 func TestLastErrorOfABackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
@@ -376,8 +376,7 @@ func TestNewEventsPassABacklog(t *testing.T) {
 	})
 }
 
-// An event is dead when an attempt fails after max_age. If an operator retries the event, its
-// age begins at 0 again.
+// An event is dead when an attempt fails after max_age. A retry by an operator sets the age to 0.
 func TestMaxAge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var attempts atomic.Int64

@@ -163,7 +163,6 @@ func (s *faultyStore) Counts(ctx context.Context) ([]store.Count, error) {
 	return counts, err
 }
 
-// configuration is a loaded configuration.
 type configuration struct {
 	app      *App
 	handlers []*Handler
@@ -269,7 +268,7 @@ func post(text string) *http.Request {
 	return r
 }
 
-// An answered is the response to the sender.
+// The type answered is the response to the sender.
 type answered struct {
 	status      int // of the error or of the response
 	body, error string
@@ -581,7 +580,7 @@ func TestAttemptsAreAlike(t *testing.T) {
 	})
 }
 
-// While events cannot be stored, the log has one line a minute. The recovery has one line.
+// While events cannot be stored, the log has a line a minute, and one more at the recovery.
 func TestErrorLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
@@ -653,7 +652,7 @@ func TestCleanupWithoutStop(t *testing.T) {
 	assert.Equal(t, c.handlers, c.queue().handlers)
 }
 
-// If the queue is full (max_events) and no attempt may begin (concurrency), a new event waits.
+// If the queue is full (max_events), a new event waits until an attempt may begin (concurrency).
 func TestFullQueueWaitsForTheBackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var up atomic.Bool
@@ -675,8 +674,7 @@ func TestFullQueueWaitsForTheBackend(t *testing.T) {
 	})
 }
 
-// The sender gets the body of the backend's response. If the body is longer than a limit, the
-// sender gets none of it.
+// The sender gets the body of the backend's response, or no body if it is longer than a limit.
 func TestLongAnswer(t *testing.T) {
 	for _, tt := range []struct{ size, want int }{{maxAnswer, maxAnswer}, {maxAnswer + 1, 0}, {3 * maxAnswer, 0}} {
 		w := newAnswer()

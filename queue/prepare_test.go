@@ -228,7 +228,7 @@ func TestStoredForm(t *testing.T) {
 	rest, err := cbor.UnmarshalFirst(encoded, &object)
 	require.NoError(t, err)
 	assert.Equal(t, "the body", string(rest))
-	delete(object, "vars") // they depend on the version of Caddy
+	delete(object, "vars") // the variables depend on the version of Caddy
 	assert.Equal(t, map[string]any{
 		"method": "POST", "proto": "HTTP/1.1", "host": "example.com", "remote_addr": "192.0.2.1:1234",
 		"target":   map[any]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},

@@ -53,7 +53,6 @@ type record struct {
 	Target, Query  string // such as POST /webhook
 }
 
-// newBackend starts a backend.
 func newBackend(t *testing.T, answer func(b *backend, w http.ResponseWriter, r *http.Request)) *backend {
 	t.Helper()
 	b := &backend{
@@ -157,12 +156,12 @@ func newScripted(t *testing.T, status func(n int, r *http.Request) int) *backend
 	})
 }
 
-// always is a status for newScripted: each request gets the same code.
+// With the function always, a backend of newScripted gives each request the same status.
 func always(code int) func(int, *http.Request) int {
 	return func(int, *http.Request) int { return code }
 }
 
-// inTurn is a status for newScripted: the first requests get the codes, all others 200.
+// With inTurn, a backend of newScripted gives one code after the other, and then always 200.
 func inTurn(codes ...int) func(int, *http.Request) int {
 	return func(n int, _ *http.Request) int {
 		if n <= len(codes) {
@@ -181,7 +180,7 @@ func newTaker(t *testing.T, status func(id string, attempt int) int) *backend {
 	return b
 }
 
-// all is a status for newTaker: the backend accepts each event after 2 ms.
+// With the function all, a backend of newTaker accepts each event after 2 ms.
 func all(string, int) int {
 	time.Sleep(2 * time.Millisecond)
 	return http.StatusOK
@@ -247,7 +246,7 @@ func (b *backend) of(id string) (e struct{ attempts, taken int }) {
 	return e
 }
 
-// idOf returns the id that the queue gave an event, as in the last attempt at the event.
+// idOf returns the queue's id of an event, from the header of the last attempt.
 func (b *backend) idOf(id string) string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -266,9 +265,8 @@ func (b *backend) missing(ids []string) (missing []string) {
 	return missing
 }
 
-// hasAll waits until the backend has accepted all events. It asserts that all attempts for
-// one request of the sender have the same Idempotency-Key. It returns how often the backend
-// has accepted an event that it had accepted before.
+// hasAll waits until the backend has accepted all events. It asserts that all attempts for one
+// request of the sender have one Idempotency-Key. It returns the number of repeated deliveries.
 func (b *backend) hasAll(t *testing.T, ids []string, within time.Duration) (doubles int) {
 	t.Helper()
 	require.NotEmpty(t, ids)

@@ -267,7 +267,7 @@ var lookAtSources = sync.OnceFunc(func() {
 	}
 })
 
-// run starts the process. start also waits until Caddy answers.
+// The method run starts the process. The method start also waits until Caddy answers.
 func (c *caddy) run() {
 	c.t.Helper()
 	lookAtSources()
@@ -307,8 +307,8 @@ func (c *caddy) reload() {
 	c.settled()
 }
 
-// settled waits until the old configuration has closed its listeners. This can be a moment
-// after Caddy reports the new configuration as loaded. The kernel resets the connections
+// settled waits until the old configuration has closed its listeners. Caddy may do this a
+// moment after it reports the new configuration as loaded. The kernel resets the connections
 // that the old configuration has not accepted.
 func (c *caddy) settled() {
 	c.t.Helper()
@@ -352,7 +352,7 @@ func (c *caddy) tlsConfig() *tls.Config {
 	return &tls.Config{RootCAs: pool, ServerName: "localhost"}
 }
 
-// sign does not use the module, so that the tests are independent of its code.
+// The function sign does not use the code of the module, so that the tests are independent.
 func sign(key string, body []byte) string {
 	m := hmac.New(sha256.New, []byte(key))
 	m.Write(body)
@@ -445,7 +445,7 @@ func needs(t *testing.T, programs ...string) {
 	}
 }
 
-// killHard ends Caddy abruptly, like a crash of its machine.
+// killHard kills Caddy, like a crash.
 func killHard(c *caddy) {
 	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
 	<-c.exited

@@ -82,7 +82,7 @@ func TestDockerExample(t *testing.T) {
 		}
 	}))
 	t.Cleanup(control.Close)
-	// does docker compose exec caddy <command>, and docker compose stop|start backend
+	// the replacement does docker compose exec caddy <command> and docker compose stop|start backend
 	docker := `case "$1 $2 $3" in
 "compose exec caddy") shift 3; exec "$@";;
 "compose stop backend"|"compose start backend") curl -fsS "` + control.URL + `/$2";;

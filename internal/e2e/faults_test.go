@@ -35,7 +35,7 @@ const (
 `
 )
 
-// recommendedSite returns the site of a recipe.
+// recommendedSite returns the site of the recipe "Nothing verified gets lost".
 func recommendedSite(t *testing.T, upstreams ...string) string {
 	t.Helper()
 	_, site := recipe(t, "Nothing verified gets lost", "localhost:9000", strings.Join(upstreams, " "))
@@ -98,7 +98,7 @@ func (l *load) sendOne() {
 	}
 }
 
-// answered returns how many events were answered.
+// The method answered returns the number of events with a response.
 func (l *load) answered() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -425,7 +425,7 @@ func TestTwoUpstreams(t *testing.T) {
 	t.Run("one resets connections at random", func(t *testing.T) {
 		t.Parallel()
 		b := newBackend(t, good)
-		bad := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) { // one connection in three
+		bad := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) { // it resets one connection in three
 			before, after := rand.IntN(6) == 0, rand.IntN(6) == 0
 			if !before {
 				b.record(r)

@@ -360,8 +360,8 @@ func randomRequest(r *rand.Rand) (request []byte, whole bool) {
 }
 
 // verdict sends a request and returns the status of the response. Only after an incomplete
-// request, verdict closes its half of the connection: after a complete one, net/http would
-// take that for a disconnect.
+// request, verdict closes its half of the connection: after a complete request, net/http would
+// treat the sender as disconnected.
 func verdict(addr string, request []byte, whole bool) (int, error) {
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {

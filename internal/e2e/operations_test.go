@@ -108,7 +108,7 @@ func TestNothingConfidentialShows(t *testing.T) {
 	}
 }
 
-// inParallel calls f for 0 to n-1.
+// inParallel calls f with each number from 0 to n-1, several numbers in parallel.
 func inParallel(workers, n int, f func(i int)) {
 	var wg sync.WaitGroup
 	var next atomic.Int64

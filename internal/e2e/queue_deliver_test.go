@@ -356,7 +356,6 @@ type queueEvent struct {
 	LastError                  string `json:"last_error"`
 }
 
-// list runs caddy inkit-queue list.
 func (c *caddy) list(t *testing.T, args ...string) (events []queueEvent) {
 	t.Helper()
 	out, err := c.command(append([]string{"inkit-queue", "list", "--json", "--config", c.path("Caddyfile")}, args...)...)

@@ -58,8 +58,8 @@ func newStatus(t *testing.T, code int32) (b *backend, status *atomic.Int32) {
 	return newTaker(t, func(string, int) int { return int(status.Load()) }), status
 }
 
-// operator is a shell that runs the commands of docs/queue.md, as the user of Caddy. The test
-// replaces systemd.
+// operator is a shell that runs the commands of docs/queue.md. Scripts of the test replace the
+// programs sudo, systemctl and journalctl.
 type operator struct {
 	t    *testing.T
 	dir  string

@@ -127,7 +127,7 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 }
 
 // While another program locks the file, the two Caddys cannot store their deliveries. So they
-// make no attempts: both Caddys would deliver the same events.
+// make no attempts, or else both would deliver the same events.
 func TestQueueOfTwoCaddysWhileTheFileIsLocked(t *testing.T) {
 	t.Parallel()
 	var up atomic.Bool
@@ -229,7 +229,7 @@ func TestQueueThatIsFull(t *testing.T) {
 	assert.NotEqual(t, "0", c.metric(`caddy_inkit_queue_stored_total{queue="default",result="refused"}`))
 	assert.Len(t, c.list(t), kept, "no older event was dropped")
 
-	c.configure("", queueSite(backend.addr, "max_events 1")) // fewer than are pending
+	c.configure("", queueSite(backend.addr, "max_events 1")) // more events than this are pending
 	c.stop(t, syscall.SIGTERM)
 	c.start()
 	up.Store(true)

@@ -103,8 +103,8 @@ func TestQueueOnce(t *testing.T) {
 	assert.Regexp(t, `(?m)^\S+  delivered  \d+ s +DOCUMENT_CREATE_FINISHED  outage`, list)
 }
 
-// The test sends each of 200 events to both of two Caddys on one PostgreSQL, in parallel. Each
-// event arrives once.
+// The test sends each of 200 events to two Caddys on one PostgreSQL in parallel. Each event
+// arrives only one time.
 func TestPostgresOnce(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)

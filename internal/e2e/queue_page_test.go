@@ -56,7 +56,6 @@ func pageCaddy(t *testing.T, pages string) (c *caddy, s *sender) {
 	return c, newSender(t, c)
 }
 
-// visitor is a client that requests pages.
 type visitor struct {
 	client *http.Client
 	change func(*http.Request)
@@ -92,7 +91,7 @@ func plainVisitor(change func(*http.Request)) visitor {
 
 func withPassword(r *http.Request) { r.SetBasicAuth("ops", "demo") }
 
-// The method uses opens the page like an operator, and retries an event. at ends in a slash.
+// The method uses opens the page like an operator, and retries an event. The URL at ends in /.
 func (v visitor) uses(t *testing.T, at, user string) {
 	t.Helper()
 	status, page, header := v.do(t, http.MethodGet, at, nil)

@@ -28,7 +28,7 @@ func pgCaddy(t *testing.T, backend, dsn, options string) *caddy {
 	return startCaddy(t, "grace_period 5s", inPostgres(queueSite(backend, options)), "INKIT_QUEUE_DSN="+dsn)
 }
 
-// inPostgres moves the queue of queueSite to PostgreSQL.
+// inPostgres changes the database in the site of queueSite to PostgreSQL.
 func inPostgres(site string) string {
 	return strings.Replace(site, "store sqlite {{dir}}/queue/events.db", "store postgres {env.INKIT_QUEUE_DSN}", 1)
 }

@@ -21,12 +21,11 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// sender sends events to Caddys in turn. If a Caddy does not accept an event, the sender tries
-// the next Caddy.
+// sender sends events to Caddys in turn. If a Caddy does not accept an event, the next one gets it.
 type sender struct {
 	urls    []string
 	client  *http.Client
-	workers int // of sendAll
+	workers int // how many goroutines sendAll uses
 
 	mu       sync.Mutex
 	tries    int // how many requests were sent
@@ -126,7 +125,7 @@ func quantile(times []time.Duration, part float64) time.Duration {
 	return times[int(part*float64(len(times)-1))]
 }
 
-// sometimes is a status for newTaker: the backend refuses the first attempt at each event
+// With the function sometimes, a backend of newTaker refuses the first attempt at each event
 // whose id ends in 3, and takes 300 ms for the first attempt if the id ends in 7.
 func sometimes(id string, attempt int) int {
 	time.Sleep(2 * time.Millisecond)
@@ -139,8 +138,7 @@ func sometimes(id string, attempt int) int {
 	return http.StatusOK
 }
 
-// firstHangs is a status for newTaker: the first attempt at each event hangs for timeout, and
-// fails.
+// With firstHangs, the first attempt at each event takes as long as timeout, and fails.
 func firstHangs(timeout time.Duration) func(id string, attempt int) int {
 	return func(_ string, attempt int) int {
 		if attempt == 1 {

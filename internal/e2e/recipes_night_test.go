@@ -32,7 +32,7 @@ func postLater(t *testing.T, url string, body []byte) (status chan int) {
 }
 
 // TestRecipeSignatureInLogs: with both filters, no log has a signature. Both filters are
-// necessary if the proxy is directly behind the guard, and if it is in a queue.
+// necessary for a proxy directly behind the guard, and for a proxy in a queue.
 func TestRecipeSignatureInLogs(t *testing.T) {
 	t.Parallel()
 	const filter = "\t\tformat filter {\n\t\t\trequest>headers>Inkit-Signature delete\n\t\t}\n"

@@ -153,7 +153,7 @@ func TestRecipeRouteByEvent(t *testing.T) {
 	assert.Equal(t, []string{"document", "other", "other"}, kinds(others))
 }
 
-// TestHandleErrors: the errors reach the error routes, and no response has two headers.
+// TestHandleErrors: the errors reach the error routes, and no handler writes a second header.
 func TestHandleErrors(t *testing.T) {
 	const heading = "Error page, and an allow-list of addresses"
 	b := newBackend(t, good)
@@ -259,7 +259,7 @@ func TestRecipeJSON(t *testing.T) {
 	}
 }
 
-// TestQuickStart runs the example and the commands in its comment and in the README.
+// TestQuickStart runs example.Caddyfile, and the commands in its comment and in the README.
 func TestQuickStart(t *testing.T) {
 	needs(t, "openssl", "curl", "sh")
 	example := readFile(t, "../../example.Caddyfile")

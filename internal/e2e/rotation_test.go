@@ -67,8 +67,8 @@ func (r *rotating) status(key, id string) int {
 	return got.status
 }
 
-// The method until sends 50 events a second, signed with key. It stops when an event gets
-// status, and returns how long this took.
+// The method until sends 50 events a second, signed with key. It stops when the answer to an
+// event is status, and returns how long this took.
 func (r *rotating) until(key string, status int, limit time.Duration) time.Duration {
 	r.t.Helper()
 	began := time.Now()

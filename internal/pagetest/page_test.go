@@ -363,7 +363,7 @@ func violations(t *testing.T, ctx context.Context, source string) (found []strin
 	return found
 }
 
-// screenshot takes a picture, which must be small. If SCREENSHOTS is set, it goes into docs.
+// screenshot takes a picture, which must be small. If SCREENSHOTS is set, docs gets the picture.
 func screenshot(t *testing.T, ctx context.Context, name string) {
 	t.Helper()
 	png := ask(t, ctx, chromedp.CaptureScreenshot())

@@ -68,7 +68,7 @@ type page struct {
 	dropped bool // an fsync has failed. As in ext4, programs still read the newest content
 }
 
-// toll counts what a power cut did to the unsynced pages.
+// toll counts the unsynced pages that a power cut has lost, torn or kept.
 type toll struct{ lost, torn, kept int }
 
 // mount mounts a disk on a folder, with the files that another disk left in dir.

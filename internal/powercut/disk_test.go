@@ -40,8 +40,7 @@ func letters(content []byte) (s string) {
 	return s
 }
 
-// TestDisk writes a file of three pages, abc, and syncs it. Then it changes the file, and
-// cuts the power.
+// TestDisk writes and syncs three pages, abc. Then it changes the file, and cuts the power.
 func TestDisk(t *testing.T) {
 	for _, tt := range []struct {
 		name           string

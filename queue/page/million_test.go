@@ -99,7 +99,7 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int, slack time.
 			times = append(times, time.Since(began))
 		}
 		t.Logf("%-55s median %v, at most %v", view, quantile(times), slices.Max(times).Round(time.Millisecond))
-		if view != "/events?error=nothing" { // this search ends by its time limit
+		if view != "/events?error=nothing" { // this search ends at its time limit
 			assert.Less(t, quantile(times), slack*300*time.Millisecond, view)
 		}
 		assert.Less(t, slices.Max(times), slack*time.Second, view)

@@ -437,8 +437,7 @@ func TestRetryAndDrop(t *testing.T) {
 	assert.Equal(t, []string{"ops retry default,other 2", "ops retry default 1", "ops retry default 7", "ops drop default 2", "ops drop default 5"}, lines)
 }
 
-// If the number of matching events changes after the page has asked, Caddy drops none of them,
-// and the page asks again.
+// If more events match than the page has asked about, the page drops none, and asks again.
 func TestDropAsksAgain(t *testing.T) {
 	p := newDefaultPage(t)
 	first := p.named("first")
@@ -596,7 +595,7 @@ var markup = map[string][]string{
 	"time": {"datetime", "title"}, "ol": {"class"}, "li": nil, "br": nil, "strong": nil,
 }
 
-// links is the form of each link in the page.
+// links matches each link that the page may have.
 var links = regexp.MustCompile(`^(\./(\?still)?|#main|(events|event)(\?[A-Za-z0-9._+%=&~-]*)?|page\.css|retry|drop|pause|resume)$`)
 
 func wellBehaved(t *testing.T, view, page string) {
