@@ -34,7 +34,7 @@ func (d *deadlines) SetReadDeadline(deadline time.Time) error {
 }
 
 // The guard reads the rest of a rejected body without storing it, so that the sender sees
-// the response. If the guard does not read the whole body, it closes the connection.
+// the response. If the guard does not read the whole body, it closes the connection or stream.
 func TestRejectedBodyIsDiscarded(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	for _, tt := range []struct {

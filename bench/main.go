@@ -104,7 +104,7 @@ func run(rounds int, each time.Duration, queue bool, beside []string, dsn string
 	return nil
 }
 
-// missing returns the programs that the rows need but that are not installed.
+// The function missing returns the programs that the rows need but that are not installed.
 func missing() (names []string) {
 	for _, name := range []string{"go", "nginx", "haproxy", "webhook", "gunicorn"} {
 		if _, err := exec.LookPath(name); err != nil {

@@ -162,7 +162,7 @@ func (b *binary) measure(place string, senders int, each time.Duration) error {
 	return nil
 }
 
-// over returns each figure divided by the other figure of the same round.
+// The method over returns each figure divided by the other figure of the same round.
 func (s spread) over(other spread) (shares spread) {
 	for i := range s {
 		shares = append(shares, s[i]/other[i])

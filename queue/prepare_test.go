@@ -28,7 +28,7 @@ func contextWithLocal(r *http.Request, local net.Addr) context.Context {
 	return context.WithValue(r.Context(), http.LocalAddrContextKey, local)
 }
 
-// arrived returns a request in the form in which a Caddy server passes it to the queue.
+// The function arrived returns a request as a Caddy server passes it to the queue.
 func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*http.Request, *event.Event) {
 	tb.Helper()
 	r := httptest.NewRequest(http.MethodPost, uri, strings.NewReader(text))
@@ -41,7 +41,7 @@ func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*ht
 	return r, e
 }
 
-// stored encodes a request, decodes it, and returns the request of attempt 3.
+// The function stored encodes a request, decodes it, and returns the request of attempt 3.
 func stored(tb testing.TB, r *http.Request, e *event.Event) *http.Request {
 	tb.Helper()
 	a := &addition{rec: &store.Record{ID: "id", Received: time.Unix(1_795_592_263, 0), Attempts: 3}, request: newRequest(r, e)}

@@ -104,8 +104,8 @@ func TestCompose(t *testing.T) {
 	}
 }
 
-// existing returns the path of a file, or for a folder the path of one of its files. The
-// returned file exists only if path exists.
+// The function existing returns the path of a file, or for a folder the path of one of its
+// files. The returned file exists only if path exists.
 func existing(path string) string {
 	if files, err := filepath.Glob(path + "/*"); err == nil && len(files) > 0 {
 		return files[0]

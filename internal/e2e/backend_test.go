@@ -38,7 +38,7 @@ type backend struct {
 	keys     map[string]map[string]bool // the values of Idempotency-Key for each request of the sender
 	times    []time.Time                // when the attempts began
 	current  map[string]bool            // events with a running attempt
-	atOnce   []string                   // events with two attempts at the same time
+	atOnce   []string                   // events with two attempts in parallel
 	now      int                        // running attempts
 	most     int                        // the largest value of now
 }
@@ -253,7 +253,7 @@ func (b *backend) idOf(id string) string {
 	return b.ids[id]
 }
 
-// missing returns the ids of the events that the backend has not accepted.
+// The method missing returns the ids of the events that the backend has not accepted.
 func (b *backend) missing(ids []string) (missing []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -307,9 +307,9 @@ func (c *caddy) reload() {
 	c.settled()
 }
 
-// settled waits until the old configuration has closed its listeners. Caddy may do this a
-// moment after it reports the new configuration as loaded. The kernel resets the connections
-// that the old configuration has not accepted.
+// The method settled waits until the old configuration has closed its listeners. Caddy may do
+// this a moment after it reports the new configuration as loaded. The kernel resets the
+// connections that the old configuration has not accepted.
 func (c *caddy) settled() {
 	c.t.Helper()
 	waitFor(c.t, "the old configuration listens no longer", c.process, func() bool {
@@ -419,7 +419,7 @@ func readFile(t *testing.T, path string) string {
 	return string(content)
 }
 
-// logged waits until the log of Caddy contains text.
+// The method logged waits until the log of Caddy contains text.
 func (c *caddy) logged(text string) {
 	c.t.Helper()
 	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })

@@ -168,7 +168,7 @@ func TestMemoryOfLargeUploads(t *testing.T) {
 		posts, size>>20, plain>>20, unsigned>>20, tooLarge>>20, forged>>20)
 	assert.Less(t, float64(unsigned), 1.2*float64(plain))
 	assert.Less(t, float64(tooLarge), 1.2*float64(plain))
-	// the garbage collector may not have freed the earlier buffers: a third of the body
+	// the earlier, smaller buffers may not be freed yet: they take a third of the body's size
 	assert.Less(t, float64(forged-plain), 1.35*posts*size)
 }
 

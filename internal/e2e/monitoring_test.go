@@ -53,7 +53,7 @@ func TestAlertRules(t *testing.T) {
 		}
 		return lines
 	}
-	// broken returns the output of the tests for rules with changed expressions
+	// the function broken returns the output of the tests for rules with changed expressions
 	broken := func(change func(lines []string) []string) string {
 		changed := rules
 		for _, alert := range alerts {
@@ -374,7 +374,7 @@ func TestDashboard(t *testing.T) {
 			assert.Equal(t, "stepAfter", defaults.Custom.LineInterpolation, panel.Title)
 		}
 		require.Len(t, panel.Targets, 1, panel.Title)
-		// shown returns the lines of the panel at one time, for the chosen webhook and queue
+		// the function shown returns the lines of the panel at a time, for one webhook and queue
 		shown := func(at time.Time, choice string) lines {
 			got := make(lines)
 			target := panel.Targets[0]

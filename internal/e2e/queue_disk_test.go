@@ -243,7 +243,7 @@ func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
 	backend.hasAll(t, s.ids(), time.Minute)
 }
 
-// kept creates a database with pending events. It returns the path and the ids of the events.
+// The function kept returns the path of a new database with pending events, and their ids.
 func kept(t *testing.T, events int) (db string, ids []string) {
 	t.Helper()
 	backend := newTaker(t, all)

@@ -98,7 +98,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	wait := first.(time.Time).Sub(started)
 	t.Logf("the first delivery %v after the start, which took %v", wait.Round(time.Millisecond), started.Sub(began).Round(time.Millisecond))
 	assert.Less(t, wait, max(time.Second, 2*started.Sub(began)))
-	if long { // what follows measures no time
+	if long { // the rest of the test measures no time
 		up.Store(false)
 		t.Parallel()
 		up.Store(true)

@@ -271,7 +271,7 @@ func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 	t.Parallel()
 	needs(t, "strace")
-	// traced returns the system calls of Caddy while the function use runs
+	// the function traced returns the system calls of Caddy while the function use runs
 	traced := func(t *testing.T, use func(c *caddy)) string {
 		t.Helper()
 		backend := newTaker(t, all)

@@ -22,7 +22,7 @@ func recipes(t *testing.T) string {
 	return readFile(t, "../../README.md") + "\n" + readFile(t, "../../docs/recipes.md")
 }
 
-// section returns the text under a heading, which must be unique in both documents.
+// section returns the text under a heading. The heading must be unique in both documents.
 func section(t *testing.T, heading string) string {
 	t.Helper()
 	parts := strings.Split(recipes(t), "\n### "+heading+"\n")

@@ -29,10 +29,10 @@ const (
 
 // disk is a file system whose power can be cut. It holds one folder of files.
 //
-// A folder of the machine has the newest content of each file, which programs read. The
-// disk remembers the old content of a page until an fsync of the file. At a cut, a page
-// that was not synced gets its old content, keeps its new content, or is torn: only its
-// first sectors are new.
+// Programs read the newest content of each file. It is in a folder of the machine. The disk
+// remembers the old content of a page until an fsync of the file. At a cut, a page that was
+// not synced gets its old content, keeps its new content, or is torn: only its first sectors
+// are new.
 //
 // This disk loses more than most disks, because a page may become durable before an older
 // write. It loses less in two ways. Creating, renaming and deleting a file is durable at

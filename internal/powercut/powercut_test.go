@@ -346,7 +346,7 @@ func (b *backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	b.taken[event.ResourceID]++
 }
 
-// missing returns how many of these events the backend has not accepted.
+// The method missing returns how many of these events the backend has not accepted.
 func (b *backend) missing(ids []string) (missing int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

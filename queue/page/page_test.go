@@ -184,7 +184,7 @@ func TestPathsAndMethods(t *testing.T) {
 		method, path string
 		want         int
 		allow        string
-		readOnly     int // the status if the page is read-only; 0 means the same status
+		readOnly     int // the status if the page is read-only; 0 means want
 	}{
 		{"GET", "/", 200, "", 0},
 		{"HEAD", "/", 200, "", 0},

@@ -38,7 +38,7 @@ func (d *database) Apply(_ context.Context, b *store.Batch) error {
 	return nil
 }
 
-// written returns the successful transactions.
+// The method written returns the successful transactions.
 func (d *database) written() []store.Batch {
 	synctest.Wait()
 	d.mu.Lock()
