@@ -31,7 +31,7 @@ var benchmarkSizes = []struct {
 	bytes int
 }{{"85B", 85}, {"1KiB", 1 << 10}, {"64KiB", 64 << 10}, {"1MiB", 1 << 20}}
 
-// BenchmarkHMAC is the minimum cost: a reused hash that has already processed the secret.
+// BenchmarkHMAC measures the minimum cost: it reuses a hash that has processed the secret.
 func BenchmarkHMAC(b *testing.B) {
 	for _, size := range benchmarkSizes {
 		b.Run(size.name, func(b *testing.B) {
@@ -49,8 +49,8 @@ func BenchmarkHMAC(b *testing.B) {
 	}
 }
 
-// BenchmarkHMACOfNewMemory is the minimum cost of a program that stores each body in new
-// memory: it allocates memory, copies the bytes, and hashes them.
+// BenchmarkHMACOfNewMemory measures the minimum cost of a program that stores each body in
+// new memory: the program allocates memory, copies the bytes, and hashes them.
 func BenchmarkHMACOfNewMemory(b *testing.B) {
 	for _, size := range benchmarkSizes {
 		b.Run(size.name, func(b *testing.B) {
@@ -72,8 +72,8 @@ func BenchmarkHMACOfNewMemory(b *testing.B) {
 }
 
 // BenchmarkServeHTTP measures a request through the handler, with an upstream that reads
-// the body. Subtract pass-through, which is the same without the handler. naive is a
-// minimal middleware: it has no limit, no placeholders, no logs and no metrics.
+// the body. The rows pass-through are without the handler: subtract their figures. The rows
+// naive use a minimal middleware, which has no limit, placeholders, logs or metrics.
 func BenchmarkServeHTTP(b *testing.B) {
 	one := Secret{Value: testSecret}
 	older := Secret{Value: "an older secret"}
@@ -115,7 +115,7 @@ func BenchmarkServeHTTP(b *testing.B) {
 	}
 }
 
-// docs/performance.md explains them.
+// docs/performance.md explains the allocations.
 func TestAllocationsOfAVerifiedRequest(t *testing.T) {
 	allocations := func(handler serveFunc) float64 {
 		request := exchange(handler, 85, genuine)
@@ -139,8 +139,8 @@ func guard(tb testing.TB, secrets ...Secret) serveFunc {
 	return h.ServeHTTP
 }
 
-// exchange returns a function that sends the same request through handler to an upstream
-// that reads the body, and returns its status.
+// exchange returns a function. Each call of it sends the same request through handler to an
+// upstream that reads the body, and returns the status of the response.
 func exchange(handler serveFunc, bodyBytes int, sign func(body []byte) string) func() (status int) {
 	body := make([]byte, bodyBytes)
 	header := http.Header{

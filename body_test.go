@@ -33,8 +33,8 @@ func (d *deadlines) SetReadDeadline(deadline time.Time) error {
 	return nil
 }
 
-// The guard reads the rest of a rejected body without storing it, so that the sender
-// sees the response. Only then does it close the connection.
+// The guard reads the rest of a rejected body without storing it, so that the sender sees
+// the response. If the guard does not read the whole body, it closes the connection or stream.
 func TestRejectedBodyIsDiscarded(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	for _, tt := range []struct {
@@ -125,8 +125,8 @@ type closerFunc func() error
 
 func (f closerFunc) Close() error { return f() }
 
-// An error route that proxies a rejected request forwards no unsigned data, for every
-// outcome.
+// For each outcome, an error route that proxies the rejected request forwards no unsigned
+// data.
 func TestRejectedRequestHasNoBody(t *testing.T) {
 	large := strings.Repeat("a", 70_000)
 	for outcome, r := range map[string]*http.Request{
@@ -265,15 +265,15 @@ func TestVerifiedBodyCanBeReadAgain(t *testing.T) {
 	}
 }
 
-// If a later handler replaces the body, its body is sent: neither GetBody nor the error
-// routes bring back the signed body.
+// If a later handler replaces the body, Caddy sends the new body: neither GetBody nor the
+// error routes bring back the signed body.
 func TestReplacedBodyIsNotUndone(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	w := httptest.NewRecorder()
 	r := caddyhttp.PrepareRequest(signed(compactBody), caddy.NewReplacer(), w, &caddyhttp.Server{})
 	other := io.NopCloser(strings.NewReader("another body"))
 	err := h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
-		r.Body, r.ContentLength = other, 12 // as request_body set does
+		r.Body, r.ContentLength = other, 12 // as the option set of request_body does
 		_, err := r.GetBody()
 		assert.EqualError(t, err, "the body was replaced after it was verified")
 		return caddyhttp.Error(502, errors.New("of the next handler"))
@@ -285,7 +285,7 @@ func TestReplacedBodyIsNotUndone(t *testing.T) {
 	require.Error(t, err)
 }
 
-// An error route gets the same request, and may send a failed event to another backend.
+// An error route gets the whole verified body, so it can send the event to another backend.
 func TestErrorRoutesGetTheBody(t *testing.T) {
 	h, _ := provision(t, &Handler{Secrets: []Secret{{Value: testSecret}}})
 	for _, body := range []string{"", "abc", strings.Repeat("a", 50_000)} {
@@ -365,8 +365,8 @@ func TestReadBody(t *testing.T) {
 	}
 }
 
-// Memory grows with the bytes that arrive, not with the declared length. It is never
-// larger than the first buffer, or four times these bytes.
+// readBody takes memory for the bytes that arrive, not for the declared length. It takes at
+// most four times as much as has arrived, or the first buffer if that is larger.
 func TestReadBodyPaysForWhatArrived(t *testing.T) {
 	const declared = 64 << 20
 	for _, arrived := range []int{0, 1, 64, firstRead, firstRead + 1, 100_000, 1 << 20} {

@@ -177,7 +177,7 @@ func FuzzCaddyfile(f *testing.F) {
 		require.NotEmpty(t, h.Secrets)
 		require.GreaterOrEqual(t, h.MaxSize, int64(0))
 
-		// the JSON must mean the same as the Caddyfile
+		// the JSON must keep each value of the Caddyfile
 		encoded, err := json.Marshal(h)
 		require.NoError(t, err)
 		again := new(Handler)

@@ -50,7 +50,7 @@ func Example() {
 	// 401 signature does not match the body under any secret
 }
 
-// The example runs the Go code of docs/reference.md.
+// The example contains all lines of the Go code in docs/reference.md.
 func TestGoOfTheReference(t *testing.T) {
 	reference, err := os.ReadFile("docs/reference.md")
 	require.NoError(t, err)

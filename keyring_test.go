@@ -40,7 +40,7 @@ func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	assert.Equal(t, "blue", secrets[i].Name, "the first of the equal secrets counts")
 }
 
-// reloadsSince returns a function that counts the reloads since now, by result.
+// reloadsSince returns a function that counts the reloads after this call, by result.
 func reloadsSince(h *Handler) func() string {
 	count := func(result int) float64 { return testutil.ToFloat64(h.counters.reloads[result]) }
 	changed, unchanged, failed := count(reloadChanged), count(reloadUnchanged), count(reloadFailed)
@@ -50,7 +50,7 @@ func reloadsSince(h *Handler) func() string {
 	}
 }
 
-// inBubble runs f with its own clock, and waits for its last reload.
+// inBubble runs f with the clock of a synctest bubble, and waits for the last reload in it.
 func inBubble(t *testing.T, f func(t *testing.T)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -248,8 +248,8 @@ func TestSecretsAreReloaded(t *testing.T) {
 	})
 }
 
-// 20 rotations. After each rotation, 50 events with the new secret and 50 forged events
-// arrive at the same time. A request that cannot start a reload must wait for it.
+// After each of 20 rotations, 50 events with the new secret and 50 forged events arrive at the
+// same moment. A request must also wait for a reload that another request has asked for.
 func TestNoGenuineEventIsRefusedAfterARotation(t *testing.T) {
 	inBubble(t, func(t *testing.T) {
 		g := newFileGuard(t)
@@ -288,8 +288,8 @@ func TestFileSystemThatHangs(t *testing.T) {
 	})
 }
 
-// Many connections send events signed with both secrets, while the file of one secret is
-// replaced again and again. All events must pass.
+// Four senders use one secret, while the file of the other secret is replaced again and again.
+// All events must pass, also those with a new secret.
 func TestSecretsAreReloadedUnderLoad(t *testing.T) {
 	dir := t.TempDir()
 	path := writeFile(t, filepath.Join(dir, "secret"), "first\n")

@@ -50,7 +50,7 @@ import (
 //  14. secrets, signatures or bodies in logs and responses: TestLogs, TestSecretsThatAreRefused, TestCaddyfileErrorsShowNoInput
 //  15. 413 hidden behind another status: TestRoad
 //  16. handle_errors bypassed: TestRoad (nothing is written), and internal/e2e TestHandleErrors
-//  17. faulty replay detection: we have none
+//  17. faulty replay detection: the guard has none
 //  18. bodies that are not UTF-8: TestRoad
 //  19. a valid empty body: TestRoad, TestVerify
 //  20. chunked bodies and FastCGI: TestVerifiedRequestHasItsLength, and internal/e2e TestBodiesArriveWhole
@@ -62,7 +62,7 @@ import (
 //  26. genuine events refused while another request reads the secrets: TestNoGenuineEventIsRefusedAfterARotation, and internal/e2e TestRotationsUnderLoad
 //  27. a running state that the next load refuses: TestEqualSecretsLoadWithOneWarning
 //  28. a verified event looks delivered, but no handler took it: TestDeliveries, and internal/e2e TestUnhandledEvent
-//  29. a body replaced after verification and undone by a retry: TestReplacedBodyIsNotUndone, and internal/e2e TestReplacedBodyIsNotUndoneByARetry
+//  29. a retry sends the signed body, although a handler has replaced it: TestReplacedBodyIsNotUndone, and internal/e2e TestReplacedBodyIsNotUndoneByARetry
 //  30. unlimited deliveries after their senders have disconnected: TestVerifiedRequestEndsWithItsSender, and internal/e2e TestSenderThatHangsUp
 //  31. a command that a hostile body or server can attack: TestExplainIsBounded, and internal/e2e TestCommandSend
 //  32. an alert that cannot fire: internal/e2e TestAlertRules
@@ -127,16 +127,15 @@ func load(tb testing.TB, h *Handler) error {
 	return h.Validate()
 }
 
-// result is the result of a request.
 type result struct {
 	status     int // of the error, or 200
 	outcome    string
 	nextCalled bool
-	body       string // that next read
+	body       string // that the next handler has read
 	err        error
 	header     http.Header // of the response
 	repl       *caddy.Replacer
-	request    *http.Request // that next got
+	request    *http.Request // that the next handler has got
 }
 
 func serve(tb testing.TB, h *Handler, r *http.Request) (res result) {
@@ -314,7 +313,7 @@ func TestRoad(t *testing.T) {
 	}
 }
 
-// Each error has its own row in rejections, also if it wraps another error. An error
+// Each error has its own row in rejections, also if another error wraps it. An error
 // without a row gets the last row.
 func TestEveryErrorIsRejected(t *testing.T) {
 	for i, row := range rejections {
@@ -487,7 +486,7 @@ func TestPlaceholders(t *testing.T) {
 	})
 }
 
-// The results of verified events in the next handlers: the metric, the log line and the
+// For each result of the next handlers, the test checks the metric, the log line and the
 // response.
 func TestDeliveries(t *testing.T) {
 	status := func(status int) caddyhttp.HandlerFunc {

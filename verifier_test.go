@@ -19,7 +19,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// The vectors of Inkit's secret were computed with OpenSSL and with Python's hmac.
+// The signatures were computed with OpenSSL and with Python's hmac.
 const (
 	testSecret = "test_inkit_webhook_secret"
 
@@ -202,9 +202,9 @@ func TestVerify(t *testing.T) {
 	}
 }
 
-// The time of match must not depend on the differing digits or on the matching secret.
-// Clocks are too coarse for such a test, so this test reads the code: only crypto/subtle
-// compares sums, and match skips no secret.
+// The time that the function match takes must not depend on the differing digits or on the
+// matching secret. Clocks are too coarse for such a test, so this test reads the code: only
+// crypto/subtle compares sums, and the function match skips no secret.
 func TestComparesInConstantTime(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), "verifier.go", nil, 0)
 	require.NoError(t, err)

@@ -104,7 +104,7 @@ func run(rounds int, each time.Duration, queue bool, beside []string, dsn string
 	return nil
 }
 
-// missing returns the programs that the rows need but that are not installed.
+// The function missing returns the programs that the rows need but that are not installed.
 func missing() (names []string) {
 	for _, name := range []string{"go", "nginx", "haproxy", "webhook", "gunicorn"} {
 		if _, err := exec.LookPath(name); err != nil {
@@ -131,7 +131,7 @@ func (s spread) median() float64 {
 	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
 }
 
-// minus subtracts the other figure in each round.
+// minus returns the differences: in each round, the figure minus the other figure.
 func (s spread) minus(other spread) (differences spread) {
 	for i := range s {
 		differences = append(differences, s[i]-other[i])
@@ -143,9 +143,9 @@ func (s spread) String() string {
 	return fmt.Sprintf("%.0f (%.0f to %.0f)", s.median(), slices.Min(s), slices.Max(s))
 }
 
-// print writes the tables of docs/performance.md. rows come in pairs: one program without
-// verification, and the same program with it. The first pair is this module. The last
-// column names the figures in which the other program is better than this module.
+// print writes the tables of docs/performance.md. rows has pairs: a program without
+// verification, and the same program with verification. The first pair is this module. The
+// last column names the figures in which the other program is better than this module.
 func print(rows []*row, rounds int, each time.Duration) {
 	fmt.Printf("%s, %d processors, %s. Medians of %d rounds of %v, lowest and highest in brackets.\n",
 		time.Now().Format(time.DateOnly), runtime.NumCPU(), versions(), rounds, each)
@@ -192,13 +192,13 @@ func print(rows []*row, rounds int, each time.Duration) {
 	}
 }
 
-// figure is one value of another program and of this module. A lower value is better.
+// A figure has a value of another program and of this module. A lower value is better.
 type figure struct {
 	name         string
 	theirs, ours float64
 }
 
-// better names the figures in which the other program is better.
+// better returns the names of the figures in which the other program is better.
 func better(figures ...figure) string {
 	var names []string
 	for _, f := range figures {

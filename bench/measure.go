@@ -124,7 +124,7 @@ func (r *row) measureLoad(dir string, each time.Duration) error {
 	return nil
 }
 
-// load uses all connections, and sends one event after the other on each.
+// load sends events on all connections: on each connection, one event after the other.
 func load(client *http.Client, addr string, during time.Duration) (requests int64, err error) {
 	var failed atomic.Value
 	var count atomic.Int64
@@ -216,8 +216,8 @@ func head(addr string, length int, signature string) string {
 	return fmt.Sprintf("POST %s HTTP/1.1\r\nHost: %s\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n", path, addr, length, fields)
 }
 
-// holdSlow opens connections that announce 1 MiB but send only 64 bytes. While they are
-// open, it sends a genuine event.
+// holdSlow opens connections that announce 1 MiB but send only 64 bytes. While these
+// connections are open, holdSlow sends a genuine event.
 func holdSlow(p *process) (memory int64, beside timing, err error) {
 	for range slowConnections {
 		conn, err := net.Dial("tcp", p.addr)

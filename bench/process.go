@@ -25,7 +25,7 @@ type process struct {
 func startProcess(cmd *exec.Cmd, addr string) (*process, error) {
 	var output strings.Builder
 	cmd.Stderr = &output
-	// its own process group, to find its children; and it ends when bench ends
+	// the program has its own process group, to find its children, and it ends when bench ends
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		return nil, err
@@ -63,8 +63,8 @@ func (p *process) stop() {
 	<-p.exited
 }
 
-// each calls f for every process of the group, with the fields of /proc/<pid>/stat from
-// the third field on.
+// The method each calls f for every process of the group, with the fields of /proc/<pid>/stat
+// from the third field on.
 func (p *process) each(f func(pid string, stat []string)) error {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
 	if err != nil {

@@ -33,9 +33,9 @@ var places = []string{"without", "queue", "down"}
 
 var senders = []int{1, 8, 64}
 
-// measureQueue compares the throughput of cmd/caddy with and without a queue, and does the
-// same for the binaries in caddys. dsn is the connection string of a PostgreSQL for the
-// queues. If it is empty, the queues are in SQLite.
+// measureQueue compares the throughput of each binary in caddys with and without a queue.
+// The first binary is cmd/caddy. dsn is the connection string of a PostgreSQL for the
+// queues. If dsn is empty, the queues are in SQLite.
 func measureQueue(dir string, caddys []string, backend, dsn string, rounds int, each time.Duration) error {
 	var binaries []*binary
 	for i, path := range caddys {
@@ -162,7 +162,7 @@ func (b *binary) measure(place string, senders int, each time.Duration) error {
 	return nil
 }
 
-// over divides each figure by the other figure of the same round.
+// The method over returns each figure divided by the other figure of the same round.
 func (s spread) over(other spread) (shares spread) {
 	for i := range s {
 		shares = append(shares, s[i]/other[i])

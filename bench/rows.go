@@ -12,13 +12,13 @@ import (
 
 const secret = "test_inkit_webhook_secret"
 
-// path is the same for all programs, because webhook only serves paths under /hooks/.
+// path suits all programs: the program webhook serves only paths under /hooks/.
 const path = "/hooks/inkit"
 
 const njsModule = "/usr/lib/nginx/modules/ngx_http_js_module.so"
 
-// rows returns the programs to measure in pairs: without and with verification. caddy is
-// the path of the binary, and backend is the address of the backend.
+// rows returns pairs: a program without verification, and the same program with
+// verification. caddy is the path of the binary, and backend the address of the backend.
 func rows(caddy, backend string) (all []*row) {
 	pair := func(proxy string, files func(addr string, verifies bool) map[string]string, command func(dir, addr string) *exec.Cmd) {
 		for _, verifies := range []bool{false, true} {
@@ -49,7 +49,7 @@ func rows(caddy, backend string) (all []*row) {
 		return exec.Command(caddy, "run", "--config", filepath.Join(dir, "Caddyfile"))
 	})
 
-	// nginx has no r.requestBuffer for a body that it wrote to a file, so it rejects a large body.
+	// If nginx writes a large body to a file, r.requestBuffer is empty, and the script rejects it.
 	pair("nginx, njs", func(_ string, verifies bool) map[string]string {
 		location := "location / { proxy_pass http://backend; }"
 		if verifies {
@@ -121,7 +121,7 @@ backend events
 		return exec.Command("haproxy", "-db", "-f", filepath.Join(dir, "haproxy.cfg"))
 	})
 
-	// webhook has no backend: it runs a program for each event.
+	// The program webhook has no backend: it runs another program for each event.
 	pair("webhook, which runs /bin/true", func(_ string, verifies bool) map[string]string {
 		return map[string]string{"hooks.json": `[{"id": "inkit", "execute-command": "/bin/true"` + when(verifies, `, "trigger-rule-mismatch-http-response-code": 401,
 	"trigger-rule": {"match": {"type": "payload-hmac-sha256", "secret": "<secret>", "parameter": {"source": "header", "name": "Inkit-Signature"}}}`) + "}]"}

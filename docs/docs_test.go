@@ -1,5 +1,5 @@
-// Package docs tests the documents without running their commands. internal/e2e and
-// .ci/first-run test the rest.
+// Package docs tests the documents, but does not run their commands: internal/e2e and
+// .ci/first-run do this.
 package docs
 
 import (
@@ -31,8 +31,8 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 )
 
-// files returns the files of the repository that match one of the patterns, by their path
-// in the repository.
+// files returns the files of the repository that match one of the patterns. The keys are
+// paths in the repository.
 func files(t *testing.T, patterns ...string) map[string]string {
 	t.Helper()
 	found := make(map[string]string)
@@ -69,7 +69,7 @@ func blocks(document, language string) (blocks []string) {
 	return blocks
 }
 
-// problems returns the faults of a Caddyfile in the project.
+// problems returns the faults of a Caddyfile of this repository.
 func problems(t *testing.T, content string) (problems []string) {
 	t.Helper()
 	_, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(content), map[string]any{"filename": "Caddyfile"})
@@ -104,8 +104,8 @@ func problems(t *testing.T, content string) (problems []string) {
 	return problems
 }
 
-// endsInPage reports whether the last directive of a site, or of a route at its end, is the
-// page of the queue, without a matcher.
+// endsInPage reports whether a site ends in the directive inkit_queue_page without a
+// matcher. If the site is only a route, endsInPage looks into the route.
 func endsInPage(directives []string) bool {
 	words := strings.Fields(directives[len(directives)-1])
 	if words[0] == "route" && len(directives) == 1 {
@@ -193,8 +193,8 @@ func TestLinks(t *testing.T) {
 	assert.Greater(t, count, 20)
 }
 
-// The README has the same grammar as the source, and the other pages name all outcomes,
-// metrics, placeholders and commands of the source.
+// The documents have the same grammar as the source, and name all outcomes, metrics,
+// placeholders and commands of the source.
 func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 	readme := files(t, "README.md")["README.md"]
 	reference := files(t, "reference.md")["docs/reference.md"] + files(t, "monitoring.md")["docs/monitoring.md"]
@@ -343,7 +343,7 @@ func TestMessages(t *testing.T) {
 	assert.Equal(t, string(want), got, "go test ./docs -run TestMessages -update")
 }
 
-// message returns the argument of a call that logs or makes an error, and the level.
+// message returns the text of an error or of a log line. kind is error, or the level of the line.
 func message(call *ast.CallExpr) (kind string, argument ast.Expr) {
 	function := types.ExprString(call.Fun)
 	receiver, method := function[:max(0, strings.LastIndex(function, "."))], function[strings.LastIndex(function, ".")+1:]

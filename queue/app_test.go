@@ -44,7 +44,7 @@ func TestLoadingTouchesNoFile(t *testing.T) {
 	c.stop(t)
 }
 
-// by is a backend that records which configuration delivers.
+// The function by returns a backend that answers with code. counter counts its requests.
 func by(counter *atomic.Int64, code int) caddyhttp.RouteList {
 	return routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 		counter.Add(1)
@@ -58,7 +58,7 @@ func TestReloads(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
 		reload   func(t *testing.T, old *configuration, next func() (*configuration, error))
-		old, new bool // whether this configuration delivers
+		old, new bool // whether the old and the new configuration deliver after the reload
 	}{
 		{"the new configuration takes over", func(t *testing.T, old *configuration, next func() (*configuration, error)) {
 			c, err := next()
@@ -144,7 +144,7 @@ func TestReloadDuringAnAttempt(t *testing.T) {
 	})
 }
 
-// A reload that removes the queue: the last requests of the old configuration are still
+// After a reload has removed the queue, the last requests of the old configuration are still
 // delivered.
 func TestLateRequestOfAQueueThatIsGone(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -238,7 +238,7 @@ func TestSharedDatabase(t *testing.T) {
 	})
 }
 
-// A stop also waits for attempts that begin at the same moment.
+// A stop also waits for attempts that begin at the moment of the stop.
 func TestStopLeavesNoLease(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	var calls atomic.Int64

@@ -134,7 +134,7 @@ func TestLoadErrors(t *testing.T) {
 	const nameForm = "name must have 1 to 64 characters: letters, digits, '.', '_' or '-'"
 	for _, tt := range []struct {
 		name    string
-		message string // empty if it loads
+		message string // empty if the configuration loads
 		h       []*Handler
 	}{
 		{"all defaults", "", []*Handler{with(func(*Handler) {})}},

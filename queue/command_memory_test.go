@@ -120,7 +120,7 @@ func TestPauseAndResume(t *testing.T) {
 	}
 }
 
-// Ctrl-C takes effect between two pages, and the command prints the number of changed events.
+// Ctrl-C ends a command after a page of events. The other events stay as they are.
 func TestInterruptedCommand(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})

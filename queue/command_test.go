@@ -44,7 +44,7 @@ func run(t *testing.T, args ...string) (string, error) {
 	return string(text), runErr
 }
 
-// kept creates a database with four events: due now, due later, dead, and in an attempt.
+// The function kept creates a database with four events: due, due later, dead, in an attempt.
 func kept(t *testing.T) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "queue.db")
@@ -97,7 +97,7 @@ func states(t *testing.T, path string) map[string]string {
 	return all
 }
 
-// due returns when each event is due, formatted as in the commands.
+// The function due returns the time at which each event is due, formatted as in the commands.
 func due(t *testing.T, path string) map[string]string {
 	t.Helper()
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -254,7 +254,7 @@ func TestRetryAndDrop(t *testing.T) {
 	}
 }
 
-// More ids than one SQL statement can have.
+// The command drop takes more ids than one SQL statement can have.
 func TestManyIDs(t *testing.T) {
 	path := kept(t)
 	args := []string{"drop", "i1-due", "--db", path}
@@ -267,7 +267,7 @@ func TestManyIDs(t *testing.T) {
 	assert.Equal(t, "events dropped: 1\n", got)
 }
 
-// list reads page after page.
+// The command list reads page after page.
 func TestListOfMany(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -289,7 +289,7 @@ func TestListOfMany(t *testing.T) {
 	assert.Equal(t, events, i)
 }
 
-// move creates the target database.
+// The command move creates the target database.
 func TestMoveToAnotherFile(t *testing.T) {
 	from, to := kept(t), filepath.Join(t.TempDir(), "new.db")
 	config := filepath.Join(t.TempDir(), "Caddyfile")
@@ -329,7 +329,7 @@ func TestCommandOnNoDatabase(t *testing.T) {
 	assert.Equal(t, strings.Repeat("not a database. ", 1000), string(content))
 }
 
-// With --config, a command uses each database of the configuration once.
+// With --config, a command opens each database of the configuration only one time.
 func TestCommandOnAConfiguration(t *testing.T) {
 	first, second := kept(t), kept(t)
 	queue := func(name, path string) string {

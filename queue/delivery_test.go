@@ -115,7 +115,7 @@ func TestLastError(t *testing.T) {
 	}
 }
 
-// The error of a backend is also one short line, in the first attempt and in a later attempt.
+// After each attempt, the last error is one short line, even if the error of a handler is long.
 func TestLastErrorOfABackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
@@ -171,7 +171,7 @@ func TestBackendThatIsDownForNothing(t *testing.T) {
 	})
 }
 
-// Some handlers ignore attempt_timeout, such as php_fastcgi.
+// Some handlers, such as php_fastcgi, do not end an attempt at attempt_timeout.
 func TestAttemptThatDoesNotEnd(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var running, calls atomic.Int64
@@ -376,7 +376,7 @@ func TestNewEventsPassABacklog(t *testing.T) {
 	})
 }
 
-// An event is dead when an attempt fails after max_age. A retry by an operator resets its age.
+// An event is dead when an attempt fails after max_age. A retry by an operator sets the age to 0.
 func TestMaxAge(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var attempts atomic.Int64
@@ -488,8 +488,8 @@ func TestOutage(t *testing.T) {
 			if got := serve(t, c.handlers[0], post(body)); got.status != 200 || got.body != "" || got.after > time.Second {
 				t.Fatalf("event %d: status %d after %v: %s", i, got.status, got.after, got.error)
 			}
-			// On this clock, a count takes no time, so the queue counts its events every 5 s. With
-			// many events, these counts take minutes. So most events arrive near the end.
+			// On the clock of the test, the queue counts its events every 5 s, and a count takes no
+			// time. In real time, counts of many events take minutes, so most arrive near the end.
 			if some := events / 10; i < some {
 				time.Sleep(outage * 9 / 10 / time.Duration(some))
 			} else {

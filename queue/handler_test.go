@@ -38,7 +38,8 @@ func init() {
 	caddy.RegisterModule(testStore{})
 }
 
-// Caddy creates modules from JSON, so they find the values of a test by a number in the JSON.
+// handed has values of tests. Caddy creates modules from JSON, so a number in the JSON names
+// the value for a module.
 var (
 	handed     sync.Map
 	handedLast atomic.Int64
@@ -77,7 +78,7 @@ func rawRoutes(handlers ...string) caddyhttp.RouteList {
 	return caddyhttp.RouteList{route}
 }
 
-// status is a backend that always answers with this status.
+// status is a backend that answers each request with the given code.
 func status(code int) func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 	return func(w http.ResponseWriter, _ *http.Request, _ caddyhttp.Handler) error {
 		w.Header().Set("X-Backend", "yes")
@@ -162,7 +163,6 @@ func (s *faultyStore) Counts(ctx context.Context) ([]store.Count, error) {
 	return counts, err
 }
 
-// configuration is a loaded configuration.
 type configuration struct {
 	app      *App
 	handlers []*Handler
@@ -233,7 +233,7 @@ func (a *addition) seal() (err error) {
 	return err
 }
 
-// opened returns the database once it is open.
+// The method opened waits until the database is open, and returns it.
 func (d *database) opened(tb testing.TB) store.Store {
 	tb.Helper()
 	for {
@@ -244,7 +244,7 @@ func (d *database) opened(tb testing.TB) store.Store {
 	}
 }
 
-// counts returns the counts in the database of the first handler.
+// counts returns the number of events in each state, from the database of the first handler.
 func (c *configuration) counts(tb testing.TB) map[string]int {
 	tb.Helper()
 	counts, err := c.queue().db.opened(tb).Counts(tb.Context())
@@ -268,7 +268,7 @@ func post(text string) *http.Request {
 	return r
 }
 
-// answered is the response to the sender.
+// The type answered is the response to the sender.
 type answered struct {
 	status      int // of the error or of the response
 	body, error string
@@ -580,7 +580,7 @@ func TestAttemptsAreAlike(t *testing.T) {
 	})
 }
 
-// While events cannot be stored, the log has one line a minute. The recovery has one line.
+// While events cannot be stored, the log has a line a minute, and one more at the recovery.
 func TestErrorLines(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
@@ -608,7 +608,7 @@ func TestErrorLines(t *testing.T) {
 	})
 }
 
-// If max_events are pending, the backend decides: also a backend that counts as down gets the event.
+// If the queue is full (max_events), even a backend that counts as down gets a new event.
 func TestFullQueueAsksTheBackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var up atomic.Bool
@@ -626,7 +626,7 @@ func TestFullQueueAsksTheBackend(t *testing.T) {
 	})
 }
 
-// A backend that is down stays down while the database does not answer.
+// A backend that counts as down still does so while the database does not answer.
 func TestOutageOfBoth(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
@@ -642,7 +642,7 @@ func TestOutageOfBoth(t *testing.T) {
 	})
 }
 
-// If a reload fails after its start, Caddy does not call Stop.
+// If a reload fails after the start of the new apps, Caddy calls Cleanup, but not Stop.
 func TestCleanupWithoutStop(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	c := start(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(200))})
@@ -652,7 +652,7 @@ func TestCleanupWithoutStop(t *testing.T) {
 	assert.Equal(t, c.handlers, c.queue().handlers)
 }
 
-// If max_events are pending, an event waits for a place of a busy backend.
+// If the queue is full (max_events), a new event waits until an attempt may begin (concurrency).
 func TestFullQueueWaitsForTheBackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var up atomic.Bool
@@ -674,7 +674,7 @@ func TestFullQueueWaitsForTheBackend(t *testing.T) {
 	})
 }
 
-// The sender gets the response body up to a limit. Above the limit, it gets no body.
+// The sender gets the body of the backend's response, or no body if it is longer than a limit.
 func TestLongAnswer(t *testing.T) {
 	for _, tt := range []struct{ size, want int }{{maxAnswer, maxAnswer}, {maxAnswer + 1, 0}, {3 * maxAnswer, 0}} {
 		w := newAnswer()

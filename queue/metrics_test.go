@@ -22,7 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// seriesOf returns the series of a queue, as text.
+// seriesOf returns the values of the series of a queue, by name.
 func seriesOf(t *testing.T, queue string) map[string]float64 {
 	t.Helper()
 	families, err := metrics.Gather()
@@ -109,8 +109,8 @@ func TestEventsAreCounted(t *testing.T) {
 	})
 }
 
-// Slow counts are rare. Between two counts, and during a count, the metrics show the changes
-// by this process.
+// The slower a count is, the later the next count begins. Between two counts, and during a
+// count, the metrics show the changes by this process.
 func TestMetricsBetweenTwoCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
@@ -148,7 +148,7 @@ func TestCountPause(t *testing.T) {
 	}
 }
 
-// A failed count is logged, and soon repeated even if it was slow.
+// Caddy logs a count that fails, and soon counts again, even if the count was slow.
 func TestCountThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}
@@ -170,8 +170,8 @@ func TestCountThatFails(t *testing.T) {
 	})
 }
 
-// Another process may have delivered events that this process counts as pending. So it
-// counts again after a refusal.
+// Another process may have delivered events that this process counts as pending. So this
+// process counts again after it has refused an event.
 func TestRefusedByAnOldCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: time.Second}
@@ -188,8 +188,8 @@ func TestRefusedByAnOldCount(t *testing.T) {
 	})
 }
 
-// An event that is not stored, because max_events are pending, counts as refused even if the
-// backend accepts it later.
+// An event that is not stored, because the queue is full (max_events), counts as refused even
+// if the backend accepts the event later.
 func TestRefusedEventCountsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var slow atomic.Bool
@@ -213,8 +213,8 @@ func TestRefusedEventCountsOnce(t *testing.T) {
 	})
 }
 
-// After a reload removes a queue, its events stay, one log line says this, and its gauges
-// disappear.
+// After a reload has removed a queue, the events stay in the database, one log line says so,
+// and the gauges of the queue disappear.
 func TestQueueThatAReloadRemoves(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "queue.db")

@@ -28,7 +28,7 @@ func contextWithLocal(r *http.Request, local net.Addr) context.Context {
 	return context.WithValue(r.Context(), http.LocalAddrContextKey, local)
 }
 
-// arrived returns a request in the form in which a Caddy server passes it to the queue.
+// The function arrived returns a request as a Caddy server passes it to the queue.
 func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*http.Request, *event.Event) {
 	tb.Helper()
 	r := httptest.NewRequest(http.MethodPost, uri, strings.NewReader(text))
@@ -41,7 +41,7 @@ func arrived(tb testing.TB, uri, text string, change func(r *http.Request)) (*ht
 	return r, e
 }
 
-// stored returns the request of attempt 3, made from a stored request.
+// The function stored encodes a request, decodes it, and returns the request of attempt 3.
 func stored(tb testing.TB, r *http.Request, e *event.Event) *http.Request {
 	tb.Helper()
 	a := &addition{rec: &store.Record{ID: "id", Received: time.Unix(1_795_592_263, 0), Attempts: 3}, request: newRequest(r, e)}
@@ -112,7 +112,7 @@ func TestStoredRequestIsTheOneThatArrived(t *testing.T) {
 func TestStoredVariables(t *testing.T) {
 	for _, tt := range []struct {
 		name        string
-		value, want any // nil if it is not stored
+		value, want any // want is nil if the value is not stored
 	}{
 		{"a text", "green", "green"},
 		{"an empty text", "", ""},
@@ -216,7 +216,7 @@ func TestStoredRequestThatIsSpoilt(t *testing.T) {
 	}
 }
 
-// The stored form of a request must not change, because later versions read it.
+// The stored form of a request must not change, because later versions must read it.
 func TestStoredForm(t *testing.T) {
 	r, e := arrived(t, "https://example.com/webhook?x=1", "the body", func(r *http.Request) {
 		r.Header = http.Header{"X-A": {"1"}}
@@ -228,7 +228,7 @@ func TestStoredForm(t *testing.T) {
 	rest, err := cbor.UnmarshalFirst(encoded, &object)
 	require.NoError(t, err)
 	assert.Equal(t, "the body", string(rest))
-	delete(object, "vars") // they depend on the version of Caddy
+	delete(object, "vars") // the variables depend on the version of Caddy
 	assert.Equal(t, map[string]any{
 		"method": "POST", "proto": "HTTP/1.1", "host": "example.com", "remote_addr": "192.0.2.1:1234",
 		"target":   map[any]any{"uri": "https://example.com/webhook?x=1", "path": "/webhook", "raw_query": "x=1"},

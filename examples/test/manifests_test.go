@@ -48,7 +48,7 @@ var images = map[string]struct {
 	"grafana/grafana": {
 		paths: []string{"/etc/grafana/provisioning/datasources", "/etc/grafana/provisioning/dashboards", "/var/lib/grafana"},
 		ports: []uint32{3000},
-		// GF_<SectionName>_<KeyName> of keys in the configuration reference
+		// each name is GF_<SectionName>_<KeyName>, for a key in the configuration reference
 		variables: []string{"GF_AUTH_ANONYMOUS_ENABLED", "GF_AUTH_ANONYMOUS_ORG_ROLE", "GF_AUTH_DISABLE_LOGIN_FORM"},
 	},
 }
@@ -104,8 +104,8 @@ func TestCompose(t *testing.T) {
 	}
 }
 
-// existing returns the path of a file, or for a folder the path of one of its files. The
-// returned file exists only if path exists.
+// The function existing returns the path of a file, or for a folder the path of one of its
+// files. The returned file exists only if path exists.
 func existing(path string) string {
 	if files, err := filepath.Glob(path + "/*"); err == nil && len(files) > 0 {
 		return files[0]
@@ -113,7 +113,7 @@ func existing(path string) string {
 	return path
 }
 
-// TestGrafanaProvisioning checks the provisioning files: their fields must be documented.
+// TestGrafanaProvisioning checks that the provisioning files have only documented fields.
 func TestGrafanaProvisioning(t *testing.T) {
 	var datasources struct {
 		APIVersion  int `json:"apiVersion"`

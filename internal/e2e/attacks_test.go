@@ -34,9 +34,9 @@ func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reade
 	return resp.StatusCode, reader
 }
 
-// A careless error route passes every rejected request to a backend. It forwards no unsigned
-// data, for every outcome. The same is true behind a handler that copies the request, such
-// as timeouts.
+// An error route that does not look at the outcome passes every rejected request to a backend,
+// but it forwards no unsigned data. This is also true if a handler in front of the guard copies
+// the request, such as the directive timeouts.
 func TestErrorRouteGetsNothingForged(t *testing.T) {
 	for name, before := range map[string]string{"": "", "behind timeouts": "timeouts {\n\t\tread_timeout 10s\n\t}\n\t"} {
 		t.Run("no gate "+name, func(t *testing.T) {
@@ -105,7 +105,7 @@ func TestSenderDoesNotSteerTheProxy(t *testing.T) {
 			good(b, w, r)
 			return
 		}
-		b.record(r) // and changes to any requested protocol
+		b.record(r) // the backend switches to any requested protocol
 		conn := hijack(w)
 		defer conn.Close()
 		fmt.Fprintf(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", r.Header.Get("Upgrade"))
@@ -159,9 +159,9 @@ func TestUnhandledEvent(t *testing.T) {
 	})
 }
 
-// The backend gets the complete body that request_body sets behind the guard, also in
-// error routes. If the Transport must retry the request on another connection, the event is
-// lost, as with plain Caddy.
+// The backend gets the complete body that request_body sets behind the guard, and so does
+// the backend of an error route. If the Transport must retry the request on another
+// connection, the event is lost, as with plain Caddy.
 func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
 	t.Parallel()
 	b, fallback := newBackend(t, dropReused(true)), newBackend(t, good)
@@ -195,7 +195,7 @@ func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
 	}
 }
 
-// 200 clients hang up: no resource leaks, and Caddy still stops on SIGTERM.
+// 200 clients hang up. Caddy ends their requests to the backend, and still stops on SIGTERM.
 func TestSenderThatHangsUp(t *testing.T) {
 	t.Parallel()
 	const senders = 200

@@ -18,13 +18,13 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// backend is a server that records its requests and the events that it has accepted. close
-// also closes all connections, as if the process were killed. listen starts it again.
+// backend is a server that records its requests and the events that it has accepted. The
+// method close also closes all connections, as if the process were killed.
 type backend struct {
 	t      *testing.T
 	addr   string
 	answer func(b *backend, w http.ResponseWriter, r *http.Request)
-	status func(id string, attempt int) int // the status of the response of take
+	status func(id string, attempt int) int // the status with which take answers
 	quiet  bool                             // whether the method take does not record requests
 
 	mu       sync.Mutex
@@ -35,10 +35,10 @@ type backend struct {
 	takenAt  map[string]time.Time // when the event was first accepted
 	attempts map[string]int
 	ids      map[string]string          // the id of the event in the queue
-	keys     map[string]map[string]bool // the Idempotency-Key fields, by event and request of the sender
+	keys     map[string]map[string]bool // the values of Idempotency-Key for each request of the sender
 	times    []time.Time                // when the attempts began
 	current  map[string]bool            // events with a running attempt
-	atOnce   []string                   // events with two attempts at the same time
+	atOnce   []string                   // events with two attempts in parallel
 	now      int                        // running attempts
 	most     int                        // the largest value of now
 }
@@ -53,7 +53,6 @@ type record struct {
 	Target, Query  string // such as POST /webhook
 }
 
-// newBackend starts a backend.
 func newBackend(t *testing.T, answer func(b *backend, w http.ResponseWriter, r *http.Request)) *backend {
 	t.Helper()
 	b := &backend{
@@ -65,7 +64,7 @@ func newBackend(t *testing.T, answer func(b *backend, w http.ResponseWriter, r *
 	return b
 }
 
-// listen starts the server. close stops it and closes all connections.
+// listen starts the server, also again after the method close.
 func (b *backend) listen() {
 	b.t.Helper()
 	var listener net.Listener
@@ -86,7 +85,7 @@ func (b *backend) listen() {
 func (b *backend) close() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	_ = b.listener.Close() // of which the server may not know yet
+	_ = b.listener.Close() // the server may not know the listener yet
 	_ = b.server.Close()
 }
 
@@ -112,13 +111,14 @@ func (b *backend) records() []record {
 	return slices.Clone(b.received)
 }
 
-// good answers each request with 200 and the hash of its body.
+// good is the answer of a backend to each request: 200, and the hash of the body.
 func good(b *backend, w http.ResponseWriter, r *http.Request) {
 	body, _ := b.record(r)
 	fmt.Fprintf(w, "%x", sha256.Sum256(body))
 }
 
-// dropReused closes a connection once a second request has arrived on it, or its header.
+// dropReused closes a connection instead of answering its second request: if whole is true,
+// after the whole request, and otherwise after its header.
 func dropReused(whole bool) func(b *backend, w http.ResponseWriter, r *http.Request) {
 	var used sync.Map
 	return func(b *backend, w http.ResponseWriter, r *http.Request) {
@@ -156,12 +156,12 @@ func newScripted(t *testing.T, status func(n int, r *http.Request) int) *backend
 	})
 }
 
-// always answers every request with the same status.
+// With the function always, a backend of newScripted gives each request the same status.
 func always(code int) func(int, *http.Request) int {
 	return func(int, *http.Request) int { return code }
 }
 
-// inTurn answers each request with the next status, and then with 200.
+// With inTurn, a backend of newScripted gives one code after the other, and then always 200.
 func inTurn(codes ...int) func(int, *http.Request) int {
 	return func(n int, _ *http.Request) int {
 		if n <= len(codes) {
@@ -180,7 +180,7 @@ func newTaker(t *testing.T, status func(id string, attempt int) int) *backend {
 	return b
 }
 
-// all makes a backend accept all events.
+// With the function all, a backend of newTaker accepts each event after 2 ms.
 func all(string, int) int {
 	time.Sleep(2 * time.Millisecond)
 	return http.StatusOK
@@ -229,8 +229,8 @@ func (b *backend) take(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(status)
 }
 
-// snapshot returns the number of events with an attempt, the number of running attempts,
-// and the largest number of attempts at the same time.
+// snapshot returns the number of events with at least one attempt, the number of running
+// attempts, and the largest number of attempts that ran in parallel.
 func (b *backend) snapshot() (s struct{ events, now, most int }) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -238,7 +238,7 @@ func (b *backend) snapshot() (s struct{ events, now, most int }) {
 	return s
 }
 
-// of returns the number of attempts at an event, and how often the backend accepted it.
+// The method of returns how often the queue attempted an event and the backend accepted it.
 func (b *backend) of(id string) (e struct{ attempts, taken int }) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -246,14 +246,14 @@ func (b *backend) of(id string) (e struct{ attempts, taken int }) {
 	return e
 }
 
-// idOf returns the queue's id of the last attempt of an event.
+// idOf returns the queue's id of an event, from the header of the last attempt.
 func (b *backend) idOf(id string) string {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.ids[id]
 }
 
-// missing returns the ids of the events that the backend has not accepted.
+// The method missing returns the ids of the events that the backend has not accepted.
 func (b *backend) missing(ids []string) (missing []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -265,8 +265,8 @@ func (b *backend) missing(ids []string) (missing []string) {
 	return missing
 }
 
-// hasAll waits until the backend has accepted all events. It asserts that all attempts for
-// one request have the same key. It returns how many events the backend has accepted twice.
+// hasAll waits until the backend has accepted all events. It asserts that all attempts for one
+// request of the sender have one Idempotency-Key. It returns the number of repeated deliveries.
 func (b *backend) hasAll(t *testing.T, ids []string, within time.Duration) (doubles int) {
 	t.Helper()
 	require.NotEmpty(t, ids)

@@ -18,8 +18,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// php_fastcgi buffers at most 4,096 bytes to find the length of a body, and 65,536 is the
-// default of max_size.
+// bodySizes are near two limits: php_fastcgi buffers at most 4,096 bytes to find the length
+// of a body, and the option max_size is 65,536 bytes by default.
 var bodySizes = []int{0, 1, 84, 4095, 4096, 4097, 65536}
 
 // testBodiesArriveWhole sends random bodies, with a length and in chunks. The backend must

@@ -63,7 +63,7 @@ func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share 
 		then    then
 		status  int    // 0: no response
 		outcome string // "": the request does not reach the handler
-		atOnce  bool   // whether the response comes before the 5 s limit for discarding a body
+		atOnce  bool   // whether the response comes before the guard has discarded a body for 5 s
 	}{
 		{"good, with a length", head(signature, length) + body, wait, 200, "verified", false},
 		{"good, in chunks", head(signature, chunked) + chunk + "0\r\n\r\n", wait, 200, "verified", false},

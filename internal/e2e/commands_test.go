@@ -22,7 +22,7 @@ import (
 )
 
 // webhookCommand runs caddy inkit-webhook and returns its output and exit status. The
-// environment has the secret, unless it is empty.
+// parameter secret is the value of INKIT_WEBHOOK_SECRET.
 func webhookCommand(t *testing.T, secret, stdin string, args ...string) (stdout, stderr string, status int) {
 	t.Helper()
 	cmd := exec.Command(caddyPath, append([]string{"inkit-webhook"}, args...)...)
@@ -157,7 +157,7 @@ func TestCommandUsage(t *testing.T) {
 	assert.Contains(t, stdout, "Signs bodies as Inkit does")
 }
 
-// A response, including its status, may come from a hostile server.
+// A hostile server can write escape sequences into its response, even into the status.
 func TestCommandSendPrintsNothingThatATerminalObeys(t *testing.T) {
 	l, err := net.Listen("tcp", freeAddr(t))
 	require.NoError(t, err)

@@ -267,7 +267,7 @@ var lookAtSources = sync.OnceFunc(func() {
 	}
 })
 
-// run starts the process. start also waits until Caddy answers.
+// The method run starts the process. The method start also waits until Caddy answers.
 func (c *caddy) run() {
 	c.t.Helper()
 	lookAtSources()
@@ -307,9 +307,9 @@ func (c *caddy) reload() {
 	c.settled()
 }
 
-// settled waits until the old configuration has closed its listeners. This can be a moment
-// after Caddy reports the new configuration as loaded. The kernel resets the connections
-// that the old configuration has not accepted.
+// The method settled waits until the old configuration has closed its listeners. Caddy may do
+// this a moment after it reports the new configuration as loaded. The kernel resets the
+// connections that the old configuration has not accepted.
 func (c *caddy) settled() {
 	c.t.Helper()
 	waitFor(c.t, "the old configuration listens no longer", c.process, func() bool {
@@ -352,7 +352,7 @@ func (c *caddy) tlsConfig() *tls.Config {
 	return &tls.Config{RootCAs: pool, ServerName: "localhost"}
 }
 
-// sign does not use the module, so that the tests are independent of its code.
+// The function sign does not use the code of the module, so that the tests are independent.
 func sign(key string, body []byte) string {
 	m := hmac.New(sha256.New, []byte(key))
 	m.Write(body)
@@ -419,13 +419,13 @@ func readFile(t *testing.T, path string) string {
 	return string(content)
 }
 
-// logged waits for a line of the log.
+// The method logged waits until the log of Caddy contains text.
 func (c *caddy) logged(text string) {
 	c.t.Helper()
 	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })
 }
 
-// replaceEach replaces pairs of texts, each of which must be there.
+// replaceEach replaces the first text of each pair, which must be there, by the second one.
 func replaceEach(t *testing.T, text string, pairs ...string) string {
 	t.Helper()
 	for i := 0; i < len(pairs); i += 2 {
@@ -435,7 +435,7 @@ func replaceEach(t *testing.T, text string, pairs ...string) string {
 	return text
 }
 
-// needs skips a test if a program is not installed.
+// The function needs skips a test if one of the programs is not installed.
 func needs(t *testing.T, programs ...string) {
 	t.Helper()
 	for _, program := range programs {
@@ -445,7 +445,7 @@ func needs(t *testing.T, programs ...string) {
 	}
 }
 
-// killHard ends Caddy abruptly, like a crash of its machine.
+// killHard kills Caddy, like a crash.
 func killHard(c *caddy) {
 	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL)
 	<-c.exited

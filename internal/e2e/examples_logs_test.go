@@ -14,7 +14,7 @@ import (
 )
 
 // TestExamplesKeepSignaturesOutOfLogs: each Caddyfile that people copy has a filter for
-// Caddy's own log. TestRecipeSignatureInLogs shows its purpose.
+// Caddy's own log. TestRecipeSignatureInLogs shows the purpose of the filter.
 func TestExamplesKeepSignaturesOutOfLogs(t *testing.T) {
 	t.Parallel()
 	paths := []string{"../../example.Caddyfile"}

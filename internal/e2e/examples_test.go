@@ -119,8 +119,8 @@ func backendExample(t *testing.T, name, program string) *example {
 	return e
 }
 
-// TestExamples runs each folder of examples as its README says: its backend, its
-// Caddyfile, the command that sends an event, and a backend that is down.
+// TestExamples follows the README of each folder in examples: it starts the backend and
+// Caddy, sends events, and stops the backend for a time.
 func TestExamples(t *testing.T) {
 	t.Parallel()
 	for _, tt := range backends {
@@ -133,7 +133,7 @@ func TestExamples(t *testing.T) {
 			caddy := start(t, e.command(e.caddy))
 			waitFor(t, "Caddy listens", caddy, listening(e.site))
 
-			// the command is slow to start, so it sends only one event
+			// the command is slow to start, so the test sends most events without it
 			lines := []string{"DOCUMENT_CREATE_FINISHED doc_command", "DOCUMENT_CREATE_FINISHED doc_kept_command"}
 			sendMore := func(name, answer string) {
 				for i := range 20 {
@@ -175,7 +175,7 @@ func TestExamples(t *testing.T) {
 	}
 }
 
-// TestExamplesLoseNothing stops each backend under load, for half a minute at full length.
+// TestExamplesLoseNothing stops each backend under load, in a long run for half a minute.
 // Each event that was answered 2xx must arrive.
 func TestExamplesLoseNothing(t *testing.T) {
 	t.Parallel()
@@ -232,7 +232,7 @@ func TestExamplesLoseNothing(t *testing.T) {
 			accepts(50)
 			cancel()
 			senders.Wait()
-			// the pause before the next attempt is about the age of the event
+			// the pause before the next attempt is about as long as the age of the event
 			for deadline := time.Now().Add(20*time.Second + 2*outage); strings.Contains(e.list(), " load_") && time.Now().Before(deadline); {
 				time.Sleep(100 * time.Millisecond)
 			}

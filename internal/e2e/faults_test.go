@@ -35,15 +35,15 @@ const (
 `
 )
 
-// recommendedSite returns the site of the recipe.
+// recommendedSite returns the site of the recipe "Nothing verified gets lost".
 func recommendedSite(t *testing.T, upstreams ...string) string {
 	t.Helper()
 	_, site := recipe(t, "Nothing verified gets lost", "localhost:9000", strings.Join(upstreams, " "))
 	return site
 }
 
-// load sends signed events between forged events, and records the result of each. Each
-// event has its own id.
+// load sends signed events, each with its own id, and records their results. After about one
+// event in ten, load sends a forged event.
 type load struct {
 	t       *testing.T
 	url     string
@@ -98,14 +98,14 @@ func (l *load) sendOne() {
 	}
 }
 
-// answered returns how many events were answered.
+// The method answered returns the number of events with a response.
 func (l *load) answered() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return len(l.status)
 }
 
-// many sends n events, some at the same time.
+// The method many sends n events, up to workers of them in parallel.
 func (l *load) many(n, workers int) {
 	var wg sync.WaitGroup
 	var left atomic.Int64
@@ -120,7 +120,7 @@ func (l *load) many(n, workers int) {
 	wg.Wait()
 }
 
-// atRate sends events at a steady rate while during runs.
+// atRate sends events at a steady rate until the function during returns.
 func (l *load) atRate(perSecond int, during func()) {
 	done := make(chan struct{})
 	go func() {
@@ -192,9 +192,9 @@ func (l *load) tally(backends ...*backend) (sum tally) {
 	return sum
 }
 
-// A backend closes each kept-alive connection when the next request arrives on it. If it
-// closes the connection between header and body, net/http's Transport fails to write the
-// body. The Transport never retries such a request, so bare reverse_proxy loses the event.
+// A backend closes each kept-alive connection when the next request arrives on it. If the
+// backend does this between header and body, net/http's Transport fails to write the body.
+// The Transport never retries such a request, so a site with only reverse_proxy loses it.
 func TestKeptAliveConnectionsThatClose(t *testing.T) {
 	t.Parallel()
 	events := size(1000, 300)
@@ -264,7 +264,7 @@ func TestBackendRestarts(t *testing.T) {
 	assert.Zero(t, sum.lost)
 }
 
-// A backend dies in the middle of reading a body or of its answer, one time in two.
+// At about every second request, the backend dies while it reads the body or writes the answer.
 func TestBackendDies(t *testing.T) {
 	t.Parallel()
 	for _, when := range []string{"reading", "writing"} {
@@ -290,7 +290,7 @@ func TestBackendDies(t *testing.T) {
 				defer dying.Unlock()
 				b.close()
 				conn.Close()
-				time.Sleep(20 * time.Millisecond) // it takes a while to start
+				time.Sleep(20 * time.Millisecond) // the backend takes a while to start again
 				b.listen()
 				deaths.Add(1)
 			})
@@ -310,12 +310,11 @@ func TestBackendDies(t *testing.T) {
 }
 
 // Over HTTP/2, a server can tell the client which requests it has accepted, so a reload
-// loses no request. Over HTTP/1.1, a server that shuts down closes idle connections, even if
-// it has just read a request (conn.serve of net/http). The kernel resets the connections in
-// the backlog of a closed listener. The same happens without this module: the test also
-// measures plain Caddy. No handler sees these requests. So for HTTP/1.1 the test only asserts
-// that no event is refused, that each answered event has arrived, and that the other senders
-// notice the missing response.
+// loses no request. Over HTTP/1.1, a reload loses requests that no handler sees: a server that
+// shuts down closes idle connections, even if it has just read a request (conn.serve of
+// net/http), and the kernel resets the connections in the backlog of a closed listener. Plain
+// Caddy, which the test also measures, loses such requests too. So for HTTP/1.1 the test only
+// asserts that each event with a response was answered 2xx and has arrived.
 func TestReloadUnderLoad(t *testing.T) {
 	t.Parallel()
 	reloads := size(20, 8)
@@ -426,7 +425,7 @@ func TestTwoUpstreams(t *testing.T) {
 	t.Run("one resets connections at random", func(t *testing.T) {
 		t.Parallel()
 		b := newBackend(t, good)
-		bad := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) { // one connection in three
+		bad := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) { // it resets one connection in three
 			before, after := rand.IntN(6) == 0, rand.IntN(6) == 0
 			if !before {
 				b.record(r)

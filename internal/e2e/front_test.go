@@ -16,8 +16,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// A proxy in front of two guards skips a guard that does not answer. Unsigned bodies must
-// not cause this, because genuine events would be lost during the pause.
+// For some time, nginx sends no request to a guard that did not answer. Unsigned bodies must
+// not cause such a pause: if both guards have one, nginx loses genuine events.
 func TestNginxInFront(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, good)

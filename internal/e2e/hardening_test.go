@@ -60,8 +60,7 @@ func raiseFileLimit(t *testing.T) {
 	}
 }
 
-// guardedSite and plainReader differ only in the guard. In both, the handler must read the
-// body before it answers.
+// guardedSite is plainSite with a guard.
 const guardedSite = `http://:{{port}} {
 	inkit_webhook {
 		secret {env.INKIT_WEBHOOK_SECRET}
@@ -93,7 +92,7 @@ func hold(t *testing.T, c *caddy, connections int, request string) int64 {
 	return c.status(t, "VmRSS") - before
 }
 
-// Memory grows with the bytes that arrive, not with the declared length.
+// The memory for a request grows with the bytes that arrive, not with the declared length.
 func TestMemoryOfSlowConnections(t *testing.T) {
 	skipUnlessMemoryCounts(t)
 	raiseFileLimit(t)
@@ -114,8 +113,8 @@ func TestMemoryOfSlowConnections(t *testing.T) {
 	assert.LessOrEqual(t, guarded-proxied, int64(8<<10))
 }
 
-// upload sends large posts at the same time, reads the responses, and returns the largest
-// memory of Caddy during this time.
+// upload sends large posts in parallel, reads the responses, and returns the largest memory
+// that Caddy has used.
 func upload(t *testing.T, c *caddy, posts int, size int64, status int, fields string) int64 {
 	t.Helper()
 	head := fmt.Sprintf("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n%s\r\n", size, fields)
@@ -169,15 +168,15 @@ func TestMemoryOfLargeUploads(t *testing.T) {
 		posts, size>>20, plain>>20, unsigned>>20, tooLarge>>20, forged>>20)
 	assert.Less(t, float64(unsigned), 1.2*float64(plain))
 	assert.Less(t, float64(tooLarge), 1.2*float64(plain))
-	// the garbage collector may not have freed smaller buffers, a third of the body
+	// the earlier, smaller buffers may not be freed yet: they take a third of the body's size
 	assert.Less(t, float64(forged-plain), 1.35*posts*size)
 }
 
 // compactSignature is well-formed, but does not match.
 const compactSignature = "f1e17187f7a3a3a72ab9c6f7f23d4bdff836ec5d8eb75930533a2511b1acbb5b"
 
-// TestDribblingClients: while 2,000 clients send one byte a second, good events are answered
-// within a second. In the end, read_timeout disconnects the slow clients.
+// TestDribblingClients: while 2,000 clients send one byte a second, Caddy answers good events
+// within 5 seconds. In the end, the option read_timeout disconnects the slow clients.
 func TestDribblingClients(t *testing.T) {
 	t.Parallel()
 	raiseFileLimit(t)
@@ -360,9 +359,9 @@ func randomRequest(r *rand.Rand) (request []byte, whole bool) {
 	return append([]byte(method+" /webhook HTTP/1.1\r\n"+strings.Join(fields, "\r\n")+"\r\n\r\n"), framed.Bytes()...), whole
 }
 
-// verdict sends a request and returns the status of the response. After an incomplete
-// request, it closes its half of the connection. After a complete request, net/http would
-// treat this as a disconnect.
+// verdict sends a request and returns the status of the response. Only after an incomplete
+// request, verdict closes its half of the connection: after a complete request, net/http would
+// treat the sender as disconnected.
 func verdict(addr string, request []byte, whole bool) (int, error) {
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {

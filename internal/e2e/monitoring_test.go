@@ -24,8 +24,8 @@ import (
 const monitoring = "../../examples/monitoring"
 
 // TestAlertRules runs the tests of the rules, and then runs them with broken rules. The tests
-// must fail for each broken rule, because each alert has a case that fires and a case that
-// does not fire.
+// must fail for each broken rule, because each alert has a case in which it fires and a case
+// in which it does not.
 func TestAlertRules(t *testing.T) {
 	t.Parallel()
 	needs(t, "promtool")
@@ -53,7 +53,7 @@ func TestAlertRules(t *testing.T) {
 		}
 		return lines
 	}
-	// broken returns the output of the tests for rules with changed expressions
+	// the function broken returns the output of the tests for rules with changed expressions
 	broken := func(change func(lines []string) []string) string {
 		changed := rules
 		for _, alert := range alerts {
@@ -98,7 +98,7 @@ func TestAlertRules(t *testing.T) {
 	}
 }
 
-// TestMonitoringDoc: the document names every alert and metric, and the rule in it fires.
+// TestMonitoringDoc: docs/monitoring.md names every alert and metric, and the rule in it fires.
 func TestMonitoringDoc(t *testing.T) {
 	t.Parallel()
 	doc := readFile(t, "../../docs/monitoring.md")
@@ -179,7 +179,6 @@ http://:{{port}} {
 }
 `
 
-// panel is a panel of the dashboard.
 type panel struct {
 	Type, Title string
 	GridPos     struct{ X, Y, W, H int }
@@ -193,7 +192,6 @@ type panel struct {
 	Targets []struct{ Expr, LegendFormat string }
 }
 
-// prometheus is a running Prometheus.
 type prometheus struct {
 	*process
 	t    *testing.T
@@ -256,8 +254,8 @@ func (p *prometheus) query(at time.Time, expr string) (result []series) {
 	return result
 }
 
-// when waits for a time at which each expression has the value 2. The time is two seconds
-// in the past, so that no scrape is still running.
+// The method when waits for a time at which each expression has the value 2, and returns it.
+// It looks two seconds into the past, because all scrapes of that time have ended.
 func (p *prometheus) when(what string, exprs ...string) (at time.Time) {
 	p.t.Helper()
 	deadline := time.Now().Add(time.Minute)
@@ -376,7 +374,7 @@ func TestDashboard(t *testing.T) {
 			assert.Equal(t, "stepAfter", defaults.Custom.LineInterpolation, panel.Title)
 		}
 		require.Len(t, panel.Targets, 1, panel.Title)
-		// shown returns the lines of the panel at one time, for the chosen webhook and queue
+		// the function shown returns the lines of the panel at a time, for one webhook and queue
 		shown := func(at time.Time, choice string) lines {
 			got := make(lines)
 			target := panel.Targets[0]
@@ -446,7 +444,7 @@ func TestDashboard(t *testing.T) {
 		assert.Empty(t, shown(now.Add(25*time.Hour), ".*"), panel.Title)
 	}
 
-	// in Caddy's own metrics, the label is the first handler of the route: handle is a subroute
+	// the label handler of Caddy's own metrics is the first handler of the route: here subroute
 	for _, metric := range []string{"caddy_http_request_duration_seconds_count", "caddy_http_request_size_bytes_count", "caddy_http_response_duration_seconds_count"} {
 		assert.NotEmpty(t, p.query(now, metric+`{handler="subroute"}`), metric)
 		assert.Empty(t, p.query(now, metric+`{handler="inkit_webhook"}`), metric)

@@ -17,7 +17,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// With the filter of the recipe, no log shows secrets or signatures, at every log level.
+// With the filter of the recipe, no log shows secrets or signatures, not even at level DEBUG.
 func TestNothingConfidentialShows(t *testing.T) {
 	t.Parallel()
 	const next = "the_next_secret"
@@ -108,7 +108,7 @@ func TestNothingConfidentialShows(t *testing.T) {
 	}
 }
 
-// inParallel calls f for 0 to n-1.
+// inParallel calls f with each number from 0 to n-1, several numbers in parallel.
 func inParallel(workers, n int, f func(i int)) {
 	var wg sync.WaitGroup
 	var next atomic.Int64
@@ -122,8 +122,8 @@ func inParallel(workers, n int, f func(i int)) {
 	wg.Wait()
 }
 
-// TestMetrics: every outcome is counted for two sites, by the names of their secrets. Reloads
-// do not reset the counters.
+// TestMetrics: for each of two webhooks, Caddy counts every outcome, and verified events by
+// the name of the secret. Reloads do not reset the counters.
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	for _, option := range []string{"", "\tmetrics"} {

@@ -43,7 +43,7 @@ func TestQueueOfASenderThatHalfCloses(t *testing.T) {
 		c := newQueueCaddy(t, backend.addr, "")
 		require.NoError(t, os.MkdirAll(c.path("queue/events.db"), 0o700)) // the folder makes it impossible to create the database file
 		c.start()
-		inParallel(4, 4, func(i int) { // each waits 5 s for a database
+		inParallel(4, 4, func(i int) { // each sender waits 5 s
 			assert.Equal(t, http.StatusServiceUnavailable, halfClosed(t, c, fmt.Sprint("refused-", i)))
 		})
 	})
@@ -75,7 +75,7 @@ func TestQueueWithoutADatabaseWhoseBackendComesBack(t *testing.T) {
 	backend.hasAll(t, s.ids(), time.Second)
 }
 
-// Events that make the backend drop the connection look like a dead backend.
+// Events that make the backend drop the connection look like an outage. Other events arrive.
 func TestQueueOfEventsThatLookLikeAnOutage(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, func(id string, attempt int) int {
@@ -105,7 +105,7 @@ func TestQueueWhoseDatabaseIsALink(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			backend, up := switchable(t)
-			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // after a kill, the lease lasts for 2 s more
+			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // a lease lasts 2 s longer, also after a kill
 			target := t.TempDir() + "/real.db"
 			tt.make(t, target)
 			require.NoError(t, os.Mkdir(c.path("queue"), 0o700))

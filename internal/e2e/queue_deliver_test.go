@@ -30,7 +30,7 @@ import (
 func TestQueueAttemptsAreAlike(t *testing.T) {
 	rows := []struct {
 		name, before, deliver string
-		seen                  string // the expected requests
+		seen                  string // a part of the expected requests
 	}{
 		{"reverse_proxy", "", "reverse_proxy {{backend}}", "X-Forwarded-For: 203.0.113.9, 127.0.0.1\r\n"},
 		{"reverse_proxy with other header fields", "", `reverse_proxy {{backend}} {
@@ -200,7 +200,7 @@ func TestQueueAttemptsAreAlike(t *testing.T) {
 	}
 }
 
-// TestQueueAttemptsAreAlikeInPHP is the same test for php_fastcgi.
+// TestQueueAttemptsAreAlikeInPHP is TestQueueAttemptsAreAlike for php_fastcgi.
 func TestQueueAttemptsAreAlikeInPHP(t *testing.T) {
 	t.Parallel()
 	root, php := startPHP(t, `<?php
@@ -245,7 +245,7 @@ http://{{addr}} {
 	assert.NotEmpty(t, seen[0].(map[string]any)["HTTP_IDEMPOTENCY_KEY"])
 }
 
-// TestQueueOfPHPThatHangs: php_fastcgi ignores attempt_timeout.
+// TestQueueOfPHPThatHangs: php_fastcgi does not end an attempt at attempt_timeout.
 func TestQueueOfPHPThatHangs(t *testing.T) {
 	t.Parallel()
 	root, addr := startPHP(t, `<?php
@@ -356,7 +356,6 @@ type queueEvent struct {
 	LastError                  string `json:"last_error"`
 }
 
-// list runs caddy inkit-queue list.
 func (c *caddy) list(t *testing.T, args ...string) (events []queueEvent) {
 	t.Helper()
 	out, err := c.command(append([]string{"inkit-queue", "list", "--json", "--config", c.path("Caddyfile")}, args...)...)

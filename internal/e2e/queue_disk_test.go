@@ -45,7 +45,7 @@ func switchable(t *testing.T) (b *backend, up *atomic.Bool) {
 	}), up
 }
 
-// once sends an event without a retry, and returns the response.
+// The method once sends an event without a retry, and returns the response.
 func (s *sender) once(t *testing.T, id string) answer {
 	t.Helper()
 	s.mu.Lock()
@@ -202,7 +202,7 @@ func copyDatabase(t *testing.T, from, to string) {
 	}
 }
 
-// Caddy still has the deleted file open, and writes to it only when it stops.
+// When Caddy stops, it copies the events of the deleted file, which it has open, to a new one.
 func TestQueueWhoseDatabaseIsDeletedBeforeAStop(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, all)
@@ -243,7 +243,7 @@ func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
 	backend.hasAll(t, s.ids(), time.Minute)
 }
 
-// kept creates a database with pending events. It returns its path and the ids of the events.
+// The function kept returns the path of a new database with pending events, and their ids.
 func kept(t *testing.T, events int) (db string, ids []string) {
 	t.Helper()
 	backend := newTaker(t, all)

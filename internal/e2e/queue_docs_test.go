@@ -58,8 +58,8 @@ func newStatus(t *testing.T, code int32) (b *backend, status *atomic.Int32) {
 	return newTaker(t, func(string, int) int { return int(status.Load()) }), status
 }
 
-// operator is a shell that runs the commands of docs/queue.md, as the user of Caddy. The test
-// replaces systemd.
+// operator is a shell that runs the commands of docs/queue.md. Scripts of the test replace the
+// programs sudo, systemctl and journalctl.
 type operator struct {
 	t    *testing.T
 	dir  string
@@ -103,8 +103,8 @@ func newOperator(t *testing.T, c *caddy) *operator {
 	return o
 }
 
-// command returns the command for a script in the operator's shell. The shell keeps its
-// variables.
+// command returns the command for a script in the operator's shell. The next script has the
+// variables db and damaged of this one.
 func (o *operator) command(script string) *exec.Cmd {
 	cmd := exec.Command("bash", "-c", "[ ! -f vars ] || . ./vars\n"+script+"\nstatus=$?\ndeclare -p db damaged 2>/dev/null >vars\nexit $status")
 	cmd.Dir, cmd.Env = o.dir, o.env
@@ -153,7 +153,7 @@ func TestQueueDocs(t *testing.T) {
 		t.Helper()
 		return o.run("caddy inkit-queue list --db " + db + " " + arguments)
 	}
-	id := "" // of the event that replaces the example in the text
+	id := "" // of an event; it replaces exampleID in the scripts
 	waiting := func(resource string) {
 		t.Helper()
 		before := backend.idOf(resource)
@@ -162,12 +162,12 @@ func TestQueueDocs(t *testing.T) {
 		waitFor(t, "the attempt has failed", c.process, func() bool { return strings.Contains(list(""), id) })
 	}
 	var noisy []string
-	lost := 0 // the number of events in the damaged file
+	lost := 0 // the number of events that the damage has destroyed
 
 	steps := []struct {
 		heading string
 		before  func()
-		check   func(script string) // runs the commands of the section, and checks the result
+		check   func(script string) // runs the commands of the block, and checks the result
 	}{
 		{"Find one event", func() { waiting("doc_1") }, func(script string) {
 			out := o.run(replaceEach(t, script, exampleID, id))
@@ -259,7 +259,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Equal(t, "ok\n1\n", o.run("sqlite3 -readonly "+backups[0]+" 'PRAGMA integrity_check' 'SELECT count(*) FROM inkit_queue_events'"))
 		}},
 		{"Back up and restore", func() { waiting("doc_after") }, func(script string) {
-			o.hard.Store(true) // after a clean stop, the lost database has no write-ahead log
+			o.hard.Store(true) // so that the database to replace has a write-ahead log
 			o.run(script)
 			o.hard.Store(false)
 			out := list("")
@@ -295,7 +295,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Contains(t, list(""), "doc_1")
 			assert.Contains(t, list(""), "doc_moved")
 			status.Store(http.StatusOK)
-			// do not wait for the next attempt; an event in delivery is an error of this command
+			// do not wait for the next attempt; the command fails if an attempt is running
 			_ = o.command("caddy inkit-queue retry " + backend.idOf("doc_1") + " " + id).Run()
 			waitFor(t, "both are delivered from there", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
 			assert.Positive(t, backend.of("doc_moved").taken)

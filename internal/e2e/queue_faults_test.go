@@ -33,7 +33,7 @@ http://{{addr}} {
 }`
 }
 
-// slowly sends the body of each request some time after the header.
+// slowly is a transport that sends the body of each request 50 ms after the header.
 type slowly struct{ *http.Transport }
 
 func (s slowly) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -54,11 +54,11 @@ func (b *lateBody) Read(p []byte) (int, error) {
 }
 
 // Requests that begin before a reload can reach the handlers of the old configuration after
-// their Cleanup. Slow senders cause such requests at each reload.
+// the Cleanup of these handlers. Slow senders cause such requests at each reload.
 func TestQueueReloadsRefuseNothing(t *testing.T) {
 	t.Parallel()
 	for _, state := range []string{"up", "down"} {
-		t.Run("the backend is "+state, func(t *testing.T) { //nolint:tparallel // beside each other they take longer, and so events wait longer
+		t.Run("the backend is "+state, func(t *testing.T) { //nolint:tparallel // parallel subtests take longer, and so events wait longer
 			t.Parallel()
 			testQueueReloadsRefuseNothing(t, state == "down")
 		})
@@ -69,7 +69,7 @@ func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
 	t.Helper()
 	for _, tt := range []struct {
 		name  string
-		sites func(site, backend string) []string // one after the other, again and again
+		sites func(site, backend string) []string // the test loads them in turn, again and again
 	}{
 		{"options change", func(_, backend string) []string { return changedOptions(backend) }},
 		{"the store changes", func(site, _ string) []string {
@@ -78,7 +78,7 @@ func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
 		{"the name changes", func(site, backend string) []string { return []string{site, queueSite(backend, "name another")} }},
 		{"the queue goes and comes", func(site, backend string) []string { return []string{site, proxySite(backend)} }},
 	} {
-		if down && tt.name == "the queue goes and comes" { // the proxy keeps nothing
+		if down && tt.name == "the queue goes and comes" { // the proxy stores no event
 			continue
 		}
 		t.Run(tt.name, func(t *testing.T) {
@@ -107,8 +107,8 @@ func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
 			if down {
 				backend.listen()
 			}
-			// A queue delivers only while it is configured. The pause after a failed probe is as long
-			// as the age of its event.
+			// A queue delivers only while it is configured. After a failed attempt, an event waits
+			// about as long as its age.
 			ended := time.Now()
 			for i := 0; len(backend.missing(ids)) > 0 && time.Since(ended) < 3*time.Minute; i++ {
 				c.configure("grace_period 5s", sites[i%len(sites)])
@@ -125,7 +125,7 @@ func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
 	}
 }
 
-// changedOptions returns sites with other options after every third site.
+// changedOptions returns three sites with different options, each one three times.
 func changedOptions(backend string) (sites []string) {
 	for _, seconds := range []int{5, 4, 3} {
 		site := queueSite(backend, fmt.Sprintf("answer_after %ds\nconcurrency %d", seconds, 10+seconds))
@@ -134,7 +134,7 @@ func changedOptions(backend string) (sites []string) {
 	return sites
 }
 
-// Many files make a listing of the database's folder slow.
+// Many other files in the folder of the database do not make the answers slow.
 func TestQueueBesideManyFiles(t *testing.T) {
 	backend := newTaker(t, all)
 	c := newQueueCaddy(t, backend.addr, "")
@@ -147,7 +147,7 @@ func TestQueueBesideManyFiles(t *testing.T) {
 	c.start()
 	s := newSender(t, c)
 	began := time.Now()
-	for i := 0; i < size(1500, 500) || time.Since(began) < time.Duration(size(12, 6))*time.Second; i++ { // long enough for counts of the events
+	for i := 0; i < size(1500, 500) || time.Since(began) < time.Duration(size(12, 6))*time.Second; i++ { // in this time, Caddy also counts the events
 		require.True(t, s.send(t.Context(), fmt.Sprint("beside-", i), 0))
 		time.Sleep(5 * time.Millisecond)
 	}
@@ -157,14 +157,14 @@ func TestQueueBesideManyFiles(t *testing.T) {
 	s.refusedNone(t)
 }
 
-// The test sets the clock back or forward, by a shift of the times in the database. It does
-// this while Caddy runs, or before Caddy starts again after a kill.
+// The test shifts the times in the database, as if the clock were set back or forward: while
+// Caddy runs, or before Caddy starts again after a kill.
 func TestQueueWhoseClockIsSet(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t, "fsync=off")
 	for _, store := range []string{"SQLite", "PostgreSQL"} {
 		for _, hours := range []int{10, -10} {
-			// open starts a Caddy, and returns a function that shifts the times of its database
+			// open starts a Caddy, and returns a function that shifts the times in the database
 			open := func(t *testing.T, backend string) (c *caddy, shift func() (events int)) {
 				t.Helper()
 				const options = "answer_after 100ms\nmax_age 12h"
@@ -193,8 +193,8 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				}
 			}
 			name := fmt.Sprintf("%s, %+d h, ", store, hours)
-			// answers is of a backend that answers slow events when it is let, and others with status until it is
-			// back. An attempt that begins meanwhile waits, or else its pause would have the age of a shifted event.
+			// answers starts a backend. It answers slow events after let is closed, and others with status until
+			// back is called. During the shift, attempts wait: the pause after a failed one would have the shifted age.
 			answers := func(t *testing.T, status int) (b *backend, back func(shift func() int), let chan struct{}) {
 				t.Helper()
 				var mu sync.RWMutex
@@ -286,9 +286,9 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 // refuses no sender, and the database has each event that was answered 2xx.
 func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 	t.Parallel()
-	// load sends events during the fault, which occurs a number of times. After that, the
-	// backend must get the events. If a loaded machine makes an outage so long that senders
-	// do not wait for its end, this fault does not count, and occurs again.
+	// load sends events, and calls fault several times. Then the backend comes back, and must
+	// get all events that were answered 2xx. On a busy machine, a fault may last so long that
+	// Caddy refuses senders: load does not count this fault, and repeats it.
 	load := func(t *testing.T, backend *backend, c *caddy, times int, fault func()) {
 		t.Helper()
 		ctx, cancel := context.WithCancel(t.Context())
@@ -378,6 +378,6 @@ func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 			c.logged("cannot store events")
 			c.logged("events are stored again")
 		})
-		killHard(c) // here this also ends strace
+		killHard(c) // also kills strace
 	})
 }

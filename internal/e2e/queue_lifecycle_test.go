@@ -126,8 +126,8 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 	s.refusedNone(t)
 }
 
-// While another program locks the file, neither Caddy can store its deliveries, so both
-// would deliver the same events.
+// While another program locks the file, the two Caddys cannot store their deliveries. So they
+// make no attempts, or else both would deliver the same events.
 func TestQueueOfTwoCaddysWhileTheFileIsLocked(t *testing.T) {
 	t.Parallel()
 	var up atomic.Bool
@@ -185,7 +185,7 @@ func TestQueueIsNotTouchedByValidate(t *testing.T) {
 	backend.hasAll(t, s.ids(), 20*time.Second)
 }
 
-// After its sender disconnects, an event is still stored or delivered.
+// An event is still stored or delivered after its sender has disconnected.
 func TestQueueOfASenderThatHangsUp(t *testing.T) {
 	t.Parallel()
 	var up atomic.Bool
@@ -229,7 +229,7 @@ func TestQueueThatIsFull(t *testing.T) {
 	assert.NotEqual(t, "0", c.metric(`caddy_inkit_queue_stored_total{queue="default",result="refused"}`))
 	assert.Len(t, c.list(t), kept, "no older event was dropped")
 
-	c.configure("", queueSite(backend.addr, "max_events 1")) // more events are pending
+	c.configure("", queueSite(backend.addr, "max_events 1")) // more events than this are pending
 	c.stop(t, syscall.SIGTERM)
 	c.start()
 	up.Store(true)

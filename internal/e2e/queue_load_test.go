@@ -22,7 +22,7 @@ import (
 
 // TestQueueOfManyEvents has a million pending events, or fewer in a short run.
 func TestQueueOfManyEvents(t *testing.T) {
-	if !long { // the long run measures time, and needs the machine alone
+	if !long { // a long run measures time, so no other test may run beside it
 		t.Parallel()
 	}
 	events := size(1_000_000, 5_000)
@@ -37,7 +37,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 		return http.StatusOK
 	}
 	c := queueCaddy(t, backend.addr, "max_events 2000000\nconcurrency 64\nhistory 0")
-	beside := queueCaddy(t, backend.addr, "") // for comparison: few events
+	beside := queueCaddy(t, backend.addr, "") // for comparison: a Caddy with few events
 	<-newSender(t, beside).sendAll(t.Context(), "beside", 100)
 	s := newSender(t, c)
 	s.workers = 64
@@ -77,9 +77,9 @@ func TestQueueOfManyEvents(t *testing.T) {
 	t.Logf("idle: %.2f %% of a core, and beside few events %.2f %%; %d events accepted in %v, and beside few in %v; resident %d MiB, and beside few %d",
 		100*idle, 100*idleBeside, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
 	if long {
-		// One probe a second takes 0.5 % of a core on a quiet machine. It takes up to 4 % if
-		// other processes fill the CPU caches. With few events it takes the same, but each
-		// measurement differs. BenchmarkSQLite compares storing with few and many events.
+		// One probe a second takes 0.5 % of a core on a quiet machine, and up to 4 % if other
+		// processes fill the CPU caches. With few events, a probe takes as much, but each
+		// measurement differs. BenchmarkSQLite compares databases with few and many events.
 		assert.Less(t, idle, max(0.01, 3*idleBeside))
 		assert.Less(t, idle, 0.1)
 		assert.LessOrEqual(t, many.Seconds(), 2*few.Seconds())
@@ -98,7 +98,7 @@ func TestQueueOfManyEvents(t *testing.T) {
 	wait := first.(time.Time).Sub(started)
 	t.Logf("the first delivery %v after the start, which took %v", wait.Round(time.Millisecond), started.Sub(began).Round(time.Millisecond))
 	assert.Less(t, wait, max(time.Second, 2*started.Sub(began)))
-	if long { // what follows measures no time
+	if long { // the rest of the test measures no time
 		up.Store(false)
 		t.Parallel()
 		up.Store(true)

@@ -60,8 +60,8 @@ func TestQueueHistoryAfterAKill(t *testing.T) {
 	assert.Less(t, last, 2*time.Second, "a second, and a transaction on a slow disk")
 }
 
-// An event that the sender repeats is delivered once. It repeats the event at the same
-// time, after the delivery, after a restart, and after kill -9 in an outage.
+// An event that the sender sends several times is delivered once: many copies at the same
+// moment, and more copies after the delivery, after a restart, and after kill -9 in an outage.
 func TestQueueOnce(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, all)
@@ -103,8 +103,8 @@ func TestQueueOnce(t *testing.T) {
 	assert.Regexp(t, `(?m)^\S+  delivered  \d+ s +DOCUMENT_CREATE_FINISHED  outage`, list)
 }
 
-// Each of 200 events is sent to two Caddys on one PostgreSQL at the same time, and arrives
-// once.
+// The test sends each of 200 events to two Caddys on one PostgreSQL in parallel. Each event
+// arrives only one time.
 func TestPostgresOnce(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)

@@ -29,8 +29,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// pageHash is the hash of the password "demo". Its cost is low, because each request checks
-// it.
+// pageHash is the hash of the password "demo". The cost of the hash is low, because Caddy
+// checks the password at each request.
 const pageHash = "$2a$10$vbwNOEOi0sqCSIBQf3hzguQ1ssw.iSoooBQc/pNHC28vw7GZsB4y2"
 
 // pageSite returns the Caddyfile under a heading of docs/page.md, adapted to the test.
@@ -48,7 +48,7 @@ func pageSite(t *testing.T, heading string, replacements ...string) string {
 	return block
 }
 
-// pageCaddy starts a Caddy with a queue that cannot deliver, and sites with its page.
+// pageCaddy starts a Caddy with a queue that cannot deliver, and sites that show its page.
 func pageCaddy(t *testing.T, pages string) (c *caddy, s *sender) {
 	t.Helper()
 	c = newCaddy(t, "", queueSite(freeAddr(t), "answer_after 0s")+"\n"+pages)
@@ -56,7 +56,6 @@ func pageCaddy(t *testing.T, pages string) (c *caddy, s *sender) {
 	return c, newSender(t, c)
 }
 
-// visitor is a client that requests pages.
 type visitor struct {
 	client *http.Client
 	change func(*http.Request)
@@ -92,7 +91,7 @@ func plainVisitor(change func(*http.Request)) visitor {
 
 func withPassword(r *http.Request) { r.SetBasicAuth("ops", "demo") }
 
-// uses acts like an operator at a URL that ends in a slash.
+// The method uses opens the page like an operator, and retries an event. The URL at ends in /.
 func (v visitor) uses(t *testing.T, at, user string) {
 	t.Helper()
 	status, page, header := v.do(t, http.MethodGet, at, nil)
@@ -158,7 +157,7 @@ func TestQueuePageWithAPassword(t *testing.T) {
 	plainVisitor(withPassword).uses(t, "http://"+front+"/a/", "ops")
 	status, _, _ := plainVisitor(withPassword).do(t, http.MethodGet, "http://"+under+"/", nil)
 	assert.Equal(t, 404, status)
-	for range 2 { // then the queue was opened by an earlier configuration
+	for range 2 { // after a reload, the configuration uses a queue that an earlier one has opened
 		c.reload()
 		plainVisitor(withPassword).uses(t, "http://"+own+"/", "ops")
 	}

@@ -22,13 +22,13 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// pgCaddy starts a Caddy with a queue in a database.
+// pgCaddy starts a Caddy with a queue in PostgreSQL.
 func pgCaddy(t *testing.T, backend, dsn, options string) *caddy {
 	t.Helper()
 	return startCaddy(t, "grace_period 5s", inPostgres(queueSite(backend, options)), "INKIT_QUEUE_DSN="+dsn)
 }
 
-// inPostgres changes the store of queueSite.
+// inPostgres changes the database in the site of queueSite to PostgreSQL.
 func inPostgres(site string) string {
 	return strings.Replace(site, "store sqlite {{dir}}/queue/events.db", "store postgres {env.INKIT_QUEUE_DSN}", 1)
 }
@@ -52,7 +52,7 @@ func TestPostgresTwoCaddysThatAreKilled(t *testing.T) {
 		before := len(s.ids())
 		waitFor(t, "events are accepted", nil, func() bool { return len(s.ids()) >= min(events, before+events/30) })
 		killHard(caddys[i%2])
-		if i%4 == 1 { // the server stops at the same time
+		if i%4 == 1 { // PostgreSQL stops while this Caddy is down
 			server.Stop()
 			server.Run()
 		}
@@ -71,7 +71,7 @@ func TestPostgresThatFails(t *testing.T) {
 	var failure atomic.Value // the name of the current failure
 	backend := newTaker(t, func(id string, attempt int) int {
 		if strings.HasPrefix(id, "kept "+failure.Load().(string)) {
-			return http.StatusInternalServerError // so the event must be in the database
+			return http.StatusInternalServerError // so that the event stays in the database
 		}
 		return sometimes(id, attempt)
 	})
@@ -88,7 +88,7 @@ func TestPostgresThatFails(t *testing.T) {
 		{"stopped for a while", func() { server.Signal(syscall.SIGSTOP); time.Sleep(pause); server.Signal(syscall.SIGCONT) }},
 		{"ended for a while", func() { server.Stop(); time.Sleep(pause); server.Run() }},
 		{"killed", func() { server.Kill(); server.Run() }},
-		{"restarted", func() { server.Stop(); server.Run() }}, // the shortest one last: after it, the events wait as long again as they are old
+		{"restarted", func() { server.Stop(); server.Run() }}, // the shortest failure comes last: after a failure, an event waits about as long as its age
 	} {
 		failure.Store(tt.name)
 		load, stop := context.WithCancel(ctx)
@@ -192,7 +192,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	assert.NotEmpty(t, times)
 	assert.LessOrEqual(t, most, 2)
 	up.Store(true)
-	backend.hasAll(t, s.ids(), 2*time.Minute) // after a failed probe, the next wait of an event is as long as the event is old
+	backend.hasAll(t, s.ids(), 2*time.Minute) // after a failed attempt, an event waits about as long as its age
 	most = backend.snapshot().most
 	t.Logf("%d attempts at most at a time", most)
 	assert.LessOrEqual(t, most, 2*16)
@@ -203,7 +203,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	}
 }
 
-// An operator looks at an event in a transaction, and forgets to end it.
+// An operator looks at an event in a transaction, and forgets to end the transaction.
 func TestPostgresRowThatIsLocked(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t, "fsync=off")
@@ -305,8 +305,8 @@ func TestPostgresExample(t *testing.T) {
 	})
 }
 
-// With any fault of the database, Caddy serves the other sites, and the log names the
-// fault.
+// While PostgreSQL refuses the password, Caddy serves the other sites, and the log says why
+// the queue cannot store events.
 func TestPostgresThatIsNotThere(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)
@@ -385,7 +385,7 @@ func TestPostgresMove(t *testing.T) {
 	assert.Empty(t, out)
 }
 
-// TestPostgresMigrate creates the tables with another role.
+// TestPostgresMigrate creates the tables with a role other than Caddy's.
 func TestPostgresMigrate(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)

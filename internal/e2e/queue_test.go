@@ -21,17 +21,16 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// sender sends events to Caddys in turn. If a Caddy does not accept an event, it tries the
-// next Caddy.
+// sender sends events to Caddys in turn. If a Caddy does not accept an event, the next one gets it.
 type sender struct {
 	urls    []string
 	client  *http.Client
-	workers int // of sendAll
+	workers int // how many goroutines sendAll uses
 
 	mu       sync.Mutex
 	tries    int // how many requests were sent
 	accepted []string
-	refused  []string // answered 5xx: the id and the response
+	refused  []string // answered 5xx: the id and the status
 	times    []time.Duration
 	last     time.Time     // when an event was last accepted
 	gap      time.Duration // the longest time between two accepted events
@@ -114,7 +113,7 @@ func (s *sender) ids() []string {
 
 func (s *sender) median() time.Duration { return s.quantile(0.5) }
 
-// quantile returns the time in which this part of the events was accepted.
+// quantile returns the time within which the given part of the events was accepted.
 func (s *sender) quantile(part float64) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -126,7 +125,8 @@ func quantile(times []time.Duration, part float64) time.Duration {
 	return times[int(part*float64(len(times)-1))]
 }
 
-// sometimes makes a taker often refuse the first attempt at an event.
+// With the function sometimes, a backend of newTaker refuses the first attempt at each event
+// whose id ends in 3, and takes 300 ms for the first attempt if the id ends in 7.
 func sometimes(id string, attempt int) int {
 	time.Sleep(2 * time.Millisecond)
 	if attempt == 1 && strings.HasSuffix(id, "3") {
@@ -138,7 +138,7 @@ func sometimes(id string, attempt int) int {
 	return http.StatusOK
 }
 
-// firstHangs makes a backend let the first attempt at each event hang for timeout, and fail.
+// With firstHangs, the first attempt at each event takes as long as timeout, and fails.
 func firstHangs(timeout time.Duration) func(id string, attempt int) int {
 	return func(_ string, attempt int) int {
 		if attempt == 1 {
@@ -271,7 +271,7 @@ func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 	t.Parallel()
 	needs(t, "strace")
-	// traced returns the system calls of Caddy during use
+	// the function traced returns the system calls of Caddy while the function use runs
 	traced := func(t *testing.T, use func(c *caddy)) string {
 		t.Helper()
 		backend := newTaker(t, all)
@@ -293,7 +293,7 @@ func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 		require.NoError(t, err)
 		caddyPID, err := strconv.Atoi(strings.TrimSpace(string(children)))
 		require.NoError(t, err)
-		require.NoError(t, syscall.Kill(caddyPID, syscall.SIGTERM)) // strace writes all its output, and ends with Caddy
+		require.NoError(t, syscall.Kill(caddyPID, syscall.SIGTERM)) // when Caddy ends, strace writes the rest of its output, and ends
 		<-c.exited
 		return readFile(t, c.path("calls"))[before:]
 	}
@@ -379,7 +379,7 @@ func TestQueueAsksADeadBackendSeldom(t *testing.T) {
 	assert.LessOrEqual(t, mostInASecond(times[10:]), 2)
 }
 
-// mostInASecond returns how many of the times, which are in order, are in one second.
+// mostInASecond returns the largest number of times within one second. times is sorted.
 func mostInASecond(times []time.Time) (most int) {
 	for i, at := range times {
 		n := 0
@@ -455,7 +455,7 @@ func TestQueueDrainsBesideLiveEvents(t *testing.T) {
 	assert.LessOrEqual(t, quantile(beside, 0.99), max(50*time.Millisecond, 2*quantile(alone, 0.99)))
 }
 
-// command runs a command of Caddy while Caddy runs.
+// command runs a command of Caddy in the environment and the folder of c.
 func (c *caddy) command(args ...string) (stdout string, err error) {
 	c.t.Helper()
 	cmd := exec.Command(caddyPath, args...)

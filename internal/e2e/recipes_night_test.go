@@ -19,8 +19,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// postLater calls post in another goroutine. The channel gets the status, or 0 without a
-// response.
+// postLater posts an event in another goroutine. The channel gets the status of the response,
+// or 0 if there is none.
 func postLater(t *testing.T, url string, body []byte) (status chan int) {
 	t.Helper()
 	status = make(chan int, 1)
@@ -32,14 +32,14 @@ func postLater(t *testing.T, url string, body []byte) (status chan int) {
 }
 
 // TestRecipeSignatureInLogs: with both filters, no log has a signature. Both filters are
-// necessary, with the proxy behind the guard and with the proxy in a queue.
+// necessary for a proxy directly behind the guard, and for a proxy in a queue.
 func TestRecipeSignatureInLogs(t *testing.T) {
 	t.Parallel()
 	const filter = "\t\tformat filter {\n\t\t\trequest>headers>Inkit-Signature delete\n\t\t}\n"
 	for _, tt := range []struct {
 		name                       string
 		queue, own, access, debug  bool // the parts in use: a queue, a filter for Caddy's own log, a filter for the access log, level DEBUG
-		inOwn, inFailure, inAccess bool // where the signature appears: in Caddy's own log while the queue has room, in that log without room, in the access log
+		inOwn, inFailure, inAccess bool // where the signature appears: in Caddy's own log while the queue has room, in Caddy's own log when an event is refused, in the access log
 	}{
 		{name: "a proxy, both filters", own: true, access: true},
 		{name: "a proxy, both filters, level DEBUG", own: true, access: true, debug: true},
@@ -106,7 +106,7 @@ func TestRecipeSignatureInLogs(t *testing.T) {
 
 // TestRecipeSignatureInDatabase: with the recipe, no file of the database has the signature,
 // while an event is pending and after its delivery. The backend does not get the signature.
-// Without the recipe, the database has the signature. In both cases, Caddy's log has it.
+// Without the recipe, the database has the signature. The access log has it in both cases.
 func TestRecipeSignatureInDatabase(t *testing.T) {
 	t.Parallel()
 	const line = "\t\trequest_header -Inkit-Signature\n"
@@ -241,8 +241,8 @@ func TestRecipeRetryByStatus(t *testing.T) {
 	})
 }
 
-// TestRequestBuffers: the proxy keeps a body for a retry if the body is smaller than
-// request_buffers.
+// TestRequestBuffers: the proxy keeps a body for a retry if the body is smaller than the
+// option request_buffers.
 func TestRequestBuffers(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -505,8 +505,8 @@ func block(t *testing.T, heading, language string) string {
 	return block
 }
 
-// startFront starts nginx or HAProxy with the configuration of the document, with
-// replacements.
+// startFront starts nginx or HAProxy with the configuration of docs/recipes.md. The
+// replacements change this configuration.
 func startFront(t *testing.T, program string, replacements ...string) (addr string) {
 	t.Helper()
 	needs(t, program)
@@ -524,7 +524,7 @@ func startFront(t *testing.T, program string, replacements ...string) (addr stri
 	return addr
 }
 
-// startNginx starts nginx with a part of its configuration, which is inside http.
+// startNginx starts nginx. config is the part of its configuration inside http.
 func startNginx(t *testing.T, addr, config string) *process {
 	t.Helper()
 	needs(t, "nginx")
@@ -661,7 +661,7 @@ func TestRecipeInFront(t *testing.T) {
 	})
 }
 
-// TestReloadEndsTries: a reload ends the retries of reverse_proxy, but the queue continues.
+// TestReloadEndsTries: a reload ends the retries of reverse_proxy, but not those of a queue.
 func TestReloadEndsTries(t *testing.T) {
 	t.Parallel()
 	require.Contains(t, section(t, "Reload"), "immediately answers 502")
@@ -720,7 +720,7 @@ func TestWhatCaddyExpands(t *testing.T) {
 	for _, tt := range []struct {
 		name, secret, value string
 		set                 bool
-		accepts             string // the secret that Caddy then uses, or empty if the configuration does not load
+		accepts             string // the secret that Caddy uses, or empty if the configuration does not load
 	}{
 		{"a value", "{$S}", "one", true, ""},
 		{"a value, in quotes", `"{$S}"`, "one", true, "one"},

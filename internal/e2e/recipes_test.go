@@ -22,7 +22,7 @@ func recipes(t *testing.T) string {
 	return readFile(t, "../../README.md") + "\n" + readFile(t, "../../docs/recipes.md")
 }
 
-// section returns the text under a heading, which must be unique in both documents.
+// section returns the text under a heading. The heading must be unique in both documents.
 func section(t *testing.T, heading string) string {
 	t.Helper()
 	parts := strings.Split(recipes(t), "\n### "+heading+"\n")
@@ -33,8 +33,8 @@ func section(t *testing.T, heading string) string {
 }
 
 // recipe returns the Caddyfile under a heading, split into its global options and its site.
-// The replacements adapt it to the test: for example, the site gets its own port. The
-// Caddyfile must have the old text of each replacement.
+// The replacements adapt the Caddyfile to the test: for example, the site gets its own port.
+// The Caddyfile must have the old text of each replacement.
 func recipe(t *testing.T, heading string, replacements ...string) (options, site string) {
 	t.Helper()
 	replacements = append([]string{"example.com {", "http://:{{port}} {"}, replacements...)
@@ -153,7 +153,7 @@ func TestRecipeRouteByEvent(t *testing.T) {
 	assert.Equal(t, []string{"document", "other", "other"}, kinds(others))
 }
 
-// TestHandleErrors: the errors reach the error routes, and nothing is written twice.
+// TestHandleErrors: the errors reach the error routes, and no handler writes a second header.
 func TestHandleErrors(t *testing.T) {
 	const heading = "Error page, and an allow-list of addresses"
 	b := newBackend(t, good)
@@ -166,7 +166,7 @@ func TestHandleErrors(t *testing.T) {
 	id, found := strings.CutPrefix(got.body, "This is for Inkit alone: signature_mismatch ")
 	assert.True(t, found, got.body)
 	require.NotEmpty(t, id)
-	c.logged(`"err_id":"` + id + `"`) // which the page shows
+	c.logged(`"err_id":"` + id + `"`) // the error page shows this id
 	assert.Equal(t, "Inkit-Signature", got.header.Get("WWW-Authenticate"))
 	got = post(t, webhookURL(c, "/webhook"), make([]byte, 70_000), sign(secret, body))
 	assert.Equal(t, 413, got.status)
@@ -259,7 +259,7 @@ func TestRecipeJSON(t *testing.T) {
 	}
 }
 
-// TestQuickStart runs the example and the commands in its comment and in the README.
+// TestQuickStart runs example.Caddyfile, and the commands in its comment and in the README.
 func TestQuickStart(t *testing.T) {
 	needs(t, "openssl", "curl", "sh")
 	example := readFile(t, "../../example.Caddyfile")
@@ -328,7 +328,7 @@ func TestQuickStart(t *testing.T) {
 	})
 }
 
-// exampleSites returns example.Caddyfile, adapted to the test, and the URL of its page.
+// exampleSites returns example.Caddyfile, adapted to the test, and the address of its page.
 func exampleSites(t *testing.T) (options, sites, page string) {
 	t.Helper()
 	page = freeAddr(t)

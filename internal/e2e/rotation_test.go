@@ -39,7 +39,7 @@ func (f secretFile) replace(value string) {
 	require.NoError(f.t, os.Rename(writeFile(f.t, f.path+".new", value+"\n"), f.path))
 }
 
-// rotating is a site with secrets in files. It gets 50 events a second.
+// rotating is a Caddy whose secrets are in files, with a backend and a client.
 type rotating struct {
 	t      *testing.T
 	c      *caddy
@@ -67,8 +67,8 @@ func (r *rotating) status(key, id string) int {
 	return got.status
 }
 
-// until sends 50 events a second, signed with key. It stops when an event gets status, and
-// returns the time until then.
+// The method until sends 50 events a second, signed with key. It stops when the answer to an
+// event is status, and returns how long this took.
 func (r *rotating) until(key string, status int, limit time.Duration) time.Duration {
 	r.t.Helper()
 	began := time.Now()
@@ -119,8 +119,8 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 		t.Logf("refused after %v", took)
 		assert.Equal(t, 200, r.status("new", "doc"))
 	})
-	// The recipe: write the new secret into the unused file, and keep the current secret. When
-	// Caddy knows the new secret, Inkit signs with it.
+	// The recipe: write the new secret into the unused file, and keep the current secret. Inkit
+	// signs with the new secret only after Caddy knows it.
 	t.Run("with both listed, no event is refused", func(t *testing.T) {
 		t.Parallel()
 		files := []secretFile{newSecretFile(t, "secret_0"), newSecretFile(t, "unused")}
@@ -307,8 +307,8 @@ func TestRecipeRotation(t *testing.T) {
 	assert.Equal(t, 200, status("new_secret"))
 }
 
-// TestRotationsUnderLoad rotates the only secret. The sender changes to the new secret when
-// the file has it. This is the best case for Inkit.
+// TestRotationsUnderLoad rotates the only secret. The sender signs with the new secret as soon
+// as the file has it. Inkit cannot change earlier.
 func TestRotationsUnderLoad(t *testing.T) {
 	t.Parallel()
 	t.Run("60 events at once after each of 12 rotations", func(t *testing.T) {
@@ -409,8 +409,8 @@ func TestRotationsUnderLoad(t *testing.T) {
 	}
 }
 
-// hang returns a wrapper for a command. After path was opened a number of times, further
-// opens hang, like opens on a dead file system.
+// hang returns a wrapper for Caddy. After Caddy has opened path the given number of times,
+// each further open hangs, as on a dead file system.
 func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	t.Helper()
 	needs(t, "strace")
@@ -423,8 +423,8 @@ func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	}
 }
 
-// release kills the tracer that makes the file system of p hang. Until then, a process that
-// was killed during a traced call still exists.
+// release kills the tracer that makes an open of p hang. While the tracer runs, p does not
+// end, even after a kill.
 func release(t *testing.T, p *process) {
 	t.Helper()
 	_, rest, _ := strings.Cut(readFile(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)), "\nTracerPid:")

@@ -69,8 +69,8 @@ func prepare(tb testing.TB) (*http.Request, *caddy.Replacer) {
 	return caddyhttp.PrepareRequest(httptest.NewRequest(http.MethodPost, "/", nil), repl, nil, nil), repl
 }
 
-// A handler such as timeouts passes on a copy of the request, and an error route gets the
-// original.
+// Some handlers, such as the directive timeouts, pass on a copy of the request, but an error
+// route gets the original. Both have the event.
 func TestEventIsThatOfAllCopiesOfARequest(t *testing.T) {
 	r, repl := prepare(t)
 	type key struct{}

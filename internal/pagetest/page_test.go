@@ -152,7 +152,7 @@ func (s *site) send(t *testing.T, resource string, n int) {
 	wg.Wait()
 }
 
-// browser is a Chromium without JavaScript.
+// browser returns the context of a new Chromium.
 func browser(t *testing.T) context.Context {
 	t.Helper()
 	path := ""
@@ -363,7 +363,7 @@ func violations(t *testing.T, ctx context.Context, source string) (found []strin
 	return found
 }
 
-// screenshot saves a small image in docs if SCREENSHOTS is set.
+// screenshot takes a picture, which must be small. If SCREENSHOTS is set, docs gets the picture.
 func screenshot(t *testing.T, ctx context.Context, name string) {
 	t.Helper()
 	png := ask(t, ctx, chromedp.CaptureScreenshot())

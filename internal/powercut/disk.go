@@ -1,7 +1,7 @@
 //go:build linux
 
-// Package powercut cuts the power of a Caddy with a queue in SQLite, below the file
-// system. It is a separate module, so that nothing else needs its dependencies.
+// Package powercut cuts the power of the disk of a Caddy with a queue in SQLite. The disk is
+// simulated. The package is a separate module, so that nothing else needs its dependencies.
 package powercut
 
 import (
@@ -29,15 +29,15 @@ const (
 
 // disk is a file system whose power can be cut. It holds one folder of files.
 //
-// A folder of the machine has the newest content of each file, which programs read. The
-// disk remembers the old content of a page until an fsync of the file. At a cut, a page
-// that was not synced gets its old content, keeps its new content, or is torn: only its
-// first sectors are new.
+// Programs read the newest content of each file. It is in a folder of the machine. The disk
+// remembers the old content of a page until an fsync of the file. At a cut, a page that was
+// not synced gets its old content, keeps its new content, or is torn: only its first sectors
+// are new.
 //
 // This disk loses more than most disks, because a page may become durable before an older
-// write. It loses less in two ways: creating, renaming and deleting a file is durable at
-// once, without an fsync of the folder, and an fsync also makes writes durable that come
-// before it returns.
+// write. It loses less in two ways. Creating, renaming and deleting a file is durable at
+// once, without an fsync of the folder. An fsync also makes the writes durable that begin
+// while it runs.
 type disk struct {
 	dir    string // has the newest content
 	faults faults
@@ -50,7 +50,7 @@ type disk struct {
 	failed   int              // the number of fsyncs that have failed
 }
 
-// faults are what goes wrong on a disk while it has power.
+// faults are the faults of a disk while it has power.
 type faults struct {
 	failOneIn     int           // with n, about one fsync in n fails with EIO, and its pages are lost at the cut unless they are written again
 	atLeast, more time.Duration // an fsync takes atLeast, plus a random part of more
@@ -68,7 +68,7 @@ type page struct {
 	dropped bool // an fsync has failed. As in ext4, programs still read the newest content
 }
 
-// toll counts what a power cut did to the unsynced pages.
+// toll counts the unsynced pages that a power cut has lost, torn or kept.
 type toll struct{ lost, torn, kept int }
 
 // mount mounts a disk on a folder, with the files that another disk left in dir.
@@ -94,7 +94,7 @@ func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
 		t.Skip("no file system can be mounted here: " + err.Error())
 	}
 	require.NoError(t, err)
-	t.Cleanup(func() { _ = syscall.Unmount(on, syscall.MNT_DETACH) }) // a failed test has not unmounted it
+	t.Cleanup(func() { _ = syscall.Unmount(on, syscall.MNT_DETACH) }) // a failed test has not unmounted the disk
 	return d, server
 }
 
@@ -106,7 +106,7 @@ func (d *disk) cutAfter(steps int, kill func()) {
 	d.steps, d.kill = steps, kill
 }
 
-// step counts a write or a sync that begins, or returns an error without power. d is locked.
+// step counts a write or a sync that begins. Without power, it returns an error. d is locked.
 func (d *disk) step() syscall.Errno {
 	if d.steps > 0 {
 		if d.steps--; d.steps == 0 {
@@ -122,7 +122,7 @@ func (d *disk) step() syscall.Errno {
 	}
 }
 
-// remember stores the old content of a part of a file before a write.
+// The method remember saves the old content of a part of a file before a write.
 func (d *disk) remember(f *os.File, from, to int64) error {
 	info, err := f.Stat()
 	if err != nil {

@@ -22,8 +22,8 @@ func write(t *testing.T, f *os.File, at int64, letters string) {
 	}
 }
 
-// letters returns the pages of a file: a letter, a dot for an empty page, or a question
-// mark for a torn page.
+// letters returns one character for each page of a file: the letter, a dot for an empty
+// page, or a question mark for a torn page.
 func letters(content []byte) (s string) {
 	for len(content) > 0 {
 		page := content[:min(pageSize, len(content))]
@@ -40,7 +40,7 @@ func letters(content []byte) (s string) {
 	return s
 }
 
-// TestDisk writes and syncs a file of three pages, abc, changes it, and cuts the power.
+// TestDisk writes and syncs three pages, abc. Then it changes the file, and cuts the power.
 func TestDisk(t *testing.T) {
 	for _, tt := range []struct {
 		name           string

@@ -52,7 +52,7 @@ func TestPowerCuts(t *testing.T) {
 		{"only the power is cut", faults{}, 20, 16, 400, 200},
 		{"and one fsync in ten fails", faults{failOneIn: 10}, 20, 16, 200, 200},
 		{"and an fsync takes 50 to 200 ms", faults{atLeast: 50 * time.Millisecond, more: 150 * time.Millisecond}, 20, 32, 100, 60},
-		// this row must lose events: this proves that the rows above could lose events
+		// this row must lose events, to prove that the test finds lost events
 		{"and each fsync of the log lies", faults{liesAbout: "-wal"}, 6, 16, 400, 200},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -203,8 +203,8 @@ func (m *machine) start(t *testing.T) {
 	})
 }
 
-// load sends events. It cuts the power after the given number of accepted events, followed
-// by the given number of steps of the disk. It returns when all senders have stopped.
+// load sends events. After the given number of accepted events, it lets the disk do the given
+// number of writes and syncs, and cuts the power. It returns when all senders have stopped.
 func (m *machine) load(t *testing.T, senders, events, steps int) {
 	t.Helper()
 	client := m.client()
@@ -268,7 +268,7 @@ func (m *machine) send(ctx context.Context, t *testing.T, client *http.Client) b
 	return true
 }
 
-// off waits until Caddy has ended, unmounts the disk, and settles its files.
+// The method off waits until Caddy has ended, unmounts the disk, and settles its files.
 func (m *machine) off(t *testing.T) (toll, error) {
 	t.Helper()
 	select {
@@ -305,7 +305,7 @@ func (m *machine) check(t *testing.T) {
 	require.Equal(t, "ok\n", string(out))
 }
 
-// keepsNothing reports whether the database has no more events.
+// keepsNothing reports whether the database has no event.
 func (m *machine) keepsNothing() bool {
 	out, err := m.command("inkit-queue", "list", "--json", "--config", m.path("Caddyfile")).Output()
 	return err == nil && len(out) == 0
@@ -346,7 +346,7 @@ func (b *backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	b.taken[event.ResourceID]++
 }
 
-// missing returns how many of these events the backend has not accepted.
+// The method missing returns how many of these events the backend has not accepted.
 func (b *backend) missing(ids []string) (missing int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

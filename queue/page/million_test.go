@@ -21,8 +21,8 @@ import (
 )
 
 // With very many events, each view takes less than 300 ms, and visitors do not slow down
-// the storing of new events. With E2E_LONG, nothing else runs beside this test. Without it,
-// the limits are ten times as long, because the machine may be busy.
+// the storing of new events. With E2E_LONG, nothing else runs beside this test. Without
+// E2E_LONG, the limits are ten times as long, because the machine may be busy.
 func TestPageOfManyEvents(t *testing.T) {
 	events, slack := 5_000, time.Duration(10)
 	if os.Getenv("E2E_LONG") != "" {
@@ -99,7 +99,7 @@ func manyEvents(t *testing.T, p *fixture, s store.Store, events int, slack time.
 			times = append(times, time.Since(began))
 		}
 		t.Logf("%-55s median %v, at most %v", view, quantile(times), slices.Max(times).Round(time.Millisecond))
-		if view != "/events?error=nothing" { // this search ends by its time limit
+		if view != "/events?error=nothing" { // this search ends at its time limit
 			assert.Less(t, quantile(times), slack*300*time.Millisecond, view)
 		}
 		assert.Less(t, slices.Max(times), slack*time.Second, view)

@@ -78,7 +78,7 @@ func newPage(t *testing.T, queues ...[2]string) *fixture {
 
 func newDefaultPage(t *testing.T) *fixture { return newPage(t, [2]string{"default", "queue.db"}) }
 
-// event stores a pending event, and returns its id.
+// The method event stores a pending event, and returns its id.
 func (p *fixture) event(db string, change func(*store.Record, *request.Request)) string {
 	p.t.Helper()
 	r := &store.Record{
@@ -101,7 +101,7 @@ func (p *fixture) event(db string, change func(*store.Record, *request.Request))
 	return r.ID
 }
 
-// named stores an event of a resource.
+// The method named stores a pending event of a resource, and returns its id.
 func (p *fixture) named(resource string) string {
 	p.t.Helper()
 	return p.event("queue.db", func(r *store.Record, _ *request.Request) { r.ResourceID = resource })
@@ -121,7 +121,7 @@ func (p *fixture) ids(f store.Filter, due ...bool) (ids []string) {
 	return ids
 }
 
-// ask sends a request as a user. change may change it.
+// ask sends a request as a user. The functions in change may change the request.
 func (p *fixture) ask(method, target string, form url.Values, change ...func(*http.Request)) *http.Response {
 	p.t.Helper()
 	var body io.Reader
@@ -184,7 +184,7 @@ func TestPathsAndMethods(t *testing.T) {
 		method, path string
 		want         int
 		allow        string
-		readOnly     int // the status if the page is read-only; 0 means the same status
+		readOnly     int // the status if the page is read-only; 0 means want
 	}{
 		{"GET", "/", 200, "", 0},
 		{"HEAD", "/", 200, "", 0},
@@ -206,7 +206,7 @@ func TestPathsAndMethods(t *testing.T) {
 		{"GET", "/queue/page.css", 200, "", 0},
 		{"GET", "/queue", 404, "", 0},
 		{"GET", "/frame.html", 404, "", 0},
-		{"GET", "/templates/", 200, "", 0}, // the overview, as under every other path
+		{"GET", "/templates/", 200, "", 0}, // the overview, as under each path that ends in a slash
 		{"GET", "/../page.go", 404, "", 0},
 		{"GET", "/Events", 404, "", 0},
 		{"GET", "/drop", 405, "POST", 0},
@@ -383,7 +383,7 @@ func TestForms(t *testing.T) {
 		{"an id in the URL", 400, "", url.Values{"sure": {"1 event"}}},
 		{"an unknown state", 400, "", url.Values{"sure": {"1 event"}, "matching": {"yes"}, "state": {"lost"}}},
 		{"a malformed time", 400, "", url.Values{"sure": {"1 event"}, "matching": {"yes"}, "until": {"now"}}},
-		{"the confirmation in the URL", 200, "", url.Values{"id": {id}}}, // asks
+		{"the confirmation in the URL", 200, "", url.Values{"id": {id}}}, // the page asks
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			res := p.post("/drop?sure=1+event&id="+id, tt.form)
@@ -437,7 +437,7 @@ func TestRetryAndDrop(t *testing.T) {
 	assert.Equal(t, []string{"ops retry default,other 2", "ops retry default 1", "ops retry default 7", "ops drop default 2", "ops drop default 5"}, lines)
 }
 
-// If other events match after the user was asked, none is dropped: the page asks again.
+// If more events match than the page has asked about, the page drops none, and asks again.
 func TestDropAsksAgain(t *testing.T) {
 	p := newDefaultPage(t)
 	first := p.named("first")
@@ -463,7 +463,7 @@ func TestDropAsksAgain(t *testing.T) {
 
 var hidden = regexp.MustCompile(`<input type="hidden" name="([^"]+)" value="([^"]*)">`)
 
-// formOf returns the form of a page.
+// formOf returns the hidden fields of the forms in a page.
 func formOf(t *testing.T, page string) url.Values {
 	t.Helper()
 	form := make(url.Values)
@@ -595,7 +595,7 @@ var markup = map[string][]string{
 	"time": {"datetime", "title"}, "ol": {"class"}, "li": nil, "br": nil, "strong": nil,
 }
 
-// links matches the allowed links of attributes.
+// links matches each link that the page may have.
 var links = regexp.MustCompile(`^(\./(\?still)?|#main|(events|event)(\?[A-Za-z0-9._+%=&~-]*)?|page\.css|retry|drop|pause|resume)$`)
 
 func wellBehaved(t *testing.T, view, page string) {
@@ -632,7 +632,7 @@ func wellBehaved(t *testing.T, view, page string) {
 	}
 }
 
-// attributes matches the values of form fields, which contain what the user typed.
+// attributes finds the values of form fields, which contain text that the user typed.
 var attributes = regexp.MustCompile(` value="[^"]*"`)
 
 func valuesOf(page string) string { return strings.Join(attributes.FindAllString(page, -1), "") }
@@ -773,7 +773,7 @@ func TestStates(t *testing.T) {
 	})
 }
 
-// All visitors share a look at a database.
+// All visitors see the result of the same look into a database.
 func TestLooks(t *testing.T) {
 	p := newDefaultPage(t)
 	looks, slow, first := 0, make(chan struct{}), make(chan struct{})

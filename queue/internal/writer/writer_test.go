@@ -38,7 +38,7 @@ func (d *database) Apply(_ context.Context, b *store.Batch) error {
 	return nil
 }
 
-// written returns the successful transactions.
+// The method written returns the successful transactions.
 func (d *database) written() []store.Batch {
 	synctest.Wait()
 	d.mu.Lock()
@@ -61,7 +61,7 @@ func event(id string) *store.Record {
 
 func request() ([]byte, error) { return []byte("request"), nil }
 
-// add adds an event with a sender that waits this long.
+// add adds an event whose sender waits for the duration wait.
 func add(w *Writer, r *store.Record, wait time.Duration) *Addition {
 	a := NewAddition(r, request, time.Now().Add(wait), func(error) {})
 	w.Add(a)
@@ -310,7 +310,7 @@ func TestWriter(t *testing.T) {
 				w.Finish(a, store.Finish{ID: "new"})
 				w.Finish(nil, store.Finish{ID: "old"})
 			}
-			late := &claim{&store.Claim{Queue: "default", Max: 2}, make(chan error)} // it receives the result late
+			late := &claim{&store.Claim{Queue: "default", Max: 2}, make(chan error)} // the test receives the result of this claim late
 			w.mu.Lock()
 			w.claims = append(w.claims, late)
 			w.mu.Unlock()

@@ -77,7 +77,7 @@ func limitedDSN(server *pgtest.Server, database, role string) string {
 	return strings.Replace(server.DSN(database), "postgres:"+pgtest.Password, role+":"+pgtest.Password, 1)
 }
 
-// limited creates a role, and returns its connection string.
+// The function limited creates a role, and returns a connection string for this role.
 func limited(t *testing.T, server *pgtest.Server, database, role string) string {
 	t.Helper()
 	server.Exec(t, database, "CREATE ROLE "+role+" LOGIN PASSWORD '"+pgtest.Password+"'")
@@ -339,7 +339,7 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 		assert.Less(t, time.Since(began), 6*time.Second)
 		failed := make(chan error)
 		go func() { failed <- add(s, newRecord("b")) }()
-		for err := error(nil); err == nil; { // this may cancel the wait of a before b waits, so repeat it
+		for err := error(nil); err == nil; { // the query may cancel the wait of event a before event b waits, so repeat the query
 			server.Query(t, name, `SELECT count(*)::text FROM (SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query = 'commit') c`)
 			select {
 			case err = <-failed:
@@ -347,7 +347,7 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 			case <-time.After(10 * time.Millisecond):
 			}
 		}
-		assert.Eventually(t, func() bool { // the server may still end the transaction of a
+		assert.Eventually(t, func() bool { // the server may still end the transaction of event a
 			return server.Query(t, name, "SELECT count(*)::text FROM inkit_queue_events") == "2"
 		}, 20*time.Second, 50*time.Millisecond, "both events are stored anyway: any process may deliver them")
 	})
@@ -419,7 +419,7 @@ func TestPostgresConnecting(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			s, err := opener(tt.dsn).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
-			for err != nil && strings.Contains(err.Error(), "connection reset by peer") { // arrives before the TLS alert, if the machine is loaded
+			for err != nil && strings.Contains(err.Error(), "connection reset by peer") { // on a busy machine, the reset arrives before the TLS alert
 				s, err = opener(tt.dsn).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 			}
 			if tt.want != "" {
@@ -482,7 +482,7 @@ func TestPostgresSchemaIsMadeOnce(t *testing.T) {
 	assert.Equal(t, server.Query(t, made, columns), server.Query(t, printed, columns), "what migrate prints is what is made")
 }
 
-// A row that another transaction has locked delays no other row. A later batch finishes it.
+// A row that another transaction locks delays no other row. A later batch finishes its event.
 func TestPostgresLockedRow(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
 	name := server.NewDatabase(t)

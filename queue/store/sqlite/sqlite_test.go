@@ -31,7 +31,7 @@ func TestSQLiteIsAStore(t *testing.T) {
 	})
 }
 
-// A stop copies the events of a file that was deleted together with the index of its log.
+// Close copies the events of a database whose file and log index (-shm) were deleted.
 func TestSQLiteDeletedWithItsIndex(t *testing.T) {
 	opener := &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
 	s, err := opener.Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -50,8 +50,8 @@ func TestSQLiteDeletedWithItsIndex(t *testing.T) {
 	require.Equal(t, 1, found)
 }
 
-// After a power cut, the write-ahead log can end anywhere. Events that were acknowledged
-// before this point are stored.
+// After a power cut, the write-ahead log can end anywhere. The events of all transactions
+// before this end are stored.
 func TestSQLiteLogThatIsCut(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "running?#%41.db") // the driver gets a URI

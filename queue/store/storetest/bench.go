@@ -32,7 +32,7 @@ func Apply(b *testing.B, s store.Store, batch *store.Batch) {
 	require.NoError(b, s.Apply(context.Background(), batch))
 }
 
-// Deliver writes the finishes in before, claims n events, and returns their finishes.
+// Deliver writes the given finishes, claims n events, and returns the finishes of these events.
 func Deliver(b *testing.B, s store.Store, n int, before []store.Finish) []store.Finish {
 	b.Helper()
 	claim := &store.Claim{Queue: "default", Max: n, Lease: time.Minute}

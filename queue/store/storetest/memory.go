@@ -23,7 +23,7 @@ func idAt(at time.Time) string {
 	return id.String()
 }
 
-// delivered returns a row of the history.
+// The function delivered returns a row of the history.
 func delivered(id string, change func(r *store.Record)) *store.Record {
 	r := record(id)
 	r.Received, r.Finished, r.Attempts, r.Status = time.Now(), time.Now(), 1, 204
@@ -33,7 +33,7 @@ func delivered(id string, change func(r *store.Record)) *store.Record {
 	return r
 }
 
-// keyed returns an event that must be stored only once.
+// The function keyed returns an event with a key: a second one with its digest is a duplicate.
 func keyed(id, digest string) *store.Record {
 	r := record(id)
 	r.Digest, r.Remember = []byte(digest), time.Hour
