@@ -75,11 +75,10 @@ func readError(err error) error {
 	return fmt.Errorf("%w: %w", reason, err)
 }
 
-// endBody closes a rejected body. Handlers with a copy of the request cannot read the closed
-// body either. If discard is true, endBody first reads and discards the rest of the body.
-// Without this reading, the connection would be reset while the client is sending: the client
-// would never see the answer, and a proxy in front would believe that the site is down.
-// endBody reports whether the body was read to its end.
+// endBody closes a rejected body, also for handlers with a copy of the request. If discard is
+// true, endBody first reads and discards the rest of the body. Otherwise the connection would
+// be reset while the client is sending: the client would never see the answer, and a proxy in
+// front would believe that the site is down. It reports whether it read the body to its end.
 func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return true

@@ -167,8 +167,7 @@ URL: it follows no redirects, and uses no proxy.
 	return cmd
 }
 
-// sendAll sends an event count times, and prints the responses. It returns how many responses
-// have status 2xx, how many have another status, and the last error without a response.
+// sendAll sends an event count times, and prints the responses. Status 2xx counts as accepted.
 func sendAll(url string, body []byte, signature string, count int, interval time.Duration) (accepted, refused int, err error) {
 	for i := range count {
 		if i > 0 {

@@ -56,8 +56,7 @@ func registerMetrics(registry prometheus.Registerer) error {
 
 // counters has the counters of one handler, so that no request looks up a counter by its
 // labels. All counters are created at 0: a counter that first appears at 1 shows no increase,
-// so an alert would miss that event. The counters of a webhook or a secret that was removed
-// from the configuration stay until Caddy restarts.
+// so an alert would miss that event. The counters of a removed name stay until Caddy restarts.
 type counters struct {
 	verified   []prometheus.Counter // by index of the secret
 	rejected   []prometheus.Counter // by index of rejections

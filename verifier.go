@@ -25,8 +25,7 @@ var (
 	ErrSignatureMalformed = errors.New("signature is not 64 lower-case hexadecimal digits")
 	// ErrSignatureMismatch means that none of the secrets made the signature for this body.
 	ErrSignatureMismatch = errors.New("signature does not match the body under any secret")
-	// ErrEmptySecret means that there is no secret, or an empty secret, with which anybody
-	// could sign.
+	// ErrEmptySecret means that there is no secret, or an empty secret: anybody could sign.
 	ErrEmptySecret = errors.New("must not be empty")
 )
 

@@ -45,9 +45,7 @@ func (e *Event) members() *[2]string {
 	}
 	// A map, because for a struct, encoding/json also accepts a name in another case.
 	var object map[string]any
-	if json.Unmarshal(e.Body, &object) != nil {
-		object = nil
-	}
+	_ = json.Unmarshal(e.Body, &object)
 	var members [2]string
 	for i, name := range []string{"event_type", "resource_id"} {
 		if text, _ := object[name].(string); !strings.ContainsFunc(text, unicode.IsControl) {
@@ -66,9 +64,8 @@ const varName = "inkit_webhook"
 // String returns the text of the placeholder {http.vars.inkit_webhook}.
 func (e *Event) String() string { return e.Outcome }
 
-// Attach makes e the event of the request with this context. From now on, the placeholders
-// show e, and FromContext returns e if e is verified. Attach returns the verified event that e
-// replaces, or nil.
+// Attach makes e the event of the request with this context, for the placeholders and for
+// FromContext. It returns the verified event that e replaces, or nil.
 func (e *Event) Attach(ctx context.Context) (earlier *Event) {
 	e.vars = ctx.Value(caddyhttp.VarsCtxKey).(map[string]any)
 	earlier = verified(e.vars)
@@ -94,8 +91,7 @@ func verified(vars map[string]any) *Event {
 // answers 200 if no handler wrote a status.
 func (e *Event) Unhandled() bool { return e.vars["unhandled"] == true }
 
-// placeholder returns the value of a placeholder for the request's current event, which may
-// have replaced e. It returns false for a placeholder of another module.
+// placeholder returns a value of the request's current event, which may have replaced e.
 func (e *Event) placeholder(name string) (any, bool) {
 	now, ok := e.vars[varName].(*Event)
 	if !ok {
