@@ -106,9 +106,8 @@ func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 	return all
 }
 
-// setBody removes the body from the request, and sets the length that the next body will have.
-// A FastCGI backend needs this length. setBody also removes the trailers, because a proxy
-// would send a body with trailers in chunks.
+// setBody removes the body from the request, and sets the length of its next body, which a
+// FastCGI backend needs. It also removes the trailers: with them, a proxy would send chunks.
 func setBody(r *http.Request, length int) {
 	r.Body, r.GetBody = http.NoBody, nil
 	r.ContentLength, r.TransferEncoding, r.Trailer = int64(length), nil, nil
