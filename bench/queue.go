@@ -20,7 +20,8 @@ type binary struct {
 	figures    map[string]*figures // by place and number of senders
 }
 
-// figures are the measurements of one place, with one value for each round.
+// figures are the measurements of one path of the site, see places, with one number of senders.
+// They have one value for each round.
 type figures struct {
 	perSecond spread // events a second
 	cpu       spread // processor time for each event, in µs

@@ -111,9 +111,9 @@ func (a *arrival) begins() bool {
 	return true
 }
 
-// storedOnce is for an event whose type the option once lists. It waits until the event is
-// stored, and reports whether the first attempt may begin. A duplicate gets no attempt. If
-// storing fails, or takes longer than onceWait, the attempt may begin.
+// storedOnce is for an event whose type is in the list of the option once. It waits until the
+// event is stored, and reports whether the first attempt may begin. A duplicate gets no attempt.
+// If storing fails, or takes longer than onceWait, the attempt may begin.
 func (a *arrival) storedOnce() bool {
 	select {
 	case <-a.addition.Done():
@@ -123,7 +123,7 @@ func (a *arrival) storedOnce() bool {
 	case <-time.After(onceWait):
 	}
 	if a.q.onceLog.Allow() {
-		a.h.logger.Warn("cannot store events before their first attempt: events of the types in once are attempted anyway, perhaps twice", zap.String("queue", a.q.name))
+		a.h.logger.Warn("cannot store events before their first attempt: events whose type the option once lists are attempted anyway, perhaps twice", zap.String("queue", a.q.name))
 	}
 	return true
 }

@@ -98,7 +98,7 @@ func (q *queue) run(h *Handler, req *http.Request, answer *answer, id string) (e
 		switch p := recover(); p {
 		case nil:
 		case http.ErrAbortHandler:
-			err = errors.New("the answer was cut short, or abort ended it")
+			err = errors.New("the backend's answer was cut short, or the directive abort ended the attempt")
 		default:
 			h.logger.Error("a handler panicked while an event was delivered", zap.String("id", id), zap.Any("panic", p), zap.ByteString("stack", debug.Stack()))
 			err = errors.New("a handler panicked")

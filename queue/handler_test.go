@@ -372,7 +372,7 @@ func TestAnswers(t *testing.T) {
 		{name: "the response is incomplete", backend: func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 			_ = status(200)(w, r, next)
 			panic(http.ErrAbortHandler)
-		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "the answer was cut short, or abort ended it"},
+		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "the backend's answer was cut short, or the directive abort ended the attempt"},
 		{name: "a handler panics", backend: func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error {
 			panic("of a third party")
 		}, answerAfter: -1, status: 200, most: opening, pending: 1, last: "a handler panicked"},

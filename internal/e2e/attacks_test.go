@@ -35,8 +35,8 @@ func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reade
 }
 
 // An error route that does not look at the outcome passes every rejected request to a backend,
-// but it forwards no unsigned data. This is also true if a handler in front of the guard copies
-// the request, such as the directive timeouts.
+// but without the unsigned data. This is also true if the directive timeouts, which copies the
+// request, is in front of the guard.
 func TestErrorRouteGetsNothingForged(t *testing.T) {
 	for name, before := range map[string]string{"": "", "behind timeouts": "timeouts {\n\t\tread_timeout 10s\n\t}\n\t"} {
 		t.Run("no gate "+name, func(t *testing.T) {

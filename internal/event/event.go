@@ -33,10 +33,10 @@ type Event struct {
 // is not the JSON that Inkit documents.
 func (e *Event) Type() string { return e.members()[0] }
 
-// ResourceID returns the resource_id. It is empty if the body is not the JSON that Inkit documents.
+// ResourceID returns the resource_id. It is empty in the same case.
 func (e *Event) ResourceID() string { return e.members()[1] }
 
-// members returns the two members of the JSON object that Inkit documents
+// members returns event_type and resource_id of the JSON object in Inkit's documentation
 // (docs.inkit.com/docs/inkit-webhook-events). A member is empty if it is absent, not a
 // string, or contains a control character, which no header field can contain.
 func (e *Event) members() *[2]string {

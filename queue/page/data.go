@@ -113,8 +113,8 @@ type look struct {
 	done chan struct{} // closed at the end of the look
 }
 
-// look returns the last known status of a database. If the pause is over, it starts a new
-// look. It waits for a running look at most lookWait.
+// look returns the last known status of a database. If the next look is due, it starts
+// this look. It waits for a running look at most lookWait.
 func (h *Handler) look(d *database) look {
 	h.shared.mu.Lock()
 	l := h.shared.looks[d.Key]

@@ -156,7 +156,7 @@ func (s *database) makeTables(ctx context.Context) error {
 		if err == nil {
 			err = s.CheckVersion(ctx, tx)
 		}
-		if state, _ := explain(err); !exists && state == "42501" {
+		if !exists && sqlState(err) == "42501" {
 			return fmt.Errorf("%w: the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate", err)
 		}
 		return err

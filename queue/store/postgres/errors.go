@@ -4,10 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"slices"
 	"strings"
-	"syscall"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/jackc/pgx/v5/pgconn"
@@ -17,31 +15,12 @@ import (
 // starts, or is now a standby.
 var lost = []string{"25006", "57P01", "57P02", "57P03"}
 
-const unanswered = "the server does not answer in time"
-
-// explain returns the SQLSTATE of an error, and a hint. The SQLSTATE is empty if the error is
-// not from the server. The hint is empty if the driver's own text says enough about the error.
-func explain(err error) (state, hint string) {
+// sqlState returns the SQLSTATE of an error. It is empty if the error is not from the server.
+func sqlState(err error) string {
 	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
-		state = pgErr.Code
+		return pgErr.Code
 	}
-	_, noHost := errors.AsType[*net.DNSError](err)
-	switch {
-	case state == "28P01":
-		hint = "wrong password, or none"
-	case state == "28000":
-		hint = "the role is unknown, or pg_hba.conf does not let it in from here"
-	case state == "25006", errors.Is(err, pgconn.ErrReadOnlyConnection):
-		hint = "the server is read-only, as a standby is"
-	case state != "":
-	case noHost:
-		hint = "the host of the server is not known, or cannot be looked up"
-	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
-		hint = "the server does not run, or does not listen there"
-	case errors.Is(err, context.DeadlineExceeded), pgconn.Timeout(err):
-		hint = unanswered
-	}
-	return state, hint
+	return ""
 }
 
 // wrap translates an error of the driver. If one connection is lost, wrap closes all
@@ -53,13 +32,13 @@ func (s *database) wrap(err error) error {
 	if err == nil {
 		return err
 	}
-	state, hint := explain(err)
-	if hint == unanswered || slices.Contains(lost, state) {
-		s.pool.Reset()
+	state, text := sqlState(err), strings.Join(strings.Fields(err.Error()), " ")
+	unanswered := errors.Is(err, context.DeadlineExceeded) || pgconn.Timeout(err)
+	if unanswered {
+		text = "the server does not answer in time: " + text
 	}
-	text := strings.Join(strings.Fields(err.Error()), " ")
-	if hint != "" {
-		text = hint + ": " + text
+	if unanswered || slices.Contains(lost, state) {
+		s.pool.Reset()
 	}
 	switch {
 	case state == "53100":

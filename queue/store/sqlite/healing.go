@@ -56,8 +56,8 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	return err
 }
 
-// moveAside renames a damaged database and its log. The new names contain the time. If a file
-// cannot be renamed, moveAside returns the error why.
+// moveAside renames a damaged database and its log. The new names contain the time. If it
+// cannot rename a file, moveAside logs the error, and returns its argument why.
 func (f *file) moveAside(why error) error {
 	for _, db := range []*sql.DB{f.Read, f.Write} { // Windows cannot rename an open file
 		db.SetMaxIdleConns(0)

@@ -98,8 +98,8 @@ func conditions(f store.Filter, table string) (bounds, rest *condition) {
 	return bounds, rest
 }
 
-// and returns the condition that both conditions are true.
-func and(a, b *condition) *condition {
+// both returns the condition that a and b are true.
+func both(a, b *condition) *condition {
 	return &condition{slices.Concat(a.parts, b.parts), slices.Concat(a.args, b.args)}
 }
 
@@ -138,7 +138,7 @@ func (d *DB) searchTable(ctx context.Context, table string, f store.Filter, with
 			}
 		}
 		c.when(end != "", until, end)
-		c = and(c, rest)
+		c = both(c, rest)
 		found, err := d.records(ctx, d.Read, `SELECT `+recordColumns(table, withRequest)+` FROM {schema}`+table+
 			` WHERE `+c.String()+order+fmt.Sprint(` LIMIT `, f.Limit), c.args...)
 		if err != nil {
@@ -199,7 +199,7 @@ func milliseconds(ms int64) time.Duration { return time.Duration(max(0, ms)) * t
 
 // Retry implements store.Store.
 func (d *DB) Retry(ctx context.Context, f store.Filter) (int, error) {
-	c := and(conditions(f, events))
+	c := both(conditions(f, events))
 	return d.change(ctx, `
 		UPDATE {schema}inkit_queue_events SET state = 'pending', queued = {now}, due = {now}, lease = NULL, owner = NULL
 		WHERE `+c.String()+` AND (lease IS NULL OR lease <= {now})`, c.args...)
@@ -211,7 +211,7 @@ func (d *DB) Drop(ctx context.Context, f store.Filter) (n int, err error) {
 		var id string
 		var gone []string
 		for _, table := range tables(f) {
-			c := and(conditions(f, table))
+			c := both(conditions(f, table))
 			err := d.each(ctx, tx, []any{&id}, func() { gone = append(gone, id) },
 				`DELETE FROM {schema}`+table+` WHERE `+c.String()+` RETURNING id`, c.args...)
 			if err != nil {
