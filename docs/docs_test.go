@@ -193,7 +193,7 @@ func TestLinks(t *testing.T) {
 	assert.Greater(t, count, 20)
 }
 
-// The documents have the same grammar as the source, and name all outcomes, metrics,
+// The documents show the Caddyfile syntax in the source, and name all outcomes, metrics,
 // placeholders and commands of the source.
 func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 	readme := files(t, "README.md")["README.md"]

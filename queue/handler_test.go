@@ -597,7 +597,7 @@ func TestErrorLines(t *testing.T) {
 		opener.fail(nil)
 		assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 		synctest.Wait()
-		assert.Equal(t, 1, c.logs.FilterMessage("events are stored again").Len())
+		assert.Equal(t, 1, c.logs.FilterMessage("storing events works again").Len())
 
 		for range 4 {
 			serve(t, c.handlers[0], post(body))

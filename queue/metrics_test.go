@@ -109,8 +109,8 @@ func TestEventsAreCounted(t *testing.T) {
 	})
 }
 
-// The slower a count is, the later the next count begins. Between two counts, and during a
-// count, the metrics show the changes by this process.
+// The slower a count is, the later the next count begins. Until the end of the next count, the
+// metrics show the last count plus the changes by this process.
 func TestMetricsBetweenTwoCounts(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}

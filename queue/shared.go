@@ -124,7 +124,7 @@ func (d *database) Failed(err error) {
 
 func (d *database) recovered() {
 	if d.failing.Swap(false) {
-		d.logger.Load().Info("events are stored again")
+		d.logger.Load().Info("storing events works again")
 	}
 }
 

@@ -111,7 +111,7 @@ func TestQueueOnADiskThatIsFull(t *testing.T) {
 	waitFor(t, "it accepts again, without a restart", c.process, func() bool {
 		return s.once(t, large+"again").status == http.StatusOK
 	})
-	c.logged("events are stored again")
+	c.logged("storing events works again")
 	for i := range 20 {
 		assert.Equal(t, http.StatusOK, s.once(t, fmt.Sprint(large, "again-", i)).status)
 	}

@@ -376,7 +376,7 @@ func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 		c.start()
 		load(t, backend, c, 1, func() {
 			c.logged("cannot store events")
-			c.logged("events are stored again")
+			c.logged("storing events works again")
 		})
 		killHard(c) // also kills strace
 	})

@@ -393,7 +393,7 @@ func TestPostgresMigrate(t *testing.T) {
 	server.Exec(t, name, "CREATE ROLE few LOGIN PASSWORD '"+pgtest.Password+"'", "REVOKE CREATE ON SCHEMA public FROM PUBLIC")
 	backend := newTaker(t, func(string, int) int { return http.StatusServiceUnavailable })
 	c := pgCaddy(t, backend.addr, strings.Replace(server.DSN(name), "//postgres:", "//few:", 1), "")
-	c.logged("the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate")
+	c.logged("the role is not allowed to create the tables: with another role, run the SQL that caddy inkit-queue migrate prints")
 	statements, err := c.command("inkit-queue", "migrate", "--config", c.path("Caddyfile"))
 	require.NoError(t, err)
 	assert.NotContains(t, statements, pgtest.Password)

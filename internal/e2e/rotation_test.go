@@ -213,8 +213,8 @@ func TestRecipeSecretFiles(t *testing.T) {
 	})
 	t.Run("Kubernetes", func(t *testing.T) {
 		t.Parallel()
-		// Kubernetes: secret -> ..data/secret, ..data -> ..<time>. An update creates a new folder,
-		// and renames a new link to ..data
+		// The links of Kubernetes: secret -> ..data/secret, and ..data -> ..<time>. An update creates
+		// a new folder and a new link to the folder. Then it gives the new link the name ..data.
 		dir := t.TempDir()
 		update := func(version, value string) {
 			require.NoError(t, os.Mkdir(dir+"/.."+version, 0o755))

@@ -157,7 +157,7 @@ func (s *database) makeTables(ctx context.Context) error {
 			err = s.CheckVersion(ctx, tx)
 		}
 		if !exists && sqlState(err) == "42501" {
-			return fmt.Errorf("%w: the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate", err)
+			return fmt.Errorf("%w: the role is not allowed to create the tables: with another role, run the SQL that caddy inkit-queue migrate prints", err)
 		}
 		return err
 	})

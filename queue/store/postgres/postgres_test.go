@@ -123,7 +123,7 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 		"a role without the right to create tables": {func(t *testing.T) string {
 			name := server.NewDatabase(t)
 			return limited(t, server, name, "maker")
-		}, `permission denied for schema public (SQLSTATE 42501): the role is not allowed to create the tables: run the SQL of caddy inkit-queue migrate`},
+		}, `permission denied for schema public (SQLSTATE 42501): the role is not allowed to create the tables: with another role, run the SQL that caddy inkit-queue migrate prints`},
 		"a role without the right to delete": {func(t *testing.T) string {
 			name := made(t)
 			dsn := limited(t, server, name, "reader")
