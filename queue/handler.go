@@ -91,9 +91,9 @@ type Handler struct {
 	// history is empty. Default: `7d`.
 	History *caddy.Duration `json:"history,omitempty"`
 
-	// The event types that the sender sends only one time for each resource, with `*` as a
-	// wildcard. If several events of these types have identical bodies, only the first is
-	// delivered. The others are answered with status 200. Default: none.
+	// The event types that should occur only once for each resource, with `*` as a wildcard. If
+	// several events of these types have identical bodies with a `resource_id`, only the first
+	// is delivered. The others are answered with status 200. Default: none.
 	Once []string `json:"once,omitempty"`
 
 	// How long the queue remembers an event whose type is in `once`, to recognize an event
