@@ -444,7 +444,7 @@ func TestDashboard(t *testing.T) {
 		assert.Empty(t, shown(now.Add(25*time.Hour), ".*"), panel.Title)
 	}
 
-	// the label handler of Caddy's own metrics is the first handler of the route: here subroute
+	// in Caddy's own metrics, the label "handler" names the first handler of the route: here subroute
 	for _, metric := range []string{"caddy_http_request_duration_seconds_count", "caddy_http_request_size_bytes_count", "caddy_http_response_duration_seconds_count"} {
 		assert.NotEmpty(t, p.query(now, metric+`{handler="subroute"}`), metric)
 		assert.Empty(t, p.query(now, metric+`{handler="inkit_webhook"}`), metric)

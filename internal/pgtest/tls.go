@@ -45,8 +45,8 @@ func NewAuthority(t testing.TB) *Authority {
 	return a
 }
 
-// sign creates a key, and a certificate for the key. The certificate is self-signed if a has
-// no certificate yet.
+// sign creates a key, and a certificate for the key. The certificate is self-signed if the
+// authority has no certificate yet.
 func (a *Authority) sign(t testing.TB, template *x509.Certificate) (der []byte, key *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

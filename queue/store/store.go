@@ -233,9 +233,9 @@ type Store interface {
 	Apply(ctx context.Context, b *Batch) error
 
 	// Due fills Records with due events, but sets no lease, so that events in a read-only
-	// database are delivered too. Call Due after Apply has failed with the error why. If
-	// another process could attempt the same events, Due returns why.
-	Due(ctx context.Context, c *Claim, why error) error
+	// database are delivered too. Call Due after Apply has failed: cause is the error of Apply.
+	// Due returns cause if no event is due, or if another process could attempt the same events.
+	Due(ctx context.Context, c *Claim, cause error) error
 
 	// Peek reads the state of a queue. It is as fast with many events as with few.
 	Peek(ctx context.Context, queue string) (Peek, error)

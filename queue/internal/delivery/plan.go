@@ -21,8 +21,8 @@ type Backend struct {
 func (b Backend) isDown() bool { return !b.Down.IsZero() }
 
 // Allows reports whether new events get an attempt before they are stored. If not, the
-// schedule attempts the newest events first. An event that makes the backend hang looks like
-// an outage. If the oldest event were the probe, such an event would be the probe forever.
+// schedule attempts the newest events first: an old event may be the cause of the outage,
+// because it makes the backend hang, and then all probes would be attempts at this event.
 func (b Backend) Allows() bool { return !b.isDown() && b.Ramp == 0 }
 
 // Plan returns how many due events the schedule claims now. If this number is 0, Plan returns

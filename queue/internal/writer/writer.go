@@ -323,16 +323,16 @@ func (w *Writer) write() bool {
 	}
 	w.settle(adds, b, err)
 	for _, c := range claims {
-		why := err
+		result := err
 		if err != nil {
 			c.Records = nil // although Apply failed, it may have set Records
 			w.mu.Lock()
 			c.Without = maps.Clone(w.attempting)
 			w.mu.Unlock()
-			why = w.store.Due(ctx, c.Claim, err)
+			result = w.store.Due(ctx, c.Claim, err)
 		}
 		w.exclude(c.Claim)
-		c.done <- why
+		c.done <- result
 	}
 	return err == nil && len(b.Left) == 0
 }

@@ -36,7 +36,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	f.repairing.Lock()
 	defer f.repairing.Unlock()
 	if f.opened.Load() != used { // the operation may have changed only the old file
-		return errors.New("another goroutine has replaced the database file: try again")
+		return errors.New("the database file was repaired during this operation: try again")
 	}
 	ctx = context.WithoutCancel(ctx) // an interrupted query closes its connection: a deleted file would be gone
 	if moved {
@@ -57,8 +57,8 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 }
 
 // moveAside renames a damaged database and its log. The new names contain the time. If it
-// cannot rename a file, moveAside logs the error, and returns its argument why.
-func (f *file) moveAside(why error) error {
+// cannot rename a file, moveAside logs the error, and returns cause.
+func (f *file) moveAside(cause error) error {
 	for _, db := range []*sql.DB{f.Read, f.Write} { // Windows cannot rename an open file
 		db.SetMaxIdleConns(0)
 		defer db.SetMaxIdleConns(db.Stats().MaxOpenConnections)
@@ -67,11 +67,11 @@ func (f *file) moveAside(why error) error {
 	for _, suffix := range []string{"-wal", "-shm", ""} {
 		if err := os.Rename(f.path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			f.opening.Logger.Error("cannot move the damaged database aside: let Caddy's user write to its folder", zap.Error(err))
-			return why
+			return cause
 		}
 	}
 	f.opening.Logger.Error("the database is damaged: it was moved aside, recover its events as in docs/queue.md",
-		zap.String("moved_to", name), zap.Error(why))
+		zap.String("moved_to", name), zap.Error(cause))
 	return nil
 }
 

@@ -43,12 +43,12 @@ func (d *DB) claimFrom(ctx context.Context, tx *sql.Tx, owner string, claim *sto
 	return err
 }
 
-// Due implements store.Store. It returns why if another process may still write, because that
+// Due implements store.Store. It returns cause if another process may still write, because that
 // process may attempt the same events. On a full disk, no process can write, so Due reads the
 // events.
-func (d *DB) Due(ctx context.Context, c *store.Claim, why error) (err error) {
-	if errors.Is(why, store.ErrLocked) || d.Skip != "" && !errors.Is(why, store.ErrFull) {
-		return why
+func (d *DB) Due(ctx context.Context, c *store.Claim, cause error) (err error) {
+	if errors.Is(cause, store.ErrLocked) || d.Skip != "" && !errors.Is(cause, store.ErrFull) {
+		return cause
 	}
 	var id string
 	var ids []any
@@ -68,5 +68,5 @@ func (d *DB) Due(ctx context.Context, c *store.Claim, why error) (err error) {
 	if len(c.Records) > 0 {
 		return nil
 	}
-	return errors.Join(why, d.Wrap(err))
+	return errors.Join(cause, d.Wrap(err))
 }
