@@ -273,7 +273,7 @@ func TestReplacedBodyIsNotUndone(t *testing.T) {
 	r := caddyhttp.PrepareRequest(signed(compactBody), caddy.NewReplacer(), w, &caddyhttp.Server{})
 	other := io.NopCloser(strings.NewReader("another body"))
 	err := h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
-		r.Body, r.ContentLength = other, 12 // as the option set of request_body does
+		r.Body, r.ContentLength = other, 12 // as request_body does with "set"
 		_, err := r.GetBody()
 		assert.EqualError(t, err, "the body was replaced after it was verified")
 		return caddyhttp.Error(502, errors.New("of the next handler"))

@@ -46,8 +46,8 @@ func TestAdapt(t *testing.T) {
 	}
 }
 
-// The errors name the key and the line, and repeat no word of the input: a word in the
-// wrong place may be a secret.
+// The errors name the option and the line, but repeat no other word of the input, because
+// a misplaced word may be a secret.
 func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 	const (
 		none     = "secret: at least one is required"

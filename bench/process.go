@@ -25,7 +25,7 @@ type process struct {
 func startProcess(cmd *exec.Cmd, addr string) (*process, error) {
 	var output strings.Builder
 	cmd.Stderr = &output
-	// the program has its own process group, to find its children, and it ends when bench ends
+	// bench finds the children of the program by its process group; Pdeathsig kills it when bench ends
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		return nil, err

@@ -25,7 +25,7 @@ type backend struct {
 	addr   string
 	answer func(b *backend, w http.ResponseWriter, r *http.Request)
 	status func(id string, attempt int) int // the status with which take answers
-	quiet  bool                             // whether the method take does not record requests
+	quiet  bool                             // if true, the method take records no requests
 
 	mu       sync.Mutex
 	server   *http.Server
@@ -117,8 +117,8 @@ func good(b *backend, w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintf(w, "%x", sha256.Sum256(body))
 }
 
-// dropReused closes a connection instead of answering its second request: if whole is true,
-// after the whole request, and otherwise after its header.
+// dropReused answers the first request on a connection, and closes the connection at the
+// second one: after its body if whole is true, otherwise after its header.
 func dropReused(whole bool) func(b *backend, w http.ResponseWriter, r *http.Request) {
 	var used sync.Map
 	return func(b *backend, w http.ResponseWriter, r *http.Request) {
@@ -133,7 +133,6 @@ func dropReused(whole bool) func(b *backend, w http.ResponseWriter, r *http.Requ
 	}
 }
 
-// hijack takes a connection away from net/http.
 func hijack(w http.ResponseWriter) *net.TCPConn {
 	conn, _, err := w.(http.Hijacker).Hijack()
 	if err != nil {

@@ -148,7 +148,7 @@ type tally struct {
 	lost       int // not answered 2xx
 	unrecorded int // answered 2xx, but no backend has a record
 	twice      int // recorded more than once
-	strangers  int // recorded twice with different keys
+	strangers  int // recorded with different idempotency keys
 }
 
 func (l *load) tally(backends ...*backend) (sum tally) {

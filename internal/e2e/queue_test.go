@@ -86,7 +86,7 @@ func (s *sender) refusedNone(t *testing.T) {
 	assert.Empty(t, s.refused[:min(10, len(s.refused))], "%d of %d requests were answered 5xx", len(s.refused), s.tries)
 }
 
-// sendAll sends n events with all workers in parallel, or until ctx ends. done is closed at the end.
+// sendAll sends n events with all workers in parallel, or until ctx ends. Then it closes done.
 func (s *sender) sendAll(ctx context.Context, name string, n int) (done chan struct{}) {
 	done = make(chan struct{})
 	var next atomic.Int64
@@ -113,7 +113,7 @@ func (s *sender) ids() []string {
 
 func (s *sender) median() time.Duration { return s.quantile(0.5) }
 
-// quantile returns the time within which the given part of the events was accepted.
+// quantile returns the time within which the share part of the events was accepted.
 func (s *sender) quantile(part float64) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -280,7 +280,6 @@ func (m *machine) off(t *testing.T) (toll, error) {
 	return m.disk.settle(rand.Float64()*0.8, 0.2)
 }
 
-// stop ends Caddy as an operator does.
 func (m *machine) stop(t *testing.T) {
 	t.Helper()
 	require.NoError(t, m.cmd.Process.Signal(syscall.SIGTERM))
