@@ -40,8 +40,8 @@ func TestRejectedBodyIsDiscarded(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		r      *http.Request
-		bytes  int // of the body
-		read   int // minimum bytes to read
+		bytes  int // the size of the body
+		read   int // the minimum that is read
 		atMost int
 		close  string
 	}{

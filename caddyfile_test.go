@@ -28,7 +28,7 @@ func adapt(tb testing.TB, input string) (string, error) {
 	return pretty.String(), nil
 }
 
-// Each golden file contains a Caddyfile, a line of dashes, and its JSON.
+// Each golden file has a Caddyfile, a line of dashes, and the JSON of the Caddyfile.
 func TestAdapt(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.caddyfiletest")
 	require.NoError(t, err)

@@ -20,7 +20,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
-// A new file can make two secrets of a running guard equal. A restart must load them, too.
+// A changed file can make two secrets of a running guard equal. They must load after a restart.
 func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	path := writeFile(t, filepath.Join(t.TempDir(), "secret"), "next\n")
 	core, logs := observer.New(zapcore.DebugLevel)

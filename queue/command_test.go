@@ -43,7 +43,7 @@ func run(t *testing.T, args ...string) (string, error) {
 	return string(text), runErr
 }
 
-// The function kept creates a database with four events: due, due later, dead, in an attempt.
+// The function "kept" creates a database with four events: due, due later, dead, in an attempt.
 func kept(t *testing.T) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "queue.db")
@@ -95,7 +95,7 @@ func states(t *testing.T, path string) map[string]string {
 	return all
 }
 
-// The function due returns the time at which each event is due, formatted as in the commands.
+// The function "due" returns the time at which each event is due, formatted as in the commands.
 func due(t *testing.T, path string) map[string]string {
 	t.Helper()
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})

@@ -221,7 +221,6 @@ func (c *configuration) stop(tb testing.TB) {
 // queue returns the queue of the first handler.
 func (c *configuration) queue() *queue { return c.app.queues[0] }
 
-// addition is an event to store.
 type addition struct {
 	rec     *store.Record
 	request *request.Request
@@ -487,7 +486,7 @@ func TestNoVerifiedEvent(t *testing.T) {
 	}
 }
 
-// After the sender hangs up, the attempt goes on, and the event is stored.
+// After the sender hangs up, the attempt goes on. The event is stored until the backend accepts it.
 func TestSenderThatHangsUp(t *testing.T) {
 	for _, tt := range []struct {
 		name   string

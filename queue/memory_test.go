@@ -275,7 +275,7 @@ func TestHistory(t *testing.T) {
 				defer c.stop(t)
 				s := c.queue().db.opened(t)
 				serve(t, c.handlers[0], post(body)) // delivered by the second attempt
-				serve(t, c.handlers[0], post(body)) // delivered by the first attempt, and never stored
+				serve(t, c.handlers[0], post(body)) // delivered by the first attempt, so never pending
 				time.Sleep(4 * time.Second)
 				var rows [][]any
 				storetest.Select(t, s, store.Filter{States: []string{store.History}}, func(r *store.Record) {

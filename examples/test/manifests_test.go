@@ -104,7 +104,7 @@ func TestCompose(t *testing.T) {
 	}
 }
 
-// If path is a folder with files, the function existing returns the path of one of the files.
+// If path is a folder with files, the function "existing" returns the path of one of the files.
 // Otherwise, it returns path.
 func existing(path string) string {
 	if files, err := filepath.Glob(path + "/*"); err == nil && len(files) > 0 {

@@ -155,7 +155,7 @@ func newScripted(t *testing.T, status func(n int, r *http.Request) int) *backend
 	})
 }
 
-// With the function always, a backend of newScripted gives each request the same status.
+// With the function "always", a backend of newScripted gives each request the same status.
 func always(code int) func(int, *http.Request) int {
 	return func(int, *http.Request) int { return code }
 }
@@ -179,7 +179,7 @@ func newTaker(t *testing.T, status func(id string, attempt int) int) *backend {
 	return b
 }
 
-// With the function all, a backend of newTaker accepts each event after 2 ms.
+// With the function "all", a backend of newTaker accepts each event after 2 ms.
 func all(string, int) int {
 	time.Sleep(2 * time.Millisecond)
 	return http.StatusOK
@@ -237,7 +237,7 @@ func (b *backend) snapshot() (s struct{ events, now, most int }) {
 	return s
 }
 
-// The method of returns how often the queue attempted an event and the backend accepted it.
+// The method "of" returns how often the queue attempted an event and the backend accepted it.
 func (b *backend) of(id string) (e struct{ attempts, taken int }) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -252,7 +252,7 @@ func (b *backend) idOf(id string) string {
 	return b.ids[id]
 }
 
-// The method missing returns the ids of the events that the backend has not accepted.
+// The method "missing" returns the ids of the events that the backend has not accepted.
 func (b *backend) missing(ids []string) (missing []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

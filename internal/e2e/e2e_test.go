@@ -219,7 +219,6 @@ func listening(addr string) func() bool {
 	}
 }
 
-// caddy is a running Caddy.
 type caddy struct {
 	*process
 	t     *testing.T
@@ -434,7 +433,7 @@ func replaceEach(t *testing.T, text string, pairs ...string) string {
 	return text
 }
 
-// The function needs skips a test if one of the programs is not installed.
+// The function "needs" skips a test if one of the programs is not installed.
 func needs(t *testing.T, programs ...string) {
 	t.Helper()
 	for _, program := range programs {

@@ -83,7 +83,6 @@ func (e *example) url() string {
 	return fields[len(fields)-1]
 }
 
-// list returns the events in the queue.
 func (e *example) list() string {
 	e.t.Helper()
 	out, err := e.command("caddy inkit-queue list").Output()

@@ -53,7 +53,7 @@ func TestAlertRules(t *testing.T) {
 		}
 		return lines
 	}
-	// the function broken returns the output of the tests for rules with changed expressions
+	// the function "broken" returns the output of the tests for rules with changed expressions
 	broken := func(change func(lines []string) []string) string {
 		changed := rules
 		for _, alert := range alerts {
@@ -254,8 +254,8 @@ func (p *prometheus) query(at time.Time, expr string) (result []series) {
 	return result
 }
 
-// The method when waits for a time at which each expression has the value 2. It returns
-// this time, which is two seconds ago or more, so that all scrapes of that time have ended.
+// The method "when" waits for a time at which each expression has the value 2. It returns
+// this time, which is at least two seconds ago, so that all scrapes of that time have ended.
 func (p *prometheus) when(what string, exprs ...string) (at time.Time) {
 	p.t.Helper()
 	deadline := time.Now().Add(time.Minute)
@@ -374,7 +374,7 @@ func TestDashboard(t *testing.T) {
 			assert.Equal(t, "stepAfter", defaults.Custom.LineInterpolation, panel.Title)
 		}
 		require.Len(t, panel.Targets, 1, panel.Title)
-		// the function shown returns the lines of the panel at a time, for one webhook and queue
+		// the function "shown" returns the lines of the panel at a time, for one webhook and queue
 		shown := func(at time.Time, choice string) lines {
 			got := make(lines)
 			target := panel.Targets[0]

@@ -45,7 +45,7 @@ func switchable(t *testing.T) (b *backend, up *atomic.Bool) {
 	}), up
 }
 
-// The method once sends an event without a retry, and returns the response.
+// The method "once" sends an event without a retry, and returns the response.
 func (s *sender) once(t *testing.T, id string) answer {
 	t.Helper()
 	s.mu.Lock()
@@ -243,7 +243,7 @@ func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
 	backend.hasAll(t, s.ids(), time.Minute)
 }
 
-// The function kept returns the path of a new database with pending events, and their ids.
+// The function "kept" returns the path of a new database with pending events, and their ids.
 func kept(t *testing.T, events int) (db string, ids []string) {
 	t.Helper()
 	backend := newTaker(t, all)

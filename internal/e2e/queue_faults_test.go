@@ -193,8 +193,8 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				}
 			}
 			name := fmt.Sprintf("%s, %+d h, ", store, hours)
-			// answers starts a backend. It answers "slow" events after let is closed, and others with status until
-			// back is called. During the shift, attempts wait: a failed one would delay its event by the shifted age.
+			// answers starts a backend. It answers "slow" events when the test closes let, and others with status until
+			// back is called. During the shift, attempts wait: a failed attempt would delay its event by the shifted age.
 			answers := func(t *testing.T, status int) (b *backend, back func(shift func() int), let chan struct{}) {
 				t.Helper()
 				var mu sync.RWMutex

@@ -144,7 +144,7 @@ func TestPostgresOnce(t *testing.T) {
 	assert.Equal(t, 1, strings.Count(caddys[0].output.String(), "cannot store events before their first attempt"))
 }
 
-// A paused queue stays paused after a reload, a restart and kill -9, in both of its Caddys.
+// A paused queue stays paused after a reload, a restart and kill -9, also in another Caddy.
 func TestPostgresPause(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)

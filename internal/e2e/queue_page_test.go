@@ -91,7 +91,8 @@ func plainVisitor(change func(*http.Request)) visitor {
 
 func withPassword(r *http.Request) { r.SetBasicAuth("ops", "demo") }
 
-// The method uses opens the page like an operator, and retries an event. at is a URL that ends in /.
+// The method "uses" opens the page at a URL like an operator, and retries an event. The URL
+// ends in a slash.
 func (v visitor) uses(t *testing.T, at, user string) {
 	t.Helper()
 	status, page, header := v.do(t, http.MethodGet, at, nil)

@@ -338,7 +338,7 @@ func TestPostgresMove(t *testing.T) {
 	c := newCaddy(t, "grace_period 5s", queueSite(backend.addr, "max_age 500ms\nattempt_timeout 2s"), "INKIT_QUEUE_DSN="+dsn)
 	c.start()
 	s := newSender(t, c)
-	s.once(t, "dead") // this event must get an attempt, before the backend counts as down
+	s.once(t, "dead") // it is attempted, because the backend does not count as down yet
 	waitFor(t, "one is dead", c.process, func() bool { return len(c.list(t, "--state", "dead")) == 1 })
 	c.configure("grace_period 5s", queueSite(backend.addr, ""))
 	c.reload()

@@ -67,7 +67,7 @@ func (r *rotating) status(key, id string) int {
 	return got.status
 }
 
-// The method until sends 50 events a second, signed with key. When a response has the
+// The method "until" sends 50 events a second, signed with key. When a response has the
 // given status, the method stops, and returns how long this took.
 func (r *rotating) until(key string, status int, limit time.Duration) time.Duration {
 	r.t.Helper()
@@ -308,7 +308,7 @@ func TestRecipeRotation(t *testing.T) {
 }
 
 // TestRotationsUnderLoad rotates the only secret. The sender signs with the new secret as soon
-// as the file has it. Inkit cannot change earlier.
+// as the file has this secret. Inkit cannot use the secret earlier.
 func TestRotationsUnderLoad(t *testing.T) {
 	t.Parallel()
 	t.Run("60 events at once after each of 12 rotations", func(t *testing.T) {

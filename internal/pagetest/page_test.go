@@ -152,7 +152,6 @@ func (s *site) send(t *testing.T, resource string, n int) {
 	wg.Wait()
 }
 
-// browser returns the context of a new Chromium.
 func browser(t *testing.T) context.Context {
 	t.Helper()
 	path := ""

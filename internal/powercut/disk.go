@@ -70,7 +70,7 @@ type page struct {
 // toll counts the unsynced pages that a power cut has lost, torn or kept.
 type toll struct{ lost, torn, kept int }
 
-// mount mounts a disk on the folder on. The disk has the files that another disk left in dir.
+// mount mounts a disk at the path on. The disk has the files that another disk left in dir.
 func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -97,7 +97,7 @@ func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
 	return d, server
 }
 
-// cutAfter counts the writes and syncs from now. At the one with the number steps, the disk
+// cutAfter counts the writes and syncs from now. When it has counted steps of them, the disk
 // cuts the power, and calls kill.
 func (d *disk) cutAfter(steps int, kill func()) {
 	d.mu.Lock()
@@ -146,7 +146,6 @@ func (d *disk) remember(f *os.File, from, to int64) error {
 	return nil
 }
 
-// sync makes the writes to a file durable.
 func (d *disk) sync(f *os.File) error {
 	info, err := f.Stat()
 	if err != nil {
