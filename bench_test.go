@@ -72,8 +72,8 @@ func BenchmarkHMACOfNewMemory(b *testing.B) {
 }
 
 // BenchmarkServeHTTP measures a request through the handler, with an upstream that reads
-// the body. The rows pass-through are without the handler: subtract their figures. The rows
-// naive use a minimal middleware, which has no limit, placeholders, logs or metrics.
+// the body. The "pass-through" rows run without the handler: subtract their figures. The
+// "naive" rows use a minimal middleware without limit, placeholders, logs or metrics.
 func BenchmarkServeHTTP(b *testing.B) {
 	one := Secret{Value: testSecret}
 	older := Secret{Value: "an older secret"}

@@ -40,8 +40,8 @@ func TestRejectedBodyIsDiscarded(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
 		r      *http.Request
-		bytes  int // of the body
-		read   int // minimum bytes to read
+		bytes  int // the size of the body
+		read   int // the minimum that is read
 		atMost int
 		close  string
 	}{
@@ -273,7 +273,7 @@ func TestReplacedBodyIsNotUndone(t *testing.T) {
 	r := caddyhttp.PrepareRequest(signed(compactBody), caddy.NewReplacer(), w, &caddyhttp.Server{})
 	other := io.NopCloser(strings.NewReader("another body"))
 	err := h.ServeHTTP(w, r, caddyhttp.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) error {
-		r.Body, r.ContentLength = other, 12 // as the option set of request_body does
+		r.Body, r.ContentLength = other, 12 // as request_body does with "set"
 		_, err := r.GetBody()
 		assert.EqualError(t, err, "the body was replaced after it was verified")
 		return caddyhttp.Error(502, errors.New("of the next handler"))

@@ -28,7 +28,7 @@ func adapt(tb testing.TB, input string) (string, error) {
 	return pretty.String(), nil
 }
 
-// Each golden file contains a Caddyfile, a line of dashes, and its JSON.
+// Each golden file has a Caddyfile, a line of dashes, and the JSON of the Caddyfile.
 func TestAdapt(t *testing.T) {
 	files, err := filepath.Glob("testdata/*.caddyfiletest")
 	require.NoError(t, err)
@@ -46,8 +46,8 @@ func TestAdapt(t *testing.T) {
 	}
 }
 
-// The errors name the key and the line, and repeat no word of the input: a word in the
-// wrong place may be a secret.
+// The errors name the option and the line, but repeat no other word of the input, because
+// a misplaced word may be a secret.
 func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 	const (
 		none     = "secret: at least one is required"

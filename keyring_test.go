@@ -20,7 +20,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
-// A running guard must not reach a state that fails to load after a restart.
+// A changed file can make two secrets of a running guard equal. They must load after a restart.
 func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	path := writeFile(t, filepath.Join(t.TempDir(), "secret"), "next\n")
 	core, logs := observer.New(zapcore.DebugLevel)

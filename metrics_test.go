@@ -25,7 +25,6 @@ func configure(t *testing.T, handlers ...*Handler) (unload func()) {
 	return cancel
 }
 
-// seriesOf returns the series of a webhook.
 func seriesOf(t *testing.T, webhook string) (lines []string) {
 	t.Helper()
 	registry := prometheus.NewPedanticRegistry()

@@ -131,11 +131,11 @@ type result struct {
 	status     int // of the error, or 200
 	outcome    string
 	nextCalled bool
-	body       string // that the next handler has read
+	body       string // the body that the next handler has read
 	err        error
 	header     http.Header // of the response
 	repl       *caddy.Replacer
-	request    *http.Request // that the next handler has got
+	request    *http.Request // the request of the next handler
 }
 
 func serve(tb testing.TB, h *Handler, r *http.Request) (res result) {

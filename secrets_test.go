@@ -143,7 +143,7 @@ func TestSecretsThatAreRefused(t *testing.T) {
 }
 
 // Each row is a text that cannot be a secret of Inkit: the guard refuses it from any source.
-// For HMAC, the first text is the empty key, because HMAC pads every key with NULs.
+// The first text would work like the empty key, because HMAC pads every key with NULs.
 func TestTextThatIsNoSecret(t *testing.T) {
 	const invisible = "secret 1: must not contain a line break, a control character or another invisible character"
 	const alone = "secret 1: must be only the secret, not "

@@ -104,7 +104,7 @@ func run(rounds int, each time.Duration, queue bool, beside []string, dsn string
 	return nil
 }
 
-// The function missing returns the programs that the rows need but that are not installed.
+// The function "missing" returns the programs that the rows need but that are not installed.
 func missing() (names []string) {
 	for _, name := range []string{"go", "nginx", "haproxy", "webhook", "gunicorn"} {
 		if _, err := exec.LookPath(name); err != nil {
@@ -131,7 +131,7 @@ func (s spread) median() float64 {
 	return (sorted[(len(sorted)-1)/2] + sorted[len(sorted)/2]) / 2
 }
 
-// minus returns the differences: in each round, the figure minus the other figure.
+// The method "minus" returns, for each round, the value in s minus the value in other.
 func (s spread) minus(other spread) (differences spread) {
 	for i := range s {
 		differences = append(differences, s[i]-other[i])

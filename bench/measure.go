@@ -66,7 +66,7 @@ func newClient() *http.Client {
 	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: 64}}
 }
 
-// check returns an error unless the row accepts exactly the events that it must accept.
+// check returns an error if the program accepts a wrong event, or refuses a right one.
 func (r *row) check(dir string) error {
 	p, err := r.start(dir)
 	if err != nil {

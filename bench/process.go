@@ -25,7 +25,7 @@ type process struct {
 func startProcess(cmd *exec.Cmd, addr string) (*process, error) {
 	var output strings.Builder
 	cmd.Stderr = &output
-	// the program has its own process group, to find its children, and it ends when bench ends
+	// bench finds the children of the program by its process group; Pdeathsig ends the program with bench
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {
 		return nil, err
@@ -63,7 +63,7 @@ func (p *process) stop() {
 	<-p.exited
 }
 
-// The method each calls f for every process of the group, with the fields of /proc/<pid>/stat
+// The method "each" calls f for every process of the group, with the fields of /proc/<pid>/stat
 // from the third field on.
 func (p *process) each(f func(pid string, stat []string)) error {
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")

@@ -17,11 +17,11 @@ type binary struct {
 	name, path string
 	dir        string
 	process    *process
-	figures    map[string]*figures // by place and number of senders
+	figures    map[string]*figures // by path and number of senders
 }
 
-// figures are the measurements of one path of the site, see places, with one number of senders.
-// They have one value for each round.
+// figures has the measurements of one path in places, with one number of senders. Each spread
+// has one value for each round.
 type figures struct {
 	perSecond spread // events a second
 	cpu       spread // processor time for each event, in µs
@@ -163,7 +163,7 @@ func (b *binary) measure(place string, senders int, each time.Duration) error {
 	return nil
 }
 
-// The method over returns each figure divided by the other figure of the same round.
+// The method "over" returns, for each round, the value in s divided by the value in other.
 func (s spread) over(other spread) (shares spread) {
 	for i := range s {
 		shares = append(shares, s[i]/other[i])

@@ -12,7 +12,7 @@ import (
 
 const secret = "test_inkit_webhook_secret"
 
-// path suits all programs: the program webhook serves only paths under /hooks/.
+// path is under /hooks/, because the program webhook serves no other paths.
 const path = "/hooks/inkit"
 
 const njsModule = "/usr/lib/nginx/modules/ngx_http_js_module.so"
@@ -49,7 +49,7 @@ func rows(caddy, backend string) (all []*row) {
 		return exec.Command(caddy, "run", "--config", filepath.Join(dir, "Caddyfile"))
 	})
 
-	// If nginx writes a large body to a file, r.requestBuffer is empty, and the script rejects it.
+	// If nginx writes a large body to a file, r.requestBuffer is empty, and the script rejects the request.
 	pair("nginx, njs", func(_ string, verifies bool) map[string]string {
 		location := "location / { proxy_pass http://backend; }"
 		if verifies {
@@ -97,7 +97,7 @@ http {
 		return exec.Command("nginx", "-p", dir, "-e", "stderr", "-c", "nginx.conf")
 	})
 
-	// HAProxy buffers only the first 16 KiB (tune.bufsize) of a body, so it rejects a larger one.
+	// HAProxy buffers only the first 16 KiB (tune.bufsize) of a body, so it rejects larger bodies.
 	pair("HAProxy, hmac", func(_ string, verifies bool) map[string]string {
 		return map[string]string{"haproxy.cfg": `global
 	maxconn 4000

@@ -96,7 +96,7 @@ func problems(t *testing.T, content string) (problems []string) {
 				directives = append(directives, strings.Join(words, " "))
 			}
 		}
-		// the page answers all paths, so no error 404 is needed
+		// inkit_queue_page answers all paths, so its site needs no error 404
 		if len(directives) == 0 || directives[len(directives)-1] != "error 404" && !endsInPage(directives) {
 			problems = append(problems, keys[0]+": does not end in error 404")
 		}
@@ -343,7 +343,7 @@ func TestMessages(t *testing.T) {
 	assert.Equal(t, string(want), got, "go test ./docs -run TestMessages -update")
 }
 
-// message returns the text of an error or of a log line. kind is error, or the level of the line.
+// message returns the text of an error or of a log line. kind is "error", or the level of the line.
 func message(call *ast.CallExpr) (kind string, argument ast.Expr) {
 	function := types.ExprString(call.Fun)
 	receiver, method := function[:max(0, strings.LastIndex(function, "."))], function[strings.LastIndex(function, ".")+1:]

@@ -20,7 +20,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// caddy validate and caddy adapt touch no file, and work while another Caddy runs.
+// "caddy validate" and "caddy adapt" touch no file, and work while another Caddy runs.
 func TestLoadingTouchesNoFile(t *testing.T) {
 	dir := t.TempDir()
 	path := filepath.Join(dir, "folder", "queue.db")
@@ -44,7 +44,7 @@ func TestLoadingTouchesNoFile(t *testing.T) {
 	c.stop(t)
 }
 
-// The function by returns a backend that answers with code. counter counts its requests.
+// The function "by" returns a backend that answers with code. counter counts its requests.
 func by(counter *atomic.Int64, code int) caddyhttp.RouteList {
 	return routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 		counter.Add(1)
@@ -52,8 +52,8 @@ func by(counter *atomic.Int64, code int) caddyhttp.RouteList {
 	})
 }
 
-// Reloads with a pending event, in Caddy's order: the new configuration is provisioned
-// and started, then the old one is stopped and cleaned up.
+// The tests reload with a pending event, in Caddy's order: Caddy provisions and starts the
+// new configuration, and then stops and cleans up the old one.
 func TestReloads(t *testing.T) {
 	for _, tt := range []struct {
 		name     string
@@ -174,7 +174,7 @@ func TestRequestBeforeTheStart(t *testing.T) {
 }
 
 // A clean stop releases the leases, so the next process delivers immediately. Running
-// attempts get the grace period.
+// attempts may go on until the grace period ends.
 func TestEndGivesLeasesBack(t *testing.T) {
 	for _, tt := range []struct {
 		name    string
@@ -201,7 +201,7 @@ func TestEndGivesLeasesBack(t *testing.T) {
 				began := time.Now()
 				assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
 				time.Sleep(time.Second - time.Since(began))
-				time.AfterFunc(tt.grace, c.queue().cutOff) // the grace period of the HTTP app
+				time.AfterFunc(tt.grace, c.queue().cutOff) // as the HTTP app does after its grace period
 				stopped := time.Now()
 				c.stop(t)
 				assert.InDelta(t, tt.ends, time.Since(stopped), float64(50*time.Millisecond))

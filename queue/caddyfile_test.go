@@ -124,7 +124,7 @@ func TestCaddyfileErrors(t *testing.T) {
 	}
 }
 
-// Errors that only appear when the configuration is loaded.
+// These errors appear only when Caddy loads the configuration.
 func TestLoadErrors(t *testing.T) {
 	with := func(change func(h *Handler)) *Handler {
 		h := &Handler{Name: "a", Routes: rawRoutes(`{"handler":"static_response"}`)}

@@ -24,7 +24,6 @@ import (
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
 
-// run runs the command, and returns its output.
 func run(t *testing.T, args ...string) (string, error) {
 	t.Helper()
 	printed, err := os.Create(filepath.Join(t.TempDir(), "stdout"))
@@ -44,7 +43,7 @@ func run(t *testing.T, args ...string) (string, error) {
 	return string(text), runErr
 }
 
-// The function kept creates a database with four events: due, due later, dead, in an attempt.
+// The function "kept" creates a database with four events: due, due later, dead, in an attempt.
 func kept(t *testing.T) (path string) {
 	t.Helper()
 	path = filepath.Join(t.TempDir(), "queue.db")
@@ -84,7 +83,6 @@ func kept(t *testing.T) (path string) {
 	return path
 }
 
-// states returns the state of each event in a database.
 func states(t *testing.T, path string) map[string]string {
 	t.Helper()
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -97,7 +95,7 @@ func states(t *testing.T, path string) map[string]string {
 	return all
 }
 
-// The function due returns the time at which each event is due, formatted as in the commands.
+// The function "due" returns the time at which each event is due, formatted as in the commands.
 func due(t *testing.T, path string) map[string]string {
 	t.Helper()
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -254,7 +252,7 @@ func TestRetryAndDrop(t *testing.T) {
 	}
 }
 
-// The command drop takes more ids than one SQL statement can have.
+// The command "drop" takes more ids than one SQL statement can have.
 func TestManyIDs(t *testing.T) {
 	path := kept(t)
 	args := []string{"drop", "i1-due", "--db", path}
@@ -267,7 +265,7 @@ func TestManyIDs(t *testing.T) {
 	assert.Equal(t, "events dropped: 1\n", got)
 }
 
-// The command list reads page after page.
+// The command "list" reads page after page of events.
 func TestListOfMany(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
@@ -289,7 +287,7 @@ func TestListOfMany(t *testing.T) {
 	assert.Equal(t, events, i)
 }
 
-// The command move creates the target database.
+// The command "move" creates the target database.
 func TestMoveToAnotherFile(t *testing.T) {
 	from, to := kept(t), filepath.Join(t.TempDir(), "new.db")
 	config := filepath.Join(t.TempDir(), "Caddyfile")

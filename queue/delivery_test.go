@@ -299,7 +299,7 @@ func TestBackendThatIsDown(t *testing.T) {
 				}
 				assert.Equal(t, 1, warned.Len())
 
-				// new events are stored without an attempt
+				// new events are stored without an attempt, and only probes reach the backend
 				before := calls.Load()
 				for range 100 {
 					assert.Equal(t, 200, serve(t, c.handlers[0], post(body)).status)
@@ -457,8 +457,8 @@ func TestSpoiltEventIsSetAside(t *testing.T) {
 }
 
 // In an outage of the backend, no event is lost, dead or refused. With E2E_LONG, the outage
-// lasts a day with 100,000 events. The clock of the test takes no real time, but each event
-// and each probe takes a transaction.
+// lasts a day with 100,000 events. The clock of the test is synthetic, so only the
+// transactions of events and probes take real time.
 func TestOutage(t *testing.T) {
 	outage, events, dir := 10*time.Minute, 500, t.TempDir()
 	if os.Getenv("E2E_LONG") != "" {
@@ -488,8 +488,8 @@ func TestOutage(t *testing.T) {
 			if got := serve(t, c.handlers[0], post(body)); got.status != 200 || got.body != "" || got.after > time.Second {
 				t.Fatalf("event %d: status %d after %v: %s", i, got.status, got.after, got.error)
 			}
-			// On the clock of the test, the queue counts its events every 5 s, and a count takes no
-			// time. In real time, counts of many events take minutes, so most arrive near the end.
+			// On the clock of the test, the queue counts its events every 5 s. In real time, counting
+			// many events this often takes minutes, so most events arrive near the end.
 			if some := events / 10; i < some {
 				time.Sleep(outage * 9 / 10 / time.Duration(some))
 			} else {

@@ -38,8 +38,8 @@ func init() {
 	caddy.RegisterModule(testStore{})
 }
 
-// handed has values of tests. Caddy creates modules from JSON, so a number in the JSON names
-// the value for a module.
+// handed has the values that tests give to modules. Caddy creates a module from JSON, so the
+// JSON has only the number of the value.
 var (
 	handed     sync.Map
 	handedLast atomic.Int64
@@ -167,7 +167,7 @@ type configuration struct {
 	app      *App
 	handlers []*Handler
 	logs     *observer.ObservedLogs
-	end      func() // unloads it, with Cleanup
+	end      func() // unloads the configuration, with Cleanup
 }
 
 // provision loads handlers like a new configuration, but does not start their app.
@@ -221,7 +221,6 @@ func (c *configuration) stop(tb testing.TB) {
 // queue returns the queue of the first handler.
 func (c *configuration) queue() *queue { return c.app.queues[0] }
 
-// addition is an event to store.
 type addition struct {
 	rec     *store.Record
 	request *request.Request
@@ -487,7 +486,7 @@ func TestNoVerifiedEvent(t *testing.T) {
 	}
 }
 
-// After the sender hangs up, the attempt goes on, and the event is stored.
+// After the sender hangs up, the attempt goes on. The event is stored until the backend accepts it.
 func TestSenderThatHangsUp(t *testing.T) {
 	for _, tt := range []struct {
 		name   string
@@ -626,7 +625,7 @@ func TestFullQueueAsksTheBackend(t *testing.T) {
 	})
 }
 
-// A backend that counts as down still does so while the database does not answer.
+// A backend that counts as down stays down while the database does not answer.
 func TestOutageOfBoth(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
@@ -642,7 +641,7 @@ func TestOutageOfBoth(t *testing.T) {
 	})
 }
 
-// If a reload fails after the start of the new apps, Caddy calls Cleanup, but not Stop.
+// If a reload fails after all new apps have started, Caddy calls Cleanup, but not Stop.
 func TestCleanupWithoutStop(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "queue.db")
 	c := start(t, &Handler{StoreRaw: sqliteAt(path), Routes: routes(status(200))})

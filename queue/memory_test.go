@@ -45,7 +45,7 @@ func (s *refusingStore) Apply(ctx context.Context, b *store.Batch) error {
 	return s.Store.Apply(ctx, b)
 }
 
-// remembering is a queue with the option once, and a backend that a test controls.
+// remembering is a queue with the option "once", and a backend that a test controls.
 type remembering struct {
 	*configuration
 	store    *refusing
@@ -86,7 +86,7 @@ func sqliteIn(t *testing.T) store.Opener {
 	return &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
 }
 
-// onceAnswers sends an event a second time, after each possible result of the first request.
+// onceAnswers sends an event a second time, during the first request and after each result.
 func onceAnswers(t *testing.T, newOpener func(t *testing.T) store.Opener) {
 	t.Helper()
 	for _, tt := range []struct {
@@ -275,7 +275,7 @@ func TestHistory(t *testing.T) {
 				defer c.stop(t)
 				s := c.queue().db.opened(t)
 				serve(t, c.handlers[0], post(body)) // delivered by the second attempt
-				serve(t, c.handlers[0], post(body)) // delivered by the first attempt, and never stored
+				serve(t, c.handlers[0], post(body)) // delivered by the first attempt, so never pending
 				time.Sleep(4 * time.Second)
 				var rows [][]any
 				storetest.Select(t, s, store.Filter{States: []string{store.History}}, func(r *store.Record) {

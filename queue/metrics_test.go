@@ -43,7 +43,7 @@ func seriesOf(t *testing.T, queue string) map[string]float64 {
 	return series
 }
 
-// All counters start at 0: a counter that first appears at 1 shows no increase.
+// All counters start at 0, because a counter that first appears at 1 shows no increase.
 func TestAllSeriesExistFromTheStart(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{Name: "from-the-start", StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(200))})
@@ -125,7 +125,7 @@ func TestMetricsBetweenTwoCounts(t *testing.T) {
 		c.queue().db.opened(t)
 		time.Sleep(countInterval + time.Second) // the first count has read no event, and has not ended
 		serve(t, c.handlers[0], post(body))
-		time.Sleep(opener.counting + countInterval) // and the next count begins in two minutes
+		time.Sleep(opener.counting + countInterval) // the first count has ended, and the next one begins in two minutes
 		synctest.Wait()
 		assert.InDelta(t, 1, seriesOf(t, "between")["events pending"], 0)
 		serve(t, c.handlers[0], post(body))

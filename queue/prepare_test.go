@@ -264,7 +264,7 @@ func FuzzStoredRequest(f *testing.F) {
 		require.True(t, strings.HasSuffix(string(encoded), string(all)))
 		require.NotNil(t, event.FromContext(got.Context()))
 		_ = got.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer).ReplaceAll("{http.request.local}{http.request.uri}{http.request.remote.host}", "")
-		again, err := decoded.Encode() // like the command move
+		again, err := decoded.Encode() // like the command "move"
 		require.NoError(t, err)
 		moved := &store.Record{ID: id, Request: again}
 		moved.Checksum = moved.Sum()

@@ -104,8 +104,8 @@ func TestCompose(t *testing.T) {
 	}
 }
 
-// The function existing returns the path of a file, or for a folder the path of one of its
-// files. The returned file exists only if path exists.
+// If path is a folder with files, the function "existing" returns the path of one of the files.
+// Otherwise, it returns path.
 func existing(path string) string {
 	if files, err := filepath.Glob(path + "/*"); err == nil && len(files) > 0 {
 		return files[0]
@@ -193,7 +193,7 @@ func loadManifest(text string) (m manifest, err error) {
 		if !ok {
 			return m, errors.New("no type for " + meta.APIVersion + " " + meta.Kind)
 		}
-		// as the API server does: field names are case-sensitive, unlike in encoding/json
+		// like the API server, decode case-sensitive field names; encoding/json ignores case
 		text, err := yaml.YAMLToJSONStrict(document)
 		if err != nil {
 			return m, err

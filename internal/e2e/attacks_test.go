@@ -35,8 +35,8 @@ func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reade
 }
 
 // An error route that does not look at the outcome passes every rejected request to a backend,
-// but without the unsigned data. This is also true if the directive timeouts, which copies the
-// request, is in front of the guard.
+// but without the unsigned data. The directive "timeouts" in front of the guard copies the
+// request. The backend gets no unsigned data from this copy, either.
 func TestErrorRouteGetsNothingForged(t *testing.T) {
 	for name, before := range map[string]string{"": "", "behind timeouts": "timeouts {\n\t\tread_timeout 10s\n\t}\n\t"} {
 		t.Run("no gate "+name, func(t *testing.T) {
@@ -159,9 +159,9 @@ func TestUnhandledEvent(t *testing.T) {
 	})
 }
 
-// The backend gets the complete body that request_body sets behind the guard, and so does
-// the backend of an error route. If the Transport must retry the request on another
-// connection, the event is lost, as with plain Caddy.
+// Behind the guard, request_body replaces the body. Each backend, also that of an error route,
+// gets only the new body. The Transport cannot send the new body again, so some requests fail,
+// as with plain Caddy.
 func TestReplacedBodyIsNotUndoneByARetry(t *testing.T) {
 	t.Parallel()
 	b, fallback := newBackend(t, dropReused(true)), newBackend(t, good)

@@ -25,7 +25,7 @@ type backend struct {
 	addr   string
 	answer func(b *backend, w http.ResponseWriter, r *http.Request)
 	status func(id string, attempt int) int // the status with which take answers
-	quiet  bool                             // whether the method take does not record requests
+	quiet  bool                             // if true, the method take records no requests
 
 	mu       sync.Mutex
 	server   *http.Server
@@ -117,8 +117,8 @@ func good(b *backend, w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintf(w, "%x", sha256.Sum256(body))
 }
 
-// dropReused closes a connection instead of answering its second request: if whole is true,
-// after the whole request, and otherwise after its header.
+// dropReused answers the first request on a connection, and closes the connection at the
+// second one: after its body if whole is true, otherwise after its header.
 func dropReused(whole bool) func(b *backend, w http.ResponseWriter, r *http.Request) {
 	var used sync.Map
 	return func(b *backend, w http.ResponseWriter, r *http.Request) {
@@ -133,7 +133,6 @@ func dropReused(whole bool) func(b *backend, w http.ResponseWriter, r *http.Requ
 	}
 }
 
-// hijack takes a connection away from net/http.
 func hijack(w http.ResponseWriter) *net.TCPConn {
 	conn, _, err := w.(http.Hijacker).Hijack()
 	if err != nil {
@@ -156,7 +155,7 @@ func newScripted(t *testing.T, status func(n int, r *http.Request) int) *backend
 	})
 }
 
-// With the function always, a backend of newScripted gives each request the same status.
+// With the function "always", a backend of newScripted gives each request the same status.
 func always(code int) func(int, *http.Request) int {
 	return func(int, *http.Request) int { return code }
 }
@@ -180,7 +179,7 @@ func newTaker(t *testing.T, status func(id string, attempt int) int) *backend {
 	return b
 }
 
-// With the function all, a backend of newTaker accepts each event after 2 ms.
+// With the function "all", a backend of newTaker accepts each event after 2 ms.
 func all(string, int) int {
 	time.Sleep(2 * time.Millisecond)
 	return http.StatusOK
@@ -238,7 +237,7 @@ func (b *backend) snapshot() (s struct{ events, now, most int }) {
 	return s
 }
 
-// The method of returns how often the queue attempted an event and the backend accepted it.
+// The method "of" returns how often the queue attempted an event and the backend accepted it.
 func (b *backend) of(id string) (e struct{ attempts, taken int }) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -253,7 +252,7 @@ func (b *backend) idOf(id string) string {
 	return b.ids[id]
 }
 
-// The method missing returns the ids of the events that the backend has not accepted.
+// The method "missing" returns the ids of the events that the backend has not accepted.
 func (b *backend) missing(ids []string) (missing []string) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

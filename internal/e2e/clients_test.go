@@ -20,13 +20,13 @@ import (
 type then int
 
 const (
-	wait      then = iota // for the response
+	wait      then = iota // wait for the response
 	halfClose             // close its half of the connection, and wait
-	reset                 // the connection
+	reset                 // reset the connection
 )
 
 // TestBrokenClients speaks broken HTTP/1.1. No request may reach the backend, except in
-// the rows with the outcome verified.
+// the rows with the outcome "verified".
 func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share a Caddy
 	t.Parallel()
 	b := newBackend(t, good)
@@ -163,7 +163,6 @@ func TestBrokenClients(t *testing.T) { //nolint:tparallel // its subtests share 
 	assert.NotContains(t, readFile(t, c.path("log")), good)
 }
 
-// rawStatus sends bytes and returns the status of the response.
 func rawStatus(t *testing.T, addr, request string) int {
 	t.Helper()
 	conn, err := net.Dial("tcp", addr)

@@ -219,7 +219,6 @@ func listening(addr string) func() bool {
 	}
 }
 
-// caddy is a running Caddy.
 type caddy struct {
 	*process
 	t     *testing.T
@@ -253,8 +252,8 @@ func newCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	return c
 }
 
-// lookAtSources looks up the sources of the binary. go test caches a result until one of the
-// files that a test has looked up changes.
+// lookAtSources calls Stat for the sources of the binary, so that go test reuses no cached
+// result after they change.
 var lookAtSources = sync.OnceFunc(func() {
 	for _, name := range []string{"E2E_LONG", "E2E_CADDY"} { // the first reads were too early for go test to notice
 		_ = os.Getenv(name)
@@ -359,7 +358,6 @@ func sign(key string, body []byte) string {
 	return hex.EncodeToString(m.Sum(nil))
 }
 
-// answer is the response to a client.
 type answer struct {
 	status int
 	header http.Header
@@ -435,7 +433,7 @@ func replaceEach(t *testing.T, text string, pairs ...string) string {
 	return text
 }
 
-// The function needs skips a test if one of the programs is not installed.
+// The function "needs" skips a test if one of the programs is not installed.
 func needs(t *testing.T, programs ...string) {
 	t.Helper()
 	for _, program := range programs {

@@ -82,7 +82,7 @@ func TestDockerExample(t *testing.T) {
 		}
 	}))
 	t.Cleanup(control.Close)
-	// the replacement does docker compose exec caddy <command> and docker compose stop|start backend
+	// the replacement knows "docker compose exec caddy <command>" and "docker compose stop|start backend"
 	docker := `case "$1 $2 $3" in
 "compose exec caddy") shift 3; exec "$@";;
 "compose stop backend"|"compose start backend") curl -fsS "` + control.URL + `/$2";;
@@ -154,7 +154,7 @@ func TestKubernetesExample(t *testing.T) {
 	assert.Equal(t, http.StatusNoContent, healthy(), "while the backend is away")
 	blocks := docBlocks(t, from+"README.md", "sh")
 	require.Len(t, blocks, 2)
-	// the replacement does kubectl exec inkit-0 -- <command>
+	// the replacement knows "kubectl exec inkit-0 -- <command>"
 	out := d.shell("kubectl", `[ "$1 $2 $3" = "exec inkit-0 --" ] && shift 3 && exec "$@"`,
 		replaceEach(t, blocks[1].text, "/etc/inkit/secret", d.secretFile, "localhost:8080", d.addr))
 	assert.True(t, strings.HasPrefix(out, "200 OK\n"), out)

@@ -83,7 +83,6 @@ func (e *example) url() string {
 	return fields[len(fields)-1]
 }
 
-// list returns the events in the queue.
 func (e *example) list() string {
 	e.t.Helper()
 	out, err := e.command("caddy inkit-queue list").Output()
@@ -232,7 +231,7 @@ func TestExamplesLoseNothing(t *testing.T) {
 			accepts(50)
 			cancel()
 			senders.Wait()
-			// the pause before the next attempt is about as long as the age of the event
+			// before the next attempt, an event waits about as long as its age
 			for deadline := time.Now().Add(20*time.Second + 2*outage); strings.Contains(e.list(), " load_") && time.Now().Before(deadline); {
 				time.Sleep(100 * time.Millisecond)
 			}

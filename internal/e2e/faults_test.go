@@ -105,7 +105,7 @@ func (l *load) answered() int {
 	return len(l.status)
 }
 
-// The method many sends n events, up to workers of them in parallel.
+// The method "many" sends n events, up to workers of them in parallel.
 func (l *load) many(n, workers int) {
 	var wg sync.WaitGroup
 	var left atomic.Int64
@@ -120,7 +120,7 @@ func (l *load) many(n, workers int) {
 	wg.Wait()
 }
 
-// atRate sends events at a steady rate until the function during returns.
+// atRate sends events at a steady rate until the function "during" returns.
 func (l *load) atRate(perSecond int, during func()) {
 	done := make(chan struct{})
 	go func() {
@@ -148,7 +148,7 @@ type tally struct {
 	lost       int // not answered 2xx
 	unrecorded int // answered 2xx, but no backend has a record
 	twice      int // recorded more than once
-	strangers  int // recorded twice with different keys
+	strangers  int // recorded with different idempotency keys
 }
 
 func (l *load) tally(backends ...*backend) (sum tally) {

@@ -16,8 +16,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// For some time, nginx sends no request to a guard that did not answer. Unsigned bodies must
-// not cause such a pause: if both guards have one, nginx loses genuine events.
+// If a guard does not answer, nginx sends it no requests for some time. Unsigned bodies must
+// not cause this: nginx loses genuine events while it sends no requests to either guard.
 func TestNginxInFront(t *testing.T) {
 	t.Parallel()
 	b := newBackend(t, good)

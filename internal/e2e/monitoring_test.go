@@ -53,7 +53,7 @@ func TestAlertRules(t *testing.T) {
 		}
 		return lines
 	}
-	// the function broken returns the output of the tests for rules with changed expressions
+	// the function "broken" returns the output of the tests for rules with changed expressions
 	broken := func(change func(lines []string) []string) string {
 		changed := rules
 		for _, alert := range alerts {
@@ -140,8 +140,8 @@ tests:
 }
 
 // monitored is the site of two Caddys that a Prometheus scrapes. It has two webhooks with a
-// queue behind each. Both Caddys use one database. The backend of the queue documents is
-// down. The backend of the queue mail fails for the event "bad".
+// queue behind each. Both Caddys use one database. The backend of the queue "documents"
+// is down. The backend of the queue "mail" fails for the event "bad".
 const monitored = `
 http://:{{port}} {
 	handle /documents {
@@ -254,8 +254,8 @@ func (p *prometheus) query(at time.Time, expr string) (result []series) {
 	return result
 }
 
-// The method when waits for a time at which each expression has the value 2, and returns it.
-// It looks two seconds into the past, because all scrapes of that time have ended.
+// The method "when" waits for a time at which each expression has the value 2. It returns
+// this time, which is at least two seconds ago, so that all scrapes of that time have ended.
 func (p *prometheus) when(what string, exprs ...string) (at time.Time) {
 	p.t.Helper()
 	deadline := time.Now().Add(time.Minute)
@@ -374,7 +374,7 @@ func TestDashboard(t *testing.T) {
 			assert.Equal(t, "stepAfter", defaults.Custom.LineInterpolation, panel.Title)
 		}
 		require.Len(t, panel.Targets, 1, panel.Title)
-		// the function shown returns the lines of the panel at a time, for one webhook and queue
+		// the function "shown" returns the lines of the panel at a time, for one webhook and queue
 		shown := func(at time.Time, choice string) lines {
 			got := make(lines)
 			target := panel.Targets[0]
@@ -444,7 +444,7 @@ func TestDashboard(t *testing.T) {
 		assert.Empty(t, shown(now.Add(25*time.Hour), ".*"), panel.Title)
 	}
 
-	// in Caddy's own metrics, the label "handler" names the first handler of the route: here subroute
+	// in Caddy's own metrics, the label "handler" names the first handler of the route: here "subroute"
 	for _, metric := range []string{"caddy_http_request_duration_seconds_count", "caddy_http_request_size_bytes_count", "caddy_http_response_duration_seconds_count"} {
 		assert.NotEmpty(t, p.query(now, metric+`{handler="subroute"}`), metric)
 		assert.Empty(t, p.query(now, metric+`{handler="inkit_webhook"}`), metric)

@@ -122,8 +122,8 @@ func inParallel(workers, n int, f func(i int)) {
 	wg.Wait()
 }
 
-// TestMetrics: for each of two webhooks, Caddy counts every outcome, and verified events by
-// the name of the secret. Reloads do not reset the counters.
+// TestMetrics: Caddy counts the requests of each webhook by outcome, and the verified events
+// also by secret. Reloads do not reset the counters.
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	for _, option := range []string{"", "\tmetrics"} {

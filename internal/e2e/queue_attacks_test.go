@@ -105,7 +105,7 @@ func TestQueueWhoseDatabaseIsALink(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			backend, up := switchable(t)
-			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // a lease lasts 2 s longer, also after a kill
+			c := newQueueCaddy(t, backend.addr, "attempt_timeout 5s") // after a kill, the events stay leased for up to 7 s
 			target := t.TempDir() + "/real.db"
 			tt.make(t, target)
 			require.NoError(t, os.Mkdir(c.path("queue"), 0o700))

@@ -45,7 +45,7 @@ func switchable(t *testing.T) (b *backend, up *atomic.Bool) {
 	}), up
 }
 
-// The method once sends an event without a retry, and returns the response.
+// The method "once" sends an event without a retry, and returns the response.
 func (s *sender) once(t *testing.T, id string) answer {
 	t.Helper()
 	s.mu.Lock()
@@ -202,7 +202,7 @@ func copyDatabase(t *testing.T, from, to string) {
 	}
 }
 
-// When Caddy stops, it copies the events of the deleted file, which it has open, to a new one.
+// Caddy still has the deleted file open. When Caddy stops, it copies the events to a new file.
 func TestQueueWhoseDatabaseIsDeletedBeforeAStop(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, all)
@@ -243,7 +243,7 @@ func TestQueueWhoseDatabaseIsLocked(t *testing.T) {
 	backend.hasAll(t, s.ids(), time.Minute)
 }
 
-// The function kept returns the path of a new database with pending events, and their ids.
+// The function "kept" returns the path of a new database with pending events, and their ids.
 func kept(t *testing.T, events int) (db string, ids []string) {
 	t.Helper()
 	backend := newTaker(t, all)
@@ -256,7 +256,6 @@ func kept(t *testing.T, events int) (db string, ids []string) {
 	return c.path("queue/events.db"), s.ids()
 }
 
-// edit changes the bytes of a file.
 func edit(t *testing.T, path string, change func([]byte) []byte) {
 	t.Helper()
 	content, err := os.ReadFile(path)
@@ -299,7 +298,7 @@ func TestQueueWhoseDatabaseIsDamaged(t *testing.T) {
 		}, false, "the database has the schema of another version: 99", false, false},
 		{"unreadable", func(t *testing.T, db string) {
 			require.NoError(t, os.Remove(db))
-			require.NoError(t, os.Mkdir(db, 0o700)) // file permissions do not stop root
+			require.NoError(t, os.Mkdir(db, 0o700)) // a folder, because root can read any file
 		}, false, "is a directory", false, false},
 		{"whole", func(*testing.T, string) {}, false, "", true, true},
 	} {

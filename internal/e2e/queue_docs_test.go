@@ -65,7 +65,7 @@ type operator struct {
 	dir  string
 	env  []string
 	vars string
-	hard atomic.Bool // whether stop kills Caddy, like systemd after its timeout
+	hard atomic.Bool // whether "systemctl stop" kills Caddy, as after a timeout
 }
 
 func newOperator(t *testing.T, c *caddy) *operator {
@@ -103,8 +103,8 @@ func newOperator(t *testing.T, c *caddy) *operator {
 	return o
 }
 
-// command returns the command for a script in the operator's shell. The next script has the
-// variables db and damaged of this one.
+// command returns an exec.Cmd that runs a script in bash. The next script has the variables
+// db and damaged of this script.
 func (o *operator) command(script string) *exec.Cmd {
 	cmd := exec.Command("bash", "-c", "[ ! -f vars ] || . ./vars\n"+script+"\nstatus=$?\ndeclare -p db damaged 2>/dev/null >vars\nexit $status")
 	cmd.Dir, cmd.Env = o.dir, o.env
@@ -153,7 +153,7 @@ func TestQueueDocs(t *testing.T) {
 		t.Helper()
 		return o.run("caddy inkit-queue list --db " + db + " " + arguments)
 	}
-	id := "" // of an event; it replaces exampleID in the scripts
+	id := "" // the id of an event; id replaces exampleID in the scripts
 	waiting := func(resource string) {
 		t.Helper()
 		before := backend.idOf(resource)
@@ -281,7 +281,7 @@ func TestQueueDocs(t *testing.T) {
 		}},
 		{"Move it to another disk", func() {
 			waiting("doc_moved")
-			c.configure(options, withOption("attempt_timeout 2s")) // leases must be short
+			c.configure(options, withOption("attempt_timeout 2s")) // short leases, because the command skips leased events
 			c.reload()
 		}, func(script string) {
 			var out strings.Builder
@@ -295,7 +295,7 @@ func TestQueueDocs(t *testing.T) {
 			assert.Contains(t, list(""), "doc_1")
 			assert.Contains(t, list(""), "doc_moved")
 			status.Store(http.StatusOK)
-			// do not wait for the next attempt; the command fails if an attempt is running
+			// so that no event waits long for an attempt; the command fails during an attempt
 			_ = o.command("caddy inkit-queue retry " + backend.idOf("doc_1") + " " + id).Run()
 			waitFor(t, "both are delivered from there", c.process, func() bool { return strings.Count(list(""), "\n") == 1 })
 			assert.Positive(t, backend.of("doc_moved").taken)
@@ -365,7 +365,7 @@ func TestQueueDocs(t *testing.T) {
 	}
 }
 
-// damage finds the page of a database that contains a text, and overwrites it with noise.
+// damage finds a text in a database, and overwrites the database page around it.
 func damage(t *testing.T, db, text string) {
 	t.Helper()
 	const page = 4096

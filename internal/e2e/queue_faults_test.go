@@ -107,8 +107,8 @@ func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
 			if down {
 				backend.listen()
 			}
-			// A queue delivers only while it is configured. After a failed attempt, an event waits
-			// about as long as its age.
+			// A queue delivers only while it is configured, so configure each one again and again.
+			// After a failed attempt, an event waits about as long as its age.
 			ended := time.Now()
 			for i := 0; len(backend.missing(ids)) > 0 && time.Since(ended) < 3*time.Minute; i++ {
 				c.configure("grace_period 5s", sites[i%len(sites)])
@@ -193,8 +193,8 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				}
 			}
 			name := fmt.Sprintf("%s, %+d h, ", store, hours)
-			// answers starts a backend. It answers slow events after let is closed, and others with status until
-			// back is called. During the shift, attempts wait: the pause after a failed one would have the shifted age.
+			// answers starts a backend. It answers "slow" events when the test closes let, and others with status until
+			// back is called. During the shift, attempts wait: a failed attempt would delay its event by the shifted age.
 			answers := func(t *testing.T, status int) (b *backend, back func(shift func() int), let chan struct{}) {
 				t.Helper()
 				var mu sync.RWMutex

@@ -126,8 +126,8 @@ func TestQueueOfTwoCaddysOnOneFile(t *testing.T) {
 	s.refusedNone(t)
 }
 
-// While another program locks the file, the two Caddys cannot store their deliveries. So they
-// make no attempts, or else both would deliver the same events.
+// While another program locks the file, a Caddy cannot store which events it attempts. So it
+// makes no attempts, because the other Caddy could deliver these events, too.
 func TestQueueOfTwoCaddysWhileTheFileIsLocked(t *testing.T) {
 	t.Parallel()
 	var up atomic.Bool

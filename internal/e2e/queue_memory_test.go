@@ -60,8 +60,8 @@ func TestQueueHistoryAfterAKill(t *testing.T) {
 	assert.Less(t, last, 2*time.Second, "a second, and a transaction on a slow disk")
 }
 
-// An event that the sender sends several times is delivered once: many copies at the same
-// moment, and more copies after the delivery, after a restart, and after kill -9 in an outage.
+// An event that the sender sends several times is delivered once. The test sends many copies in
+// parallel, and more after the delivery, after a restart, and after kill -9 in an outage.
 func TestQueueOnce(t *testing.T) {
 	t.Parallel()
 	backend := newTaker(t, all)
@@ -103,8 +103,8 @@ func TestQueueOnce(t *testing.T) {
 	assert.Regexp(t, `(?m)^\S+  delivered  \d+ s +DOCUMENT_CREATE_FINISHED  outage`, list)
 }
 
-// The test sends each of 200 events to two Caddys on one PostgreSQL in parallel. Each event
-// arrives only one time.
+// The test sends each of 200 events to two Caddys in parallel. The Caddys share a PostgreSQL.
+// Each event arrives only one time.
 func TestPostgresOnce(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)
@@ -144,7 +144,7 @@ func TestPostgresOnce(t *testing.T) {
 	assert.Equal(t, 1, strings.Count(caddys[0].output.String(), "cannot store events before their first attempt"))
 }
 
-// A pause survives a reload, a restart and kill -9. It applies to both Caddys on one database.
+// A paused queue stays paused after a reload, a restart and kill -9, also in another Caddy.
 func TestPostgresPause(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)

@@ -91,7 +91,8 @@ func plainVisitor(change func(*http.Request)) visitor {
 
 func withPassword(r *http.Request) { r.SetBasicAuth("ops", "demo") }
 
-// The method uses opens the page like an operator, and retries an event. The URL at ends in /.
+// The method "uses" opens the page at a URL like an operator, and retries an event. The URL
+// ends in a slash.
 func (v visitor) uses(t *testing.T, at, user string) {
 	t.Helper()
 	status, page, header := v.do(t, http.MethodGet, at, nil)
@@ -157,7 +158,7 @@ func TestQueuePageWithAPassword(t *testing.T) {
 	plainVisitor(withPassword).uses(t, "http://"+front+"/a/", "ops")
 	status, _, _ := plainVisitor(withPassword).do(t, http.MethodGet, "http://"+under+"/", nil)
 	assert.Equal(t, 404, status)
-	for range 2 { // after a reload, the configuration uses a queue that an earlier one has opened
+	for range 2 { // after a reload, the page uses a queue that an earlier configuration has opened
 		c.reload()
 		plainVisitor(withPassword).uses(t, "http://"+own+"/", "ops")
 	}
@@ -255,7 +256,7 @@ func TestQueuePageWithCertificates(t *testing.T) {
 	}
 }
 
-// issue creates a certificate. ca signs it, or it signs itself if ca is nil.
+// issue creates a certificate. ca signs the certificate. If ca is nil, it is self-signed.
 func issue(t *testing.T, name string, ca *x509.Certificate, caKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

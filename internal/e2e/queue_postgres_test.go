@@ -22,7 +22,6 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// pgCaddy starts a Caddy with a queue in PostgreSQL.
 func pgCaddy(t *testing.T, backend, dsn, options string) *caddy {
 	t.Helper()
 	return startCaddy(t, "grace_period 5s", inPostgres(queueSite(backend, options)), "INKIT_QUEUE_DSN="+dsn)
@@ -88,7 +87,7 @@ func TestPostgresThatFails(t *testing.T) {
 		{"stopped for a while", func() { server.Signal(syscall.SIGSTOP); time.Sleep(pause); server.Signal(syscall.SIGCONT) }},
 		{"ended for a while", func() { server.Stop(); time.Sleep(pause); server.Run() }},
 		{"killed", func() { server.Kill(); server.Run() }},
-		{"restarted", func() { server.Stop(); server.Run() }}, // the shortest failure comes last: after a failure, an event waits about as long as its age
+		{"restarted", func() { server.Stop(); server.Run() }}, // a short failure comes last: after it, an event waits about as long as its age
 	} {
 		failure.Store(tt.name)
 		load, stop := context.WithCancel(ctx)
@@ -203,7 +202,7 @@ func TestPostgresBackendThatIsDown(t *testing.T) {
 	}
 }
 
-// An operator looks at an event in a transaction, and forgets to end the transaction.
+// An operator locks the row of an event in a transaction, and forgets to end the transaction.
 func TestPostgresRowThatIsLocked(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t, "fsync=off")
@@ -339,7 +338,7 @@ func TestPostgresMove(t *testing.T) {
 	c := newCaddy(t, "grace_period 5s", queueSite(backend.addr, "max_age 500ms\nattempt_timeout 2s"), "INKIT_QUEUE_DSN="+dsn)
 	c.start()
 	s := newSender(t, c)
-	s.once(t, "dead") // this event must get an attempt, before the backend counts as down
+	s.once(t, "dead") // it is attempted, because the backend does not count as down yet
 	waitFor(t, "one is dead", c.process, func() bool { return len(c.list(t, "--state", "dead")) == 1 })
 	c.configure("grace_period 5s", queueSite(backend.addr, ""))
 	c.reload()

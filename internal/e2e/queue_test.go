@@ -21,7 +21,7 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// sender sends events to Caddys in turn. If a Caddy does not accept an event, the next one gets it.
+// sender sends events to Caddys in turn. If a Caddy does not accept an event, the next Caddy gets it.
 type sender struct {
 	urls    []string
 	client  *http.Client
@@ -86,7 +86,7 @@ func (s *sender) refusedNone(t *testing.T) {
 	assert.Empty(t, s.refused[:min(10, len(s.refused))], "%d of %d requests were answered 5xx", len(s.refused), s.tries)
 }
 
-// sendAll sends n events with all workers in parallel, or until ctx ends. done is closed at the end.
+// sendAll sends n events with all workers in parallel, or until ctx ends. Then it closes done.
 func (s *sender) sendAll(ctx context.Context, name string, n int) (done chan struct{}) {
 	done = make(chan struct{})
 	var next atomic.Int64
@@ -113,7 +113,7 @@ func (s *sender) ids() []string {
 
 func (s *sender) median() time.Duration { return s.quantile(0.5) }
 
-// quantile returns the time within which the given part of the events was accepted.
+// quantile returns the time within which a share of the events was accepted.
 func (s *sender) quantile(part float64) time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -125,7 +125,7 @@ func quantile(times []time.Duration, part float64) time.Duration {
 	return times[int(part*float64(len(times)-1))]
 }
 
-// With the function sometimes, a backend of newTaker refuses the first attempt at each event
+// With the function "sometimes", a backend of newTaker refuses the first attempt at each event
 // whose id ends in 3, and takes 300 ms for the first attempt if the id ends in 7.
 func sometimes(id string, attempt int) int {
 	time.Sleep(2 * time.Millisecond)
@@ -271,7 +271,7 @@ func TestQueueOfACaddyThatDiesWhileItDelivers(t *testing.T) {
 func TestQueueSyncsBeforeItAnswers(t *testing.T) {
 	t.Parallel()
 	needs(t, "strace")
-	// the function traced returns the system calls of Caddy while the function use runs
+	// the function "traced" returns the system calls of Caddy while the function "use" runs
 	traced := func(t *testing.T, use func(c *caddy)) string {
 		t.Helper()
 		backend := newTaker(t, all)
@@ -379,7 +379,7 @@ func TestQueueAsksADeadBackendSeldom(t *testing.T) {
 	assert.LessOrEqual(t, mostInASecond(times[10:]), 2)
 }
 
-// mostInASecond returns the largest number of times within one second. times is sorted.
+// mostInASecond returns how many of the sorted times lie within one second, at most.
 func mostInASecond(times []time.Time) (most int) {
 	for i, at := range times {
 		n := 0

@@ -106,7 +106,7 @@ func TestRecipeSignatureInLogs(t *testing.T) {
 
 // TestRecipeSignatureInDatabase: with the recipe, no file of the database has the signature,
 // while an event is pending and after its delivery. The backend does not get the signature.
-// Without the recipe, the database has the signature. The access log has it in both cases.
+// Without the recipe, the database has the signature. The access log always has it.
 func TestRecipeSignatureInDatabase(t *testing.T) {
 	t.Parallel()
 	const line = "\t\trequest_header -Inkit-Signature\n"
@@ -524,7 +524,7 @@ func startFront(t *testing.T, program string, replacements ...string) (addr stri
 	return addr
 }
 
-// startNginx starts nginx. config is the part of its configuration inside http.
+// startNginx starts nginx. config is the text in the block "http" of its configuration.
 func startNginx(t *testing.T, addr, config string) *process {
 	t.Helper()
 	needs(t, "nginx")

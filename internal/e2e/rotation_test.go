@@ -67,8 +67,8 @@ func (r *rotating) status(key, id string) int {
 	return got.status
 }
 
-// The method until sends 50 events a second, signed with key. It stops when the answer to an
-// event is status, and returns how long this took.
+// The method "until" sends 50 events a second, signed with key. When a response has the
+// given status, the method stops, and returns how long this took.
 func (r *rotating) until(key string, status int, limit time.Duration) time.Duration {
 	r.t.Helper()
 	began := time.Now()
@@ -204,7 +204,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 
 	t.Run("Docker", func(t *testing.T) {
 		t.Parallel()
-		// Docker: one file per secret, with the name of the secret, readable for all users
+		// Docker makes one file for each secret. All users can read the file.
 		dir := t.TempDir()
 		require.NoError(t, os.WriteFile(dir+"/inkit_webhook", []byte(secret), 0o444))
 		c := startCaddy(t, "", strings.Replace(site(t, "inkit_webhook {file./run/secrets/inkit_webhook}"), "/run/secrets", dir, 1))
@@ -213,8 +213,8 @@ func TestRecipeSecretFiles(t *testing.T) {
 	})
 	t.Run("Kubernetes", func(t *testing.T) {
 		t.Parallel()
-		// The links of Kubernetes: secret -> ..data/secret, and ..data -> ..<time>. An update creates
-		// a new folder and a new link to the folder. Then it gives the new link the name ..data.
+		// Kubernetes links "secret" to "..data/secret", and "..data" to a folder "..<time>". An update
+		// creates a new folder and a new link to it. Then it renames the new link to "..data".
 		dir := t.TempDir()
 		update := func(version, value string) {
 			require.NoError(t, os.Mkdir(dir+"/.."+version, 0o755))
@@ -233,7 +233,7 @@ func TestRecipeSecretFiles(t *testing.T) {
 	})
 	t.Run("systemd", func(t *testing.T) {
 		t.Parallel()
-		// systemd: a folder that only the service may open; the environment has its path
+		// systemd makes a folder that only the service may open. A variable has its path.
 		dir := t.TempDir() + "/caddy.service"
 		require.NoError(t, os.Mkdir(dir, 0o700))
 		require.NoError(t, os.WriteFile(dir+"/inkit_webhook", []byte(secret+"\n"), 0o400))
@@ -308,7 +308,7 @@ func TestRecipeRotation(t *testing.T) {
 }
 
 // TestRotationsUnderLoad rotates the only secret. The sender signs with the new secret as soon
-// as the file has it. Inkit cannot change earlier.
+// as the file has this secret. Inkit cannot use the secret earlier.
 func TestRotationsUnderLoad(t *testing.T) {
 	t.Parallel()
 	t.Run("60 events at once after each of 12 rotations", func(t *testing.T) {

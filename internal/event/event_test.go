@@ -70,8 +70,8 @@ func prepare(tb testing.TB) (*http.Request, *caddy.Replacer) {
 	return caddyhttp.PrepareRequest(httptest.NewRequest(http.MethodPost, "/", nil), repl, nil, nil), repl
 }
 
-// Some handlers, such as the directive timeouts, pass on a copy of the request, but an error
-// route gets the original. Both have the event.
+// Some handlers, such as "timeouts", pass on a copy of the request, but an error route gets the
+// original request. The event is in the copy and in the original.
 func TestEventIsThatOfAllCopiesOfARequest(t *testing.T) {
 	r, repl := prepare(t)
 	type key struct{}
@@ -112,7 +112,7 @@ func TestNoEventWithoutAGuard(t *testing.T) {
 	r, repl := prepare(t)
 	assert.Nil(t, FromContext(r.Context()))
 	assert.Nil(t, FromContext(t.Context()), "a context outside of Caddy has no event")
-	caddyhttp.SetVar(r.Context(), varName, "verified") // as the directive vars can do
+	caddyhttp.SetVar(r.Context(), varName, "verified") // as the directive "vars" can do
 	assert.Nil(t, FromContext(r.Context()))
 	_, known := repl.Get("http.inkit_webhook.outcome")
 	assert.False(t, known)

@@ -152,7 +152,6 @@ func (s *site) send(t *testing.T, resource string, n int) {
 	wg.Wait()
 }
 
-// browser returns the context of a new Chromium.
 func browser(t *testing.T) context.Context {
 	t.Helper()
 	path := ""
@@ -189,7 +188,6 @@ func axe(t *testing.T) string {
 	return string(source)
 }
 
-// screen sets the width and the colour scheme of the screen.
 func screen(width int64, scheme string) chromedp.Action[chromedp.Void] {
 	return chromedp.Steps(chromedp.EmulateViewport(width, 900), chromedp.Func(func(ctx context.Context, target *chromedp.Target) error {
 		_, err := cdp.Call(ctx, target, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{
@@ -199,7 +197,6 @@ func screen(width int64, scheme string) chromedp.Action[chromedp.Void] {
 	}))
 }
 
-// scripts turns JavaScript on or off.
 func scripts(run bool) chromedp.Action[chromedp.Void] {
 	return chromedp.Func(func(ctx context.Context, target *chromedp.Target) error {
 		_, err := cdp.Call(ctx, target, emulation.SetScriptExecutionDisabled, emulation.SetScriptExecutionDisabledParams{Value: !run})
@@ -252,7 +249,7 @@ func TestPageInABrowser(t *testing.T) {
 		require.NoError(t, err)
 		res.Body.Close()
 		require.Equal(t, http.StatusUnauthorized, res.StatusCode)
-		// the first action starts the browser, which must run longer than this subtest
+		// the first action starts the browser, with ctx, because the browser must outlive this subtest
 		require.NoError(t, chromedp.Do(ctx, scripts(false), screen(1280, "light")))
 		run(chromedp.Navigate("http://demo:" + password + "@" + s.page + "/queue/"))
 		text("Queue documents", "signed in as demo")

@@ -288,7 +288,7 @@ func (s *Server) Query(t testing.TB, database, statement string, args ...any) st
 	return value
 }
 
-// Mount creates a folder for the server, on a new file system of this size.
+// Mount creates the folder dir for the server, and mounts a new file system of this size there.
 func (s *Server) Mount(t testing.TB, dir, size string) {
 	t.Helper()
 	if os.Getuid() != 0 {

@@ -29,15 +29,14 @@ const (
 
 // disk is a file system whose power can be cut. It holds one folder of files.
 //
-// Programs read the newest content of each file. It is in a folder of the machine. The disk
+// Programs read the newest content of each file, from a folder of the machine. The disk
 // remembers the old content of a page until an fsync of the file. At a cut, a page that was
 // not synced gets its old content, keeps its new content, or is torn: only its first sectors
 // are new.
 //
-// This disk loses more than most disks, because a page may become durable before an older
-// write. It loses less in two ways. Creating, renaming and deleting a file is durable at
-// once, without an fsync of the folder. An fsync also makes the writes durable that begin
-// while it runs.
+// In one way, this disk loses more than most disks: a page may become durable before an older
+// write. In two ways, it loses less. Creating, renaming and deleting a file is durable without
+// an fsync of the folder. An fsync also makes the writes durable that begin while it runs.
 type disk struct {
 	dir    string // has the newest content
 	faults faults
@@ -53,7 +52,7 @@ type disk struct {
 // faults are the faults of a disk while it has power.
 type faults struct {
 	failOneIn     int           // with n, about one fsync in n fails with EIO, and its pages are lost at the cut unless they are written again
-	atLeast, more time.Duration // an fsync takes atLeast, plus a random part of more
+	atLeast, more time.Duration // an fsync takes atLeast, plus a random time below more
 	liesAbout     string        // an fsync of a file with this suffix succeeds and does nothing
 }
 
@@ -71,7 +70,7 @@ type page struct {
 // toll counts the unsynced pages that a power cut has lost, torn or kept.
 type toll struct{ lost, torn, kept int }
 
-// mount mounts a disk on a folder, with the files that another disk left in dir.
+// mount mounts a disk at the path on. The disk has the files that another disk left in dir.
 func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -98,15 +97,15 @@ func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
 	return d, server
 }
 
-// cutAfter cuts the power at the given number of writes and syncs from now, and calls kill
-// at that moment.
+// cutAfter counts the writes and syncs from now. When it has counted steps of them, the disk
+// cuts the power, and calls kill.
 func (d *disk) cutAfter(steps int, kill func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.steps, d.kill = steps, kill
 }
 
-// step counts a write or a sync that begins. Without power, it returns an error. d is locked.
+// step counts a write or a sync that begins. Without power, it returns an error. The caller holds d.mu.
 func (d *disk) step() syscall.Errno {
 	if d.steps > 0 {
 		if d.steps--; d.steps == 0 {
@@ -122,7 +121,7 @@ func (d *disk) step() syscall.Errno {
 	}
 }
 
-// The method remember saves the old content of a part of a file before a write.
+// The method remember saves the old content of the pages that a write will change.
 func (d *disk) remember(f *os.File, from, to int64) error {
 	info, err := f.Stat()
 	if err != nil {
@@ -147,7 +146,6 @@ func (d *disk) remember(f *os.File, from, to int64) error {
 	return nil
 }
 
-// sync makes the writes to a file durable.
 func (d *disk) sync(f *os.File) error {
 	info, err := f.Stat()
 	if err != nil {
@@ -176,15 +174,14 @@ func (d *disk) sync(f *os.File) error {
 	return nil
 }
 
-// failOneIn changes how often an fsync fails.
 func (d *disk) failOneIn(fsyncs int) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.faults.failOneIn = fsyncs
 }
 
-// settle gives the files their content after the cut, when the disk is no longer mounted.
-// arrives and tears are the probabilities that an unsynced page arrives or is torn.
+// settle gives the files their content after the cut. The disk must be unmounted. arrives and
+// tears are the probabilities that an unsynced page has its new content, or is torn.
 func (d *disk) settle(arrives, tears float64) (sum toll, err error) {
 	entries, err := os.ReadDir(d.dir)
 	if err != nil {
@@ -278,7 +275,7 @@ func (n *node) Create(ctx context.Context, name string, flags, mode uint32, out 
 }
 
 // Open always opens the file for reading, too, because the disk reads the old content of a
-// page before a write. The kernel truncates with Setattr.
+// page before a write. It ignores O_TRUNC: the kernel truncates with Setattr.
 func (n *node) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	f, err := os.OpenFile(n.path(), os.O_RDWR, 0)
 	return f, 0, fs.ToErrno(err)

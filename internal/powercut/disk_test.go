@@ -40,7 +40,7 @@ func letters(content []byte) (s string) {
 	return s
 }
 
-// TestDisk writes and syncs three pages, abc. Then it changes the file, and cuts the power.
+// TestDisk writes and syncs the pages a, b and c. Then it changes the file, and cuts the power.
 func TestDisk(t *testing.T) {
 	for _, tt := range []struct {
 		name           string

@@ -268,7 +268,7 @@ func (m *machine) send(ctx context.Context, t *testing.T, client *http.Client) b
 	return true
 }
 
-// The method off waits until Caddy has ended, unmounts the disk, and settles its files.
+// The method "off" waits until Caddy has ended, unmounts the disk, and settles its files.
 func (m *machine) off(t *testing.T) (toll, error) {
 	t.Helper()
 	select {
@@ -280,7 +280,6 @@ func (m *machine) off(t *testing.T) (toll, error) {
 	return m.disk.settle(rand.Float64()*0.8, 0.2)
 }
 
-// stop ends Caddy as an operator does.
 func (m *machine) stop(t *testing.T) {
 	t.Helper()
 	require.NoError(t, m.cmd.Process.Signal(syscall.SIGTERM))
@@ -346,7 +345,7 @@ func (b *backend) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	b.taken[event.ResourceID]++
 }
 
-// The method missing returns how many of these events the backend has not accepted.
+// The method "missing" returns how many of these events the backend has not accepted.
 func (b *backend) missing(ids []string) (missing int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

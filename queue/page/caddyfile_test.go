@@ -43,7 +43,7 @@ func TestCaddyfile(t *testing.T) {
 	}
 }
 
-// A Caddy with this package, but without the package of the queue, refuses the page.
+// A Caddy with this package, but without the package of the queue, refuses to load the page.
 func TestPageWithoutTheQueueBuiltIn(t *testing.T) {
 	var config caddy.Config
 	require.NoError(t, json.Unmarshal([]byte(`{"admin":{"disabled":true},"apps":{"http":{"servers":{"a":{"routes":[{"handle":[{"handler":"inkit_queue_page"}]}]}}}}}`), &config))

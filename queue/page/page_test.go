@@ -34,12 +34,11 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// caddyWith is an app inkit_queue with these queues.
+// caddyWith is the app "inkit_queue" with these queues.
 type caddyWith []operator.Queue
 
 func (c caddyWith) Queues() []operator.Queue { return c }
 
-// fixture is a page with its queues.
 type fixture struct {
 	*Handler
 	t      *testing.T
@@ -101,7 +100,7 @@ func (p *fixture) event(db string, change func(*store.Record, *request.Request))
 	return r.ID
 }
 
-// The method named stores a pending event of a resource, and returns its id.
+// The method "named" stores a pending event of a resource, and returns its id.
 func (p *fixture) named(resource string) string {
 	p.t.Helper()
 	return p.event("queue.db", func(r *store.Record, _ *request.Request) { r.ResourceID = resource })
@@ -383,7 +382,7 @@ func TestForms(t *testing.T) {
 		{"an id in the URL", 400, "", url.Values{"sure": {"1 event"}}},
 		{"an unknown state", 400, "", url.Values{"sure": {"1 event"}, "matching": {"yes"}, "state": {"lost"}}},
 		{"a malformed time", 400, "", url.Values{"sure": {"1 event"}, "matching": {"yes"}, "until": {"now"}}},
-		{"the confirmation in the URL", 200, "", url.Values{"id": {id}}}, // the page asks
+		{"the confirmation in the URL", 200, "", url.Values{"id": {id}}}, // the page asks the user
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			res := p.post("/drop?sure=1+event&id="+id, tt.form)
@@ -448,7 +447,7 @@ func TestDropAsksAgain(t *testing.T) {
 	old := p.event("queue.db", func(r *store.Record, _ *request.Request) {
 		r.Received = time.Now().Add(-time.Minute)
 		id := uuid.Must(uuid.NewV7())
-		copy(id[:6], uuid.MustParse(first).NodeID()) // as if received before the user was asked
+		copy(id[:6], uuid.MustParse(first).NodeID()) // as if Caddy had received it before the page asked
 		id[0], id[1] = 0, 0
 		r.ID = id.String()
 	})
@@ -603,7 +602,7 @@ func wellBehaved(t *testing.T, view, page string) {
 	require.True(t, utf8.ValidString(page), view)
 	for _, r := range page {
 		if r != '\n' && r != '\t' && !unicode.IsPrint(r) {
-			// the value of a form's field must be unchanged
+			// only form fields may have such a character: the page must not change their values
 			require.Contains(t, valuesOf(page), string(r), "%s: has the character %U", view, r)
 			require.NotContains(t, attributes.ReplaceAllString(page, ""), string(r), "%s: has the character %U", view, r)
 		}
@@ -773,7 +772,7 @@ func TestStates(t *testing.T) {
 	})
 }
 
-// All visitors see the result of the same look into a database.
+// A look reads the status of a database. All visitors see the result of one look.
 func TestLooks(t *testing.T) {
 	p := newDefaultPage(t)
 	looks, slow, first := 0, make(chan struct{}), make(chan struct{})

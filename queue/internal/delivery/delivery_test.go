@@ -83,7 +83,7 @@ func TestBreaker(t *testing.T) {
 	const found = ""
 	for _, tt := range []struct {
 		name     string
-		attempts []string // the id of an event that did not reach the backend, or the constant found
+		attempts []string // for each attempt, the id of the event, or found if the attempt reached the backend
 		down     bool
 		ramp     int
 	}{

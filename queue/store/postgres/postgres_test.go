@@ -482,7 +482,7 @@ func TestPostgresSchemaIsMadeOnce(t *testing.T) {
 	assert.Equal(t, server.Query(t, made, columns), server.Query(t, printed, columns), "what migrate prints is what is made")
 }
 
-// A row that another transaction locks delays no other row. A later batch finishes its event.
+// A row that another transaction locks delays no other row. A later batch finishes the event of the row.
 func TestPostgresLockedRow(t *testing.T) {
 	server := pgtest.Start(t, "fsync=off")
 	name := server.NewDatabase(t)

@@ -54,7 +54,7 @@ func TestSQLiteDeletedWithItsIndex(t *testing.T) {
 // before this end are stored.
 func TestSQLiteLogThatIsCut(t *testing.T) {
 	dir := t.TempDir()
-	path := filepath.Join(dir, "running?#%41.db") // the driver gets a URI
+	path := filepath.Join(dir, "running?#%41.db") // these characters are special in the URI for the driver
 	s, err := (&sqlite.SQLite{Path: path}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
 	defer s.Close()

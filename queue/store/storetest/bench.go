@@ -32,7 +32,7 @@ func Apply(b *testing.B, s store.Store, batch *store.Batch) {
 	require.NoError(b, s.Apply(context.Background(), batch))
 }
 
-// Deliver writes the given finishes, claims n events, and returns the finishes of these events.
+// Deliver applies the finishes in before, claims n events, and returns a Finish for each event.
 func Deliver(b *testing.B, s store.Store, n int, before []store.Finish) []store.Finish {
 	b.Helper()
 	claim := &store.Claim{Queue: "default", Max: n, Lease: time.Minute}
@@ -45,7 +45,7 @@ func Deliver(b *testing.B, s store.Store, n int, before []store.Finish) []store.
 	return finish
 }
 
-// Measure measures a store with pending events.
+// Measure runs the benchmarks of a store.
 func Measure(b *testing.B, name string, s store.Store) {
 	b.Helper()
 	b.Run(name+"/store", func(b *testing.B) {

@@ -33,14 +33,14 @@ func delivered(id string, change func(r *store.Record)) *store.Record {
 	return r
 }
 
-// The function keyed returns an event with a key: a second one with its digest is a duplicate.
+// The function keyed returns an event with a digest. Another one with this digest is a duplicate.
 func keyed(id, digest string) *store.Record {
 	r := record(id)
 	r.Digest, r.Remember = []byte(digest), time.Hour
 	return r
 }
 
-// memory tests the history, the keys and the pauses of a store.
+// memory tests what a store keeps: the history, digests, and which queues are paused.
 func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 	t.Helper()
 	test := func(name string, f func(t *testing.T, s store.Store)) {
@@ -191,7 +191,6 @@ func memory(t *testing.T, newDatabase func(t *testing.T) Database) {
 	t.Run("all rows are copied", func(t *testing.T) { copies(t, open(t, newDatabase(t)), open(t, newDatabase(t))) })
 }
 
-// rows returns all rows of a table.
 func rows(t *testing.T, s store.Store, table string, idle bool) (all [][]any) {
 	t.Helper()
 	for page := (store.Rows{Table: table}); ; {
