@@ -87,7 +87,7 @@ func writePEM(t testing.TB, file, kind string, der []byte) {
 }
 
 // TLS turns on TLS in the server, with a certificate of the authority. It writes a pg_hba.conf
-// with which the role postgres can connect as before, and adds the lines hba for other roles.
+// with which the role postgres can connect as before. The argument hba has its lines for other roles.
 func (s *Server) TLS(t testing.TB, a *Authority, hba ...string) {
 	t.Helper()
 	certificate, key := a.Issue(t, "")
