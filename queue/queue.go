@@ -94,7 +94,7 @@ func (q *queue) detach(h *Handler) {
 	q.follow()
 }
 
-// follow uses the settings of the handler that delivers.
+// follow applies the settings of the handler that delivers now.
 func (q *queue) follow() {
 	if h := q.current(); h != nil {
 		q.limits.Resize(h.Concurrency)
