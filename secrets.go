@@ -87,7 +87,7 @@ type rule struct {
 }
 
 // rules match a text that cannot be a secret of Inkit: the content of a damaged file, a text with
-// more than the secret in it, or a reference to the secret, because anybody can guess a reference.
+// more than the secret in it, or a reference instead of the secret (anybody can guess a reference).
 // The first matching rule sets the error. A test has an example for each rule, by its name.
 var rules = []rule{
 	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), errors.New("must be UTF-8")}, // regexp reads invalid bytes as U+FFFD

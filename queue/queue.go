@@ -159,9 +159,9 @@ func (q *queue) heedPause(p *store.Peek) {
 	}
 }
 
-// isPaused reports whether the queue is paused. After the start, it waits for the first answer
-// of the database, at most half of storeWait, because the backend of a paused queue must not
-// get an event.
+// isPaused reports whether the queue is paused. After the start, it waits for the first answer of
+// the database, because the backend of a paused queue must not get an event. It waits at most half
+// of storeWait, and not at all while the database fails.
 func (q *queue) isPaused() bool {
 	if !q.db.writer.Failing() {
 		<-q.pauseKnown.Done()

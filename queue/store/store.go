@@ -356,9 +356,9 @@ func Merge(f Filter, parts ...Page) (all Page) {
 	return all
 }
 
-// Copy copies all rows of a store into another store. After each page of events, it calls the function
-// copied with their ids. If idle is true, Copy leaves out events with a running attempt. It does not
-// change the rows that the other store already has. If ctx ends, Copy stops before the next page.
+// Copy copies all rows of a store into another store. It calls the function copied with the ids of
+// each copied page of events. If idle is true, Copy leaves out events with a running attempt. It does
+// not change rows that the other store already has. If ctx ends, Copy stops before the next page.
 func Copy(ctx context.Context, to, from Store, idle bool, copied func(ids []string) error) error {
 	for _, table := range []string{"paused", "once", "history", "events"} { // the events come last, because the function copied may drop an event and its key from the source
 		for page := (Rows{Table: table}); ; {

@@ -11,7 +11,7 @@ import (
 // limit are always taken.
 const most = 1 << 20
 
-// Limits sets how many attempts run at the same time. Attempts get places in the order of asking.
+// Limits has the limit of parallel attempts. Attempts get places in the order in which they ask.
 type Limits struct {
 	places *semaphore.Weighted
 	limit  atomic.Int64

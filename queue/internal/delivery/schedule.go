@@ -22,7 +22,8 @@ type Queue interface {
 	// Timeout returns how long an attempt may take, or 0 while no handler delivers.
 	Timeout() time.Duration
 
-	// AttemptStored makes one attempt at a claimed event, and calls ended when the attempt is over.
+	// AttemptStored makes one attempt at a claimed event. After the attempt, it calls the function
+	// ended.
 	AttemptStored(r *store.Record, ended func())
 }
 

@@ -38,7 +38,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	if f.opened.Load() != used { // the operation may have changed only the old file
 		return errors.New("the database file was repaired during this operation: try again")
 	}
-	ctx = context.WithoutCancel(ctx) // an interrupted query closes its connection: a deleted file would be gone
+	ctx = context.WithoutCancel(ctx) // an interrupted query would close its connection, and with it the only access to a deleted file
 	if moved {
 		err = f.rescue(ctx, used)
 	} else {
@@ -75,8 +75,8 @@ func (f *file) moveAside(cause error) error {
 	return nil
 }
 
-// rescue copies the events of the open file into the file that is now at the path. If only the log is
-// no longer at its path, rescue copies nothing, because disconnect then moves the log into the file.
+// rescue copies the events of the open file into the file that is now at the path. If that is still
+// the open file, rescue copies nothing, because the method disconnect moves the log into the file.
 func (f *file) rescue(ctx context.Context, used *opened) error {
 	if isFile(f.path, used.main) {
 		return nil

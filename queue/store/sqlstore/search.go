@@ -72,10 +72,10 @@ func tables(f store.Filter) (found []string) {
 }
 
 // conditions returns the condition of a filter in two parts. A row fits if both parts are true.
-// An index finds the rows of bounds in the order of their ids. Times become bounds of the ids,
-// because an id begins with the time of its event. In rest, concatenations with an empty text
-// prevent the use of the index of due times, so that the database reads the rows in the order of
-// their ids. If a filter selects neither pending nor dead events, no row of the table events fits.
+// An index finds the rows of bounds in the order of their ids. The times of the filter are in
+// bounds too, because an id begins with the time of its event. In rest, concatenations with an
+// empty text prevent the use of the index of due times, so that the database reads the rows in the
+// order of their ids. Without pending and dead events in the filter, no row of the table events fits.
 func conditions(f store.Filter, table string) (bounds, rest *condition) {
 	bounds, rest = new(condition), new(condition)
 	if table == events && !has(f, store.Pending) {
