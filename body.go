@@ -26,9 +26,9 @@ var (
 	errBodyUnreadable = errors.New("body did not arrive whole")
 )
 
-// readBody reads r to its end. If r fails, or has more than max bytes or fewer than length, it
-// returns an error of the table rejections and the bytes that arrived. A length of -1 means
-// that the length is unknown.
+// readBody reads r to its end. If r fails, or has more than max bytes or fewer than length,
+// readBody returns an error of the table rejections and the bytes that arrived. A length of -1
+// means that the length is unknown.
 //
 // The memory for a body grows with the bytes that arrive, not with the announced length. It is at
 // most firstRead or four times the body, whichever is larger. No other request reuses this memory,
@@ -75,10 +75,10 @@ func readError(err error) error {
 	return fmt.Errorf("%w: %w", reason, err)
 }
 
-// endBody closes a rejected body, also for handlers with a copy of the request. If discard is
-// true, endBody first reads and discards the rest of the body. Otherwise the connection would
-// be reset while the client is sending: the client would never see the answer, and a proxy in
-// front would believe that the site is down. It reports whether it read the body to its end.
+// endBody closes a rejected body, so that no handler with a copy of the request can read it. If
+// discard is true, endBody first reads and discards the rest of the body. Without this, a reset of
+// the connection would hide the answer from a client that is still sending, and a proxy in front
+// would believe that the site is down. endBody reports whether it has read the body to its end.
 func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return true
@@ -106,8 +106,8 @@ func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 	return all
 }
 
-// setBody removes the body from the request, and sets the length of its next body, which a
-// FastCGI backend needs. It also removes the trailers: with them, a proxy would send chunks.
+// setBody removes the body from the request, and sets the length of the next body for FastCGI
+// backends. It also removes the trailers, because with trailers, a proxy would send chunks.
 func setBody(r *http.Request, length int) {
 	r.Body, r.GetBody = http.NoBody, nil
 	r.ContentLength, r.TransferEncoding, r.Trailer = int64(length), nil, nil

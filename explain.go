@@ -18,8 +18,8 @@ func explain(secrets []Secret, body []byte, signature string) (cause string) {
 	if signature == "" {
 		return "Inkit-Signature is missing or empty: the request is not from Inkit, or a program on the way removed the header field"
 	}
-	// The first match counts. Only one variant of the body is in memory at a time,
-	// because a body may be large.
+	// Only the first match sets the cause. The variants of the body are tried one at a time,
+	// so that only one of them is in memory: a body may be large.
 	try := func(secret, body, signature, why string) {
 		if cause == "" && secret != "" && Sign([]byte(secret), []byte(body)) == signature {
 			cause = why

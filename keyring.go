@@ -17,13 +17,13 @@ import (
 
 const (
 	reloadInterval    = 250 * time.Millisecond // pause between two reloads
-	reloadWait        = 2 * time.Second        // how long a request waits for a reload before it is rejected
+	reloadWait        = 2 * time.Second        // how long a request waits for a reload; then the request is rejected
 	reloadLogInterval = time.Minute            // pause between two log lines about failed reloads
-	previousAge       = 10 * time.Second       // how long an old value stays valid: the file of the new value may be half written
+	previousAge       = 10 * time.Second       // how long an old value stays valid, because the file of the new value may be half written
 )
 
-// keyring has the secrets of a running handler, and reloads them when a request asks for it. It
-// does not watch files, because a watcher would miss the symbolic links that Kubernetes swaps.
+// keyring has the secrets of a running handler, and reloads them when a request asks for a reload.
+// It watches no files, because a watcher would miss the symbolic links that Kubernetes swaps.
 type keyring struct {
 	secrets    []Secret             // as configured
 	changeable bool                 // whether a value can change while the process runs
@@ -62,7 +62,7 @@ func newKeyring(secrets []Secret, logger *zap.Logger) (k *keyring, err error) {
 	return k, k.use(values)
 }
 
-// use makes values the newest generation.
+// use adds a generation with these values, and drops the generations that are no longer valid.
 func (k *keyring) use(values []Secret) error {
 	verifier, err := NewVerifier(values...)
 	if err != nil {
@@ -89,8 +89,9 @@ func (k *keyring) use(values []Secret) error {
 	return nil
 }
 
-// verify returns the index of the secret that made sig for body. If no secret matches, and a value
-// can change, verify waits for a reload that begins after this call, because the secret may be new.
+// verify returns the index of the secret that made sig for body. If no secret matches, verify waits
+// for a reload and tries again, because the secret may be new. After a match, verify also asks for
+// a reload, but does not wait for it. If no value can change, verify asks for no reload.
 func (k *keyring) verify(ctx context.Context, sig *[sha256.Size]byte, body []byte) (secret int, err error) {
 	secret, err = k.match(sig, body)
 	switch {
@@ -151,8 +152,8 @@ func (k *keyring) reloadLoop() {
 	}
 }
 
-// reload reads all secrets, and uses every new value that is valid. If a new value is not valid,
-// the last good value stays in use: losing events is worse than using an old secret longer.
+// reload reads all secrets, and uses every new value that is valid. Instead of an invalid value, it
+// keeps the last good one, because losing events is worse than using an old secret longer.
 func (k *keyring) reload() {
 	var failure error
 	var changed []string

@@ -120,7 +120,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.MaxSize == 0 {
 		h.MaxSize = defaultMaxSize
 	}
-	err := h.provisionNames() // before they become labels of metrics
+	err := h.provisionNames() // before the names become labels of metrics
 	if err != nil {
 		return err
 	}
@@ -218,7 +218,7 @@ func (h *Handler) checkHeader(r *http.Request) (sig [sha256.Size]byte, err error
 		err = ErrSignatureMissing
 	case 1:
 		sig, err = parseSignature(lines[0])
-	default: // also if the lines are equal, because the backend may read another line
+	default: // the backend may read another line than this handler; equal lines are refused, too
 		err = ErrSignatureMalformed
 	}
 	if err == nil && r.ContentLength > h.MaxSize {
@@ -353,17 +353,16 @@ func (h *Handler) deliver(w http.ResponseWriter, r *http.Request, next caddyhttp
 			zap.String("idempotency_key", d.event.IdempotencyKey),
 		)
 	}
-	// The error routes may have another backend, so attach a new reader: a Transport may
-	// still use the old reader. If a later handler replaced the body, that body stays.
+	// Attach a new reader for the backends of error routes, because a Transport may still use
+	// the old reader. If a later handler has replaced the body, that body stays.
 	if err != nil && r.Body == &d.reader {
 		d.attachBody(r, new(bodyReader))
 	}
 	return err
 }
 
-// newIdempotencyKey returns a key that no other delivery has. The key is a string in quotes,
-// as the IETF draft requires. The key does not depend on the request, because two equal events
-// are still two deliveries.
+// newIdempotencyKey returns a key that no other delivery has, in quotes as the IETF draft requires.
+// The key does not depend on the request, because two equal events are still two deliveries.
 func (h *Handler) newIdempotencyKey() string {
 	key := strconv.AppendUint(append(make([]byte, 0, 64), h.keyPrefix...), h.keyCount.Add(1), 10)
 	return string(append(key, '"'))

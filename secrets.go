@@ -17,8 +17,8 @@ import (
 
 const loadWait = 10 * time.Second // time limit for reading one secret during a load
 
-// resolveInTime is resolve with a time limit: a hanging file system must not block a load
-// forever.
+// resolveInTime calls resolve with a time limit, because a hanging file system must not block a
+// load forever.
 func resolveInTime(value string) (secret string, err error) {
 	results := make(chan func() (string, error), 1)
 	go func() {
@@ -86,9 +86,9 @@ type rule struct {
 	err  error
 }
 
-// rules match a text that cannot be a secret of Inkit: the content of a damaged file, a text
-// with more than the secret in it, or a reference to the secret, which anybody can guess. The
-// first matching rule sets the error. A test has an example for each name.
+// rules match a text that cannot be a secret of Inkit: the content of a damaged file, a text with
+// more than the secret in it, or a reference instead of the secret (anybody can guess a reference).
+// The first matching rule sets the error. A test has an example for each rule, by its name.
 var rules = []rule{
 	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), errors.New("must be UTF-8")}, // regexp reads invalid bytes as U+FFFD
 	{"white space around it", regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), errors.New("must not start or end with white space")},
@@ -109,9 +109,8 @@ var rules = []rule{
 	{"assignment", regexp.MustCompile(`^(export\s+)?[A-Za-z_]\w*=[^=]`), errors.New("must be only the secret, not NAME=value")},
 }
 
-// literalRules are checked before rules if the configuration has the text of the secret. They
-// do not apply to a placeholder's value: for example, a secret in a file may start with a
-// dollar sign or contain braces.
+// literalRules are checked before the table rules, but only for a secret in the configuration. The
+// value of a placeholder, such as a secret in a file, may start with a dollar sign or have braces.
 var literalRules = []rule{
 	{"variable without braces", regexp.MustCompile(`^\$[\w:.]+$`), errUnknownReference},
 	{"text around a placeholder", regexp.MustCompile(`\{(\w+\.|\$)`), errors.New("must be either one placeholder and nothing else, or a text without placeholders")},

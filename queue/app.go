@@ -46,9 +46,9 @@ func (a *App) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// register adds a handler, unless the app has a handler with this name and these settings
-// already: a site with two listeners has each handler twice. It returns an error for a second
-// handler with the same name and other settings.
+// register adds a handler. If the app already has a handler with this name and these settings,
+// register adds nothing: a site with two listeners has each handler twice. For a handler with the
+// name of an earlier one and other settings, it returns an error.
 func (a *App) register(h *Handler) error {
 	i := slices.IndexFunc(a.handlers, func(other *Handler) bool { return other.Name == h.Name })
 	if i < 0 {

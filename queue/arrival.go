@@ -17,16 +17,16 @@ import (
 
 const (
 	// patience is how long a new event waits for the result of its first attempt before it is
-	// stored. If the backend accepts the event within patience, the event is never written to
+	// stored. If the backend accepts the event within this time, the event is never written to
 	// the disk. If the attempt fails, or no attempt begins, the event is stored immediately.
 	patience = 25 * time.Millisecond
 
 	// storeWait is the timeout for storing an event. A longer answer_after is the timeout instead.
 	storeWait = 5 * time.Second
 
-	// onceWait is how long the first attempt at an event waits until the event is stored, if
-	// the option once lists its type. After onceWait, the attempt begins anyway, because a
-	// double delivery is better than a lost event.
+	// If the option once lists the type of an event, the first attempt waits until the event is
+	// stored. After onceWait, the attempt begins even if the event is not stored, because a double
+	// delivery is better than a lost event.
 	onceWait = time.Second
 )
 
@@ -84,7 +84,7 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 			switch {
 			case stored:
 				limit = time.After(time.Until(a.record.Received.Add(answerAfter)))
-			case !tried && !a.q.isPaused(): // the backend counts as down, but it may be up again
+			case !tried && !a.q.isPaused(): // storing has failed, and the backend may be up again
 				tried, attempted = true, a.attempt()
 			}
 		case <-limit:
@@ -101,7 +101,7 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 
 // begins reports whether the first attempt begins now. A paused queue begins no attempts.
 // While the backend is down or recovering, an attempt begins only if events cannot be stored.
-// If the attempt begins, begins sets Attempts and Lease of the record.
+// Before it returns true, the method sets Attempts and Lease of the record.
 func (a *arrival) begins() bool {
 	q := a.q
 	if q.isPaused() || !q.db.writer.Failing() && !q.breaker.Backend().Allows() {
@@ -158,9 +158,9 @@ func (a *arrival) attempt() chan result {
 	return attempted
 }
 
-// waitForPlace waits until the attempt may begin, and returns true. It returns false at the
-// deadline, or, after patience, as soon as the event is stored: the schedule attempts that
-// event later.
+// waitForPlace waits until the limit of parallel attempts allows this attempt, and returns true.
+// At the deadline, it returns false. After the time patience, it also returns false as soon as the
+// event is stored, because the schedule attempts a stored event later.
 func (a *arrival) waitForPlace() bool {
 	if a.q.limits.TryTake() {
 		return true

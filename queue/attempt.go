@@ -26,8 +26,8 @@ const (
 	// attempt_timeout: php_fastcgi waits for its own read_timeout, which may be infinite.
 	endMargin = time.Second
 
-	// maxOverdue is how many attempts may go on longer than endMargin at the same time. Each
-	// of them uses a connection.
+	// maxOverdue is how many attempts may go on after endMargin at the same time. There is a
+	// limit, because each of these attempts uses a connection.
 	maxOverdue = 256
 
 	// maxError is how many bytes of the last error are stored with an event.

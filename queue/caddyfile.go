@@ -107,7 +107,8 @@ func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// parseDuration parses the duration after the option word. It refuses a duration below least.
+// parseDuration parses the duration of an option, whose name is in the argument word. It refuses a
+// duration below the argument least.
 func parseDuration(d *caddyfile.Dispenser, word string, least time.Duration) (caddy.Duration, error) {
 	var text string
 	if d.AllArgs(&text) {

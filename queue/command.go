@@ -51,7 +51,7 @@ With --config, the command works on all databases in the configuration.
 // origin has the options that select the databases of a command.
 type origin struct {
 	db, config, adapter string
-	create              bool // whether to create a missing database; if false, it is an error
+	create              bool // whether to create a missing database; if false, a missing database is an error
 }
 
 // target is a database that a command works on.
@@ -178,7 +178,7 @@ the file. The history, the keys of once, and a pause are copied.
 		o.create = true
 		return (&origin{db: *file}).each(cmd.Context(), func(from *target) error {
 			return o.each(cmd.Context(), func(to *target) error {
-				if sqlite.Same(from.Store, to.Store) { // the copy would change nothing, and the drop would delete all events
+				if sqlite.Same(from.Store, to.Store) { // copying would change nothing, and dropping would delete all events
 					return errors.New("this is the database of --from: name another one with --config or --db")
 				}
 				return move(cmd.Context(), from, to)

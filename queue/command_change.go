@@ -126,8 +126,9 @@ func (o *origin) change(cmd *cobra.Command, ids []string, filter store.Filter, f
 	return changed, err
 }
 
-// eachID calls f for each id in one database after the other. If f returns 1, this database has
-// the event. If f returns 0 for an id in every database, eachID returns an error.
+// eachID calls f for each id in one database after the other. If f returns 1, the database has the
+// event, and eachID skips this id in the next databases. If f returns 0 for an id in every
+// database, eachID returns an error.
 func (o *origin) eachID(cmd *cobra.Command, ids []string, f func(store.Store, store.Filter) (int, error)) error {
 	err := o.each(cmd.Context(), func(d *target) error {
 		var left []string

@@ -82,7 +82,7 @@ type Handler struct {
 	// Default: `1000000`.
 	MaxEvents int `json:"max_events,omitempty"`
 
-	// How many attempts may run at the same time. A quarter of these places is only for new
+	// How many attempts may run at the same time. A quarter of this number is only for new
 	// events. Default: `16`.
 	Concurrency int `json:"concurrency,omitempty"`
 

@@ -94,7 +94,7 @@ func (q *queue) detach(h *Handler) {
 	q.follow()
 }
 
-// follow uses the settings of the handler that delivers.
+// follow applies the settings of the handler that delivers now.
 func (q *queue) follow() {
 	if h := q.current(); h != nil {
 		q.limits.Resize(h.Concurrency)
@@ -159,9 +159,9 @@ func (q *queue) heedPause(p *store.Peek) {
 	}
 }
 
-// isPaused reports whether the queue is paused. After the start, it waits for the first answer
-// of the database, at most half of storeWait, because the backend of a paused queue must not
-// get an event.
+// isPaused reports whether the queue is paused. After the start, it waits for the first answer of
+// the database, because the backend of a paused queue must not get an event. It waits at most half
+// of storeWait, and not at all while the database fails.
 func (q *queue) isPaused() bool {
 	if !q.db.writer.Failing() {
 		<-q.pauseKnown.Done()

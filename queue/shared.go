@@ -80,7 +80,7 @@ func (d *database) Destruct() error {
 	return nil
 }
 
-// leave removes a closed queue.
+// leave removes a closed queue from the database's list of queues.
 func (d *database) leave(q *queue) {
 	d.mu.Lock()
 	if d.queues[q.name] == q {
@@ -182,8 +182,8 @@ func (d *database) pending(queue string) int {
 	return d.counts[countKey{queue, store.Pending}].Events
 }
 
-// keepCounts counts the events from time to time. Between two counts, the metrics show only
-// the changes by this process.
+// keepCounts counts the events from time to time. Between two counts, the metrics do not show the
+// changes by other processes.
 func (d *database) keepCounts() {
 	var next time.Time
 	for d.ctx.Err() == nil {
@@ -207,7 +207,7 @@ func (d *database) keepCounts() {
 	}
 }
 
-// countPause returns the pause after a count that took this long.
+// countPause returns the pause after a count of the events that took this long.
 func countPause(took time.Duration) time.Duration {
 	return min(max(countInterval, time.Duration(float64(took)/countShare)), maxCountPause)
 }

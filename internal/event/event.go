@@ -33,7 +33,7 @@ type Event struct {
 // is not the JSON that Inkit documents.
 func (e *Event) Type() string { return e.members()[0] }
 
-// ResourceID returns the resource_id. It is empty in the same case.
+// ResourceID returns the resource_id. It is empty if the body is not the JSON that Inkit documents.
 func (e *Event) ResourceID() string { return e.members()[1] }
 
 // members returns event_type and resource_id of the JSON object in Inkit's documentation
@@ -56,9 +56,9 @@ func (e *Event) members() *[2]string {
 	return &members
 }
 
-// varName is the event's name among Caddy's variables of the request. All copies of a request
-// share these variables. A value in the context would not reach the error routes if a handler
-// such as timeouts or tracing copies the request.
+// varName is the event's name among Caddy's variables of the request. The event is a variable,
+// because all copies of a request share the variables. A value in the context of a copy, as the
+// handlers timeouts and tracing make it, would not reach the error routes.
 const varName = "inkit_webhook"
 
 // String returns the text of the placeholder {http.vars.inkit_webhook}.
@@ -91,7 +91,8 @@ func verified(vars map[string]any) *Event {
 // answers 200 if no handler wrote a status.
 func (e *Event) Unhandled() bool { return e.vars["unhandled"] == true }
 
-// placeholder returns a value of the request's current event, which may have replaced e.
+// placeholder returns the value of a placeholder. If another event has replaced e in the request,
+// the value comes from that event.
 func (e *Event) placeholder(name string) (any, bool) {
 	now, ok := e.vars[varName].(*Event)
 	if !ok {

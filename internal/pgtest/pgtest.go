@@ -113,8 +113,8 @@ var lastPort atomic.Uint32
 // Each test process starts at another port, so that two processes do not try the same port.
 func init() { lastPort.Store(uint32(os.Getpid()*97) % 10_000) }
 
-// freePort returns a port on which nothing listens. It does not return the same port again, because
-// a stopped server keeps its port. All its ports are below the ports of the end-to-end tests.
+// freePort returns a port on which nothing listens. It returns each port only once, because a stopped
+// server keeps its port. The ports are below those that the end-to-end tests use.
 func freePort(t testing.TB) string {
 	t.Helper()
 	for range 1000 {
@@ -124,7 +124,7 @@ func freePort(t testing.TB) string {
 		}
 		addr := l.Addr().String()
 		require.NoError(t, l.Close())
-		for { // a program that a parallel test starts may inherit the listener for a moment
+		for { // wait, because a program that a parallel test starts may inherit the listener for a moment
 			conn, err := net.Dial("tcp", addr)
 			if err != nil {
 				_, port, _ := net.SplitHostPort(addr)

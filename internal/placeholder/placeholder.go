@@ -21,8 +21,8 @@ func Name(value string) (name string, ok bool) {
 	return name, value == "{"+name+"}" && name != "" && !strings.ContainsAny(name, "{}")
 }
 
-// Value returns the value of a placeholder. Caddy's replacer alone would accept an unset
-// variable and a missing file, and cut off a large file.
+// Value returns the value of a placeholder. It makes its own checks, because Caddy's replacer
+// accepts an unset variable and a missing file, and cuts off a large file.
 func Value(name string) (string, error) {
 	if strings.HasPrefix(name, "http.") {
 		return "", errors.New("placeholder belongs to a request, and secrets are resolved before any request")

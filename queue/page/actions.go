@@ -24,9 +24,9 @@ var changes = map[string]func(*visit) error{
 	"resume": func(v *visit) error { return v.pause("resume") },
 }
 
-// selection returns a filter for the events that a form selects: the events with the ids in
-// the form, or all events that match the filter in the form. A form that asks the user to
-// confirm has the time of the question. Durations in the filter end at this time, so that the
+// selection returns a filter for the events that a form selects: the events with the ids in the
+// form, or all events that match the filter in the form. If the user confirms a drop, the form has
+// the time of the question. The durations in the filter count back from this time, so that the
 // filter selects the events that the user saw.
 func (v *visit) selection() (store.Filter, error) {
 	form := v.r.PostForm
@@ -86,8 +86,8 @@ func (v *visit) retry() error {
 }
 
 // drop asks the user to confirm, and deletes the events after the user has confirmed. The form
-// of the question contains the number of events. If the filter selects another number after
-// the question, for example because last errors have changed, drop asks again.
+// of the question contains the number of events. If the filter selects another number of events
+// after the question, for example because last errors have changed, drop asks again.
 func (v *visit) drop() error {
 	f, err := v.selection()
 	if err != nil {

@@ -20,8 +20,8 @@ const (
 	// maxPause is the longest pause after a page before the next page is made.
 	maxPause = 50 * time.Millisecond
 
-	// The pause after a look at a database is lookPause or lookShare times the duration of the
-	// look, whichever is longer. A visitor waits for a look at most lookWait.
+	// A look reads the status of a database. The pause after a look is lookPause, or lookShare times
+	// the duration of the look if that is longer. A visitor waits at most lookWait for a look.
 	lookPause   = 2 * time.Second
 	lookShare   = 10
 	lookWait    = 200 * time.Millisecond
@@ -33,9 +33,9 @@ const (
 	maxCount   = 10_000
 )
 
-// turn waits for the turn of this visitor. The caller ends the turn by calling done. Only one
-// page is made at a time. The pause after a turn is as long as the turn, but at most maxPause.
-// So even many visitors do not slow down events.
+// turn waits until no other page is being made. Then the turn of this visitor begins, and the
+// caller ends it by calling done. The pause after a turn is as long as the turn, but at most
+// maxPause, so that even many visitors do not slow down events.
 func (h *Handler) turn(ctx context.Context) (done func(), err error) {
 	select {
 	case h.shared.turn <- struct{}{}:
@@ -85,8 +85,8 @@ func (h *Handler) databases() (all []*database) {
 	return all
 }
 
-// each calls f for the databases of a queue, or for all databases if this Caddy has no such queue,
-// and joins the errors. So a visitor who looks at one queue sees no error of another database.
+// each calls f for the databases of a queue, so that a visitor who asks for one queue sees no error
+// of another database. If this Caddy has no such queue, f is called for all databases.
 func (h *Handler) each(queue string, f func(*database, store.Store) error) (err error) {
 	some := slices.DeleteFunc(h.databases(), func(d *database) bool { return d.Live(queue) == nil })
 	if len(some) == 0 {
@@ -113,8 +113,8 @@ type look struct {
 	done chan struct{} // closed at the end of the look
 }
 
-// look returns the last known status of a database. If the next look is due, it starts
-// this look. It waits for a running look at most lookWait.
+// look returns the last known status of a database. If it is time for a new look, the method
+// begins one in the background. It waits at most lookWait for the end of a look.
 func (h *Handler) look(d *database) look {
 	h.shared.mu.Lock()
 	l := h.shared.looks[d.Key]
@@ -195,7 +195,7 @@ func (h *Handler) search(ctx context.Context, f store.Filter, withRequest bool) 
 	return store.Merge(f, parts...), err
 }
 
-// count counts events, and returns the number as a text, such as 12 events.
+// count counts the events that a filter selects, and returns a text, such as "12 events".
 func (h *Handler) count(ctx context.Context, f store.Filter) (string, error) {
 	ctx, cancel := context.WithTimeout(ctx, changeTime)
 	defer cancel()

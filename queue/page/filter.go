@@ -12,7 +12,7 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// filter has the fields of a list's filter that are set, by their names in URLs and forms.
+// filter has the fields that a user has filled in to filter a list, by their names in URLs and forms.
 type filter struct{ url.Values }
 
 func newFilter(form url.Values) filter {
@@ -40,7 +40,7 @@ func (f filter) Narrow() bool {
 	return len(conditions) > 0
 }
 
-// toStore returns the filter for the store.
+// toStore returns the filter in the form that the store needs.
 func (f filter) toStore(now time.Time) (store.Filter, error) {
 	s := store.Filter{After: f.Get("after"), Newest: f.Get("order") != "oldest"}
 	for field := range f.Values {

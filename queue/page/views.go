@@ -24,7 +24,7 @@ var files embed.FS
 //go:embed page.css
 var stylesheet []byte
 
-// templates has the templates of the views, and of the frame that is the same in each view.
+// templates has a template for each view, and the template of the frame around every view.
 var templates = template.Must(template.New("").Funcs(words).ParseFS(files, "templates/*.html"))
 
 // views has the functions that show a view, by the last word of the path.

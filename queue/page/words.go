@@ -98,8 +98,8 @@ var results = map[string]string{
 	"resume": "The queue is no longer paused.",
 }
 
-// done returns a sentence about the result of an action. A URL can only choose one of the sentences
-// and the number of events in it. So a link from another site cannot show a text of that site.
+// done returns a sentence about the result of an action. A URL can choose only the sentence and the
+// number in the sentence, so that a link from another site cannot show a text of that site.
 func done(action, n string, more bool) string {
 	count, _ := strconv.Atoi(n)
 	sentence := strings.Replace(results[action], "{events}", events(max(0, count)), 1)

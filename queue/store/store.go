@@ -97,7 +97,7 @@ type Claim struct {
 	Newest  bool          // if true, the newest events first, otherwise the earliest due events first
 	Records []*Record
 
-	Without map[string]bool // for Due: events to leave out, because the owner attempts them, or could not finish them yet
+	Without map[string]bool // for Store.Due: events to leave out, because the owner attempts them, or could not finish them yet
 }
 
 // Batch is the work of one transaction.
@@ -129,7 +129,7 @@ type Count struct {
 	Oldest       time.Duration // the age of the oldest event
 }
 
-// Filter selects events for operators. An empty field sets no condition, except States.
+// Filter selects events for operators. An empty field, except States, sets no condition.
 type Filter struct {
 	Queue    string
 	States   []string // nil for pending and dead
@@ -226,15 +226,16 @@ type Keep struct {
 // but for each owner, only one goroutine may call Apply. Errors show no part of an event, and
 // no credentials.
 type Store interface {
-	// Apply writes a whole batch except Left, or nothing. If it returns no error, the batch is on
-	// the disk, and Left and the claims have their results. After a connection error, the batch may
-	// be on the disk or not. Adding an existing event changes nothing. If another owner has the
-	// lease of an event, a finish changes the event only if its Outcome is Delivered.
+	// Apply writes either a whole batch, except the finishes in Left, or nothing. If it returns no
+	// error, the batch is on the disk, and Left and the claims have their results. After a connection
+	// error, the batch may be on the disk or not. Adding an existing event changes nothing. If another
+	// owner has the lease of an event, a finish changes the event only if its Outcome is Delivered.
 	Apply(ctx context.Context, b *Batch) error
 
-	// Due fills Records with due events, but sets no lease, so that events in a read-only
-	// database are delivered too. Call Due after Apply has failed: cause is the error of Apply.
-	// Due returns cause if no event is due, or if another process could attempt the same events.
+	// Due fills the Records of a claim with due events, but sets no lease, so that events in a
+	// read-only database are delivered too. Call Due after Apply has failed: the argument cause is
+	// the error of Apply. Due returns this error if no event is due, or if another process could
+	// attempt the same events.
 	Due(ctx context.Context, c *Claim, cause error) error
 
 	// Peek reads the state of a queue. It is as fast with many events as with few.
@@ -311,8 +312,8 @@ type Opener interface {
 	Migration() string
 }
 
-// Each calls f with each page of the events that the filter selects, without their requests. While
-// f runs, no read of the database is open. So f may be slow, and SQLite's log does not grow.
+// Each calls f with every page of the events that the filter selects, without their requests. The
+// function f may be slow: while it runs, no read is open that would let SQLite's log grow.
 func Each(ctx context.Context, s Store, filter Filter, f func(page []*Record) error) error {
 	for {
 		page, err := s.Search(ctx, filter, false)
@@ -355,11 +356,11 @@ func Merge(f Filter, parts ...Page) (all Page) {
 	return all
 }
 
-// Copy copies all rows of a store into another store, and calls copied with the ids of each page of
-// events. If idle is true, Copy leaves out events with a running attempt. It does not change the
-// rows that the other store already has. If ctx ends, Copy stops before the next page.
+// Copy copies all rows of a store into another store. It calls the function copied with the ids of
+// each copied page of events. If idle is true, Copy leaves out events with a running attempt. It does
+// not change rows that the other store already has. If ctx ends, Copy stops before the next page.
 func Copy(ctx context.Context, to, from Store, idle bool, copied func(ids []string) error) error {
-	for _, table := range []string{"paused", "once", "history", "events"} { // events last: copied may drop an event and its key from the source
+	for _, table := range []string{"paused", "once", "history", "events"} { // the events come last, because the function copied may drop an event and its key from the source
 		for page := (Rows{Table: table}); ; {
 			var err error
 			if page, err = from.ReadRows(ctx, page, idle); err != nil {

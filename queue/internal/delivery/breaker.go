@@ -7,8 +7,8 @@ import (
 )
 
 const (
-	// The backend counts as down after downAfter attempts in a row, at different events, have
-	// not reached it. probeInterval is the pause between two probes.
+	// The backend counts as down when downAfter attempts in a row, at different events, have
+	// not reached the backend. probeInterval is the time between two probes.
 	downAfter     = 5
 	probeInterval = time.Second
 )
@@ -21,12 +21,13 @@ type Breaker struct {
 	mu   sync.Mutex
 	down time.Time // the time since which the backend is down, zero if it is up
 	last time.Time // the time of the last attempt that did not reach the backend
-	lost []string  // the events of the attempts in a row that did not reach the backend
+	lost []string  // events whose attempts did not reach the backend, since the last attempt that did
 	ramp int       // limit of parallel attempts after an outage, 0 for no limit
 }
 
 // Reached records that an attempt has reached the backend. If the backend was down, Reached
-// returns the length of the outage and true. limit is the usual limit of parallel attempts.
+// returns the length of the outage and true. The argument limit is the usual limit of parallel
+// attempts.
 func (b *Breaker) Reached(limit int) (down time.Duration, back bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -57,8 +58,8 @@ func (b *Breaker) Unreached(id string) (down bool) {
 	return true
 }
 
-// Forget makes a backend that was down count as up, because no event is pending for a probe.
-// It reports whether the backend was down.
+// Forget makes the backend count as up, and reports whether it was down. Call Forget if no event is
+// pending, because then no attempt can probe the backend.
 func (b *Breaker) Forget() (was bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

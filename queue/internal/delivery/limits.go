@@ -7,10 +7,11 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// most is the size of the semaphore. The places above the limit stay acquired.
+// most is the number of places in the semaphore. An attempt takes one place. The places above the
+// limit are always taken.
 const most = 1 << 20
 
-// Limits sets how many attempts run at the same time. The first to ask is the first to run.
+// Limits has the limit of parallel attempts. Attempts get places in the order in which they ask.
 type Limits struct {
 	places *semaphore.Weighted
 	limit  atomic.Int64
@@ -38,9 +39,9 @@ func (l *Limits) Resize(limit int) {
 // Limit returns the allowed number of parallel attempts.
 func (l *Limits) Limit() int { return int(l.limit.Load()) }
 
-// old returns how many attempts the schedule may run at the same time: three quarters of the
-// limit. The other places are for new events, so that new events do not wait behind a backlog
-// of hanging attempts.
+// old returns how many attempts at old events the schedule may run at the same time: three quarters
+// of the limit. The other places are only for new events, so that new events do not wait behind a
+// backlog of hanging attempts.
 func (l *Limits) old() int {
 	limit := l.Limit()
 	return min(limit, max(1, limit*3/4))

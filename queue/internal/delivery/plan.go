@@ -20,14 +20,14 @@ type Backend struct {
 
 func (b Backend) isDown() bool { return !b.Down.IsZero() }
 
-// Allows reports whether new events get an attempt before they are stored. If not, the
-// schedule attempts the newest events first: an old event may be the cause of the outage,
-// because it makes the backend hang, and then all probes would be attempts at this event.
+// Allows reports whether new events get an attempt before they are stored. If not, the schedule
+// attempts the newest events first. If it attempted the oldest event first, all probes could be
+// attempts at the event that makes the backend hang.
 func (b Backend) Allows() bool { return !b.isDown() && b.Ramp == 0 }
 
 // Plan returns how many due events the schedule claims now. If this number is 0, Plan returns
-// how long the schedule waits. The wait ends early when an event is stored or finished. limit
-// is the allowed number of attempts at old events, and running is their current number.
+// how long the schedule waits. The wait ends early when an event is stored or finished. The argument
+// limit is the allowed number of attempts at old events, and running is the current number.
 func Plan(b Backend, p store.Peek, limit, running int) (claim int, wait time.Duration) {
 	switch {
 	case b.isDown() && (b.Probe > 0 || running > 0):

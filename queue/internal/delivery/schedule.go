@@ -22,7 +22,8 @@ type Queue interface {
 	// Timeout returns how long an attempt may take, or 0 while no handler delivers.
 	Timeout() time.Duration
 
-	// AttemptStored makes one attempt at a claimed event, and calls ended when the attempt is over.
+	// AttemptStored makes one attempt at a claimed event. After the attempt, it calls the function
+	// ended.
 	AttemptStored(r *store.Record, ended func())
 }
 
@@ -40,8 +41,8 @@ func NewSchedule(q Queue, b *Breaker, l *Limits) *Schedule {
 	return &Schedule{queue: q, breaker: b, limits: l, woken: make(chan struct{}, 1)}
 }
 
-// Wake makes the schedule check for due events again, because an event may be due sooner, or
-// an attempt may begin now.
+// Wake makes the schedule check for due events again. Call Wake when an event may be due sooner, or
+// when another attempt may begin.
 func (s *Schedule) Wake() {
 	select {
 	case s.woken <- struct{}{}:
@@ -61,7 +62,7 @@ func (s *Schedule) Run(ctx context.Context) {
 	}
 }
 
-// next begins the attempts that may begin now, and returns the wait before the next call.
+// next begins the attempts that may begin now. It returns how long Run waits before the next call.
 func (s *Schedule) next(ctx context.Context) time.Duration {
 	timeout, backend := s.queue.Timeout(), s.breaker.Backend()
 	limit, running := s.limits.old(), int(s.running.Load())
@@ -69,7 +70,7 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 		return pollInterval
 	}
 	if claim, wait := Plan(backend, store.Peek{}, limit, running); backend.isDown() && claim == 0 {
-		return wait // each new event wakes the schedule: do not query the database each time
+		return wait // without a query, because each new event wakes the schedule
 	}
 	peek, err := s.queue.Peek()
 	if err != nil {

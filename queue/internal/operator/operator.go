@@ -30,14 +30,14 @@ type Queue struct {
 	Wake func()
 }
 
-// Queues is the interface to the app of inkit_queue, because the page must not import the
-// package of the app.
+// Queues is the interface to the app of inkit_queue. The page needs an interface, because the
+// package of the app imports the package of the page.
 type Queues interface {
 	// Queues returns the queues of the app's configuration.
 	Queues() []Queue
 }
 
-// States has the states of events that each word for a state in a filter selects.
+// States has, for each word that a person can type as a state, the states that the word selects.
 var States = map[string][]string{
 	store.Pending: {store.Pending},
 	store.Dead:    {store.Dead},
@@ -45,7 +45,7 @@ var States = map[string][]string{
 	"all":         {store.Pending, store.Dead, store.History},
 }
 
-// Action changes the events that a filter selects, such as store.Store.Retry. It returns the
+// An Action, such as store.Store.Retry, changes the events that a filter selects. It returns the
 // number of changed events.
 type Action func(store.Store, context.Context, store.Filter) (int, error)
 
@@ -53,8 +53,8 @@ type Action func(store.Store, context.Context, store.Filter) (int, error)
 // have to wait for the transaction.
 const Step = 100
 
-// InSteps searches the events that a filter selects, and calls f with each page of at most
-// Step events and with a filter that selects only the events of this page.
+// InSteps searches the events that a filter selects, in pages of at most Step events. For each
+// page, it calls f with the page, and with a filter that selects only the events of the page.
 func InSteps(ctx context.Context, s store.Store, filter store.Filter, f func(page []*store.Record, step store.Filter) error) error {
 	filter.Limit = Step
 	return store.Each(ctx, s, filter, func(page []*store.Record) error {
@@ -67,8 +67,8 @@ func InSteps(ctx context.Context, s store.Store, filter store.Filter, f func(pag
 	})
 }
 
-// Set sets a field of a filter from the text that a person typed. If it is called again with
-// another state, the filter selects both states.
+// Set sets a field of a filter from the text that a person typed. After two calls with different
+// states, the filter selects both states.
 func Set(filter *store.Filter, field, text string, now time.Time) (err error) {
 	switch field {
 	case "queue":
@@ -118,7 +118,7 @@ func Age(d time.Duration) string {
 	return fmt.Sprintf("%d days", d/(24*time.Hour))
 }
 
-// Until returns the text for an attempt that is due after d.
+// Until returns the text for an attempt that is due after this duration.
 func Until(d time.Duration) string {
 	if d <= 0 {
 		return "now"

@@ -121,7 +121,7 @@ func (r *Request) Redact() {
 }
 
 // Printable replaces control characters and invisible characters, because they can control
-// a terminal. It keeps the characters in keep.
+// a terminal. It keeps the characters in the argument keep.
 func Printable(s string, keep ...rune) string {
 	return strings.Map(func(r rune) rune {
 		invisible := unicode.In(r, unicode.Other_Default_Ignorable_Code_Point, unicode.Variation_Selector) || r == '\u2800'

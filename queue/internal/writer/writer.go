@@ -32,7 +32,7 @@ const (
 )
 
 var (
-	// ErrCalledBack is the error of an event that is not stored, because it was delivered first.
+	// ErrCalledBack is the error of an event that is not stored, because an attempt delivered it first.
 	ErrCalledBack = errors.New("delivered before it was written")
 
 	// ErrDuplicate is the error of an event that is not stored, because an earlier event has
@@ -87,7 +87,7 @@ type Addition struct {
 // NewAddition returns an addition for Writer.Add. The writer calls encode to get the record's
 // request. If encode fails, the event is not stored. If a transaction fails, the writer
 // retries until the deadline, except on a full disk. When the event is stored, or will not be
-// stored, the writer calls note with the error that Err returns. note must not block.
+// stored, the writer calls the function note with the value of Err. This function must not block.
 func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.Time, note func(error)) *Addition {
 	return &Addition{record: r, encode: encode, deadline: deadline, done: make(chan struct{}), note: note}
 }
@@ -96,7 +96,8 @@ func NewAddition(r *store.Record, encode func() ([]byte, error), deadline time.T
 // stored.
 func (a *Addition) Done() <-chan struct{} { return a.done }
 
-// Err returns nil if the event is on the disk. Call Err only after the channel of Done is closed.
+// Err returns nil if the event is on the disk, and otherwise the reason why it is not. Call Err
+// only after the channel of Done is closed.
 func (a *Addition) Err() error { return a.err }
 
 type claim struct {
@@ -166,7 +167,7 @@ func (w *Writer) Add(a *Addition) {
 }
 
 // Finish makes the writer store the result of an attempt. It does not wait for the
-// transaction. a is the addition of the event, or nil if the event was claimed.
+// transaction. The argument a is the addition of the event, or nil if the event was claimed.
 func (w *Writer) Finish(a *Addition, f store.Finish) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -273,8 +274,8 @@ func (w *Writer) expire() {
 	})
 }
 
-// take removes the work of the next transaction from the writer, and returns the batch with
-// the additions and the claims in it.
+// take removes the work of the next transaction from the writer. It returns this work as a batch,
+// and also the additions and the claims from which it has made the batch.
 func (w *Writer) take() (adds []*Addition, claims []*claim, b *store.Batch) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -300,8 +301,8 @@ func (w *Writer) take() (adds []*Addition, claims []*claim, b *store.Batch) {
 	return adds, claims, b
 }
 
-// write does the waiting work in one transaction. It returns false if the transaction failed,
-// or left finishes that must be tried again.
+// write does the waiting work in one transaction. It returns false if the transaction failed, or
+// if the writer must try to write some finishes again.
 func (w *Writer) write() bool {
 	adds, claims, b := w.take()
 	if len(b.Add)+len(b.Finish)+len(b.History)+len(b.Claims) == 0 {
@@ -319,7 +320,7 @@ func (w *Writer) write() bool {
 	if err != nil {
 		w.observer.Failed(err)
 	} else {
-		w.observer.Written(b) // before a sender gets its answer
+		w.observer.Written(b) // before settle, which lets a sender get its answer
 	}
 	w.settle(adds, b, err)
 	for _, c := range claims {

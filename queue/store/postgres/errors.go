@@ -23,8 +23,8 @@ func sqlState(err error) string {
 	return ""
 }
 
-// wrap translates an error of the driver. If one connection is lost, wrap closes all
-// connections, because all lead to the same server.
+// wrap translates an error of the driver. If the server does not answer or accepts no writes, wrap
+// closes all connections, because all connections lead to the same server.
 //
 // The driver's text shows host and role of a failed connection, but not the password. If the server
 // refused a value, wrap leaves out the driver's text, because it could show a part of an event.

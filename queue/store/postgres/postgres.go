@@ -153,7 +153,7 @@ func (p *Postgres) config() (*pgxpool.Config, error) {
 		return nil, errInvalid
 	}
 	c := config.ConnConfig
-	for name := range c.RuntimeParams { // the parser takes any text before a = for a name, and the server would show it
+	for name := range c.RuntimeParams { // the parser accepts any text before a = as a name, and the server would show this text
 		if !parameter.MatchString(name) {
 			return nil, errInvalid
 		}
@@ -161,8 +161,8 @@ func (p *Postgres) config() (*pgxpool.Config, error) {
 	if !strings.Contains(dsn, "pool_max_conns") {
 		config.MaxConns = maxConnections
 	}
-	// No prepared statements: pgbouncer may run the next transaction in another connection to
-	// the server.
+	// Prepare no statements, because pgbouncer may run the next transaction in another
+	// connection to the server.
 	c.DefaultQueryExecMode = pgx.QueryExecModeExec
 	c.ConnectTimeout = cmp.Or(c.ConnectTimeout, connectTimeout)
 	if c.ValidateConnect == nil {

@@ -31,15 +31,15 @@ const (
 	// faster.
 	rowsPerStatement = 8
 
-	// reserve is the suffix of the file that Caddy empties when the disk is full. reserveSize
-	// is also the size of the write-ahead log, because SQLite may have to copy the whole log
-	// into the database.
+	// reserve is the suffix of the file that Caddy empties when the disk is full. reserveSize is
+	// also the usual size of the write-ahead log, because SQLite may need the space of the
+	// reserve to copy the whole log into the database.
 	reserve     = "-reserve"
 	reserveSize = 1 << 20
 )
 
-// file is a store in a file. Apply, Peek, Counts and Tidy repair the file, see repair. If
-// another method finds damage, it returns an error.
+// file is a store in a file. Apply, Peek, Counts and Tidy repair the file with the method repair.
+// If another method finds damage, it returns an error.
 type file struct {
 	sqlstore.DB
 	path    string // without symbolic links: SQLite puts its log next to the real file
@@ -49,7 +49,7 @@ type file struct {
 	repairing sync.Mutex
 }
 
-// opened has the files that the connections of a file have opened.
+// opened has the database file and the log that the connections have open.
 type opened struct{ main, log os.FileInfo }
 
 func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) *sql.DB {
@@ -120,8 +120,8 @@ func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 	return err
 }
 
-// apply is Apply without a repair. While the disk is full, apply adds nothing: the store needs
-// the remaining space to finish the events in the database.
+// apply applies a batch, but repairs nothing. While the disk is full, it adds nothing, because the
+// store needs the remaining space to finish the events in the database.
 func (f *file) apply(ctx context.Context, b *store.Batch) error {
 	if len(b.Add)+len(b.History)+len(b.Copied.Rows) > 0 && !f.hasRoom(false) {
 		return store.ErrFull
@@ -169,9 +169,9 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, e
 	return len(names), nil
 }
 
-// hasRoom reports whether the disk has space for new events: whether the reserve is complete.
-// If the reserve is not complete, hasRoom tries to write it, at most one time a second. At the
-// start, hasRoom tries immediately, because a power cut may have left a part of the reserve.
+// hasRoom reports whether the disk has space for new events, as shown by a complete reserve. If the
+// reserve is not complete, hasRoom tries to write it, at most one time a second. At the start, it
+// tries immediately, because a power cut may have left an incomplete reserve.
 func (f *file) hasRoom(start bool) bool {
 	info, err := os.Stat(f.path + reserve)
 	switch {

@@ -22,12 +22,12 @@ var (
 	errMoved   = errors.New("the database was deleted or replaced while it was open")
 )
 
-// repair repairs the file after an operation that had the error err. used has the files that
-// were open before the operation. repair moves a damaged file aside and opens an empty file.
-// If the open file is no longer at its path, repair copies the events into the file that is
-// now there. The copy works because this process still has the old file open. repair returns
-// nil if it has repaired the file, and err if the file needs no repair. A command repairs
-// nothing, because Caddy may be running.
+// repair repairs the file after an operation with the error err. The argument used has the files
+// that were open before the operation. The method moves a damaged file aside and opens an empty
+// file. If the open file is no longer at its path, the method copies the events into the file that
+// is now there. It can still read the old file, because this process has that file open. It returns
+// nil if it has repaired the file, and err if the file needs no repair. A command repairs nothing,
+// because Caddy may be running.
 func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	moved := errors.Is(err, errMoved)
 	if f.opening.Command || !moved && !errors.Is(err, errDamaged) {
@@ -38,7 +38,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	if f.opened.Load() != used { // the operation may have changed only the old file
 		return errors.New("the database file was repaired during this operation: try again")
 	}
-	ctx = context.WithoutCancel(ctx) // an interrupted query closes its connection: a deleted file would be gone
+	ctx = context.WithoutCancel(ctx) // an interrupted query would close its connection, and with it the only access to a deleted file
 	if moved {
 		err = f.rescue(ctx, used)
 	} else {
@@ -57,7 +57,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 }
 
 // moveAside renames a damaged database and its log. The new names contain the time. If it
-// cannot rename a file, moveAside logs the error, and returns cause.
+// cannot rename a file, moveAside logs the error, and returns the argument cause.
 func (f *file) moveAside(cause error) error {
 	for _, db := range []*sql.DB{f.Read, f.Write} { // Windows cannot rename an open file
 		db.SetMaxIdleConns(0)
@@ -75,8 +75,8 @@ func (f *file) moveAside(cause error) error {
 	return nil
 }
 
-// rescue copies the events of the open file into the file that is now at the path. If only the
-// log is no longer at its path, there is nothing to copy: disconnect moves the log into the file.
+// rescue copies the events of the open file into the file that is now at the path. If that is still
+// the open file, rescue copies nothing, because the method disconnect moves the log into the file.
 func (f *file) rescue(ctx context.Context, used *opened) error {
 	if isFile(f.path, used.main) {
 		return nil

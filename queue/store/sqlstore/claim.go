@@ -12,15 +12,15 @@ import (
 
 // claim leases due events of a queue for the owner, and sets the Records of the claim.
 func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
-	// Only a wrong clock gives a due time that is so late. This statement makes such events
-	// due now.
+	// A due time that is further ahead than store.Latest and the lease comes from a wrong clock.
+	// This statement makes such an event due now.
 	_, err := d.exec(ctx, tx, `
 		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
 			SELECT e.id FROM {schema}inkit_queue_events AS e
 			WHERE e.queue = ? AND e.state = 'pending' AND e.due > {now} + CAST(? AS BIGINT) LIMIT 500 {skip})`,
 		claim.Queue, max(store.Latest, claim.Lease).Milliseconds())
 	claim.Records = nil
-	if err == nil && claim.Newest { // first look at the last arrivals: sorting all due events is slow
+	if err == nil && claim.Newest { // search the last arrivals first, because sorting all due events is slow
 		err = d.claimFrom(ctx, tx, owner, claim, fmt.Sprintf(`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT %d) AS n
 			CROSS JOIN {schema}inkit_queue_events AS e WHERE e.id = n.id AND`, 16+4*claim.Max), `e.id DESC`)
 	}
@@ -43,9 +43,9 @@ func (d *DB) claimFrom(ctx context.Context, tx *sql.Tx, owner string, claim *sto
 	return err
 }
 
-// Due implements store.Store. It returns cause if another process may still write, because that
-// process may attempt the same events. On a full disk, no process can write, so Due reads the
-// events.
+// Due implements store.Store. If another process may still write, Due returns the argument cause,
+// because that process may attempt the same events. On a full disk, Due reads the events, because
+// no process can write.
 func (d *DB) Due(ctx context.Context, c *store.Claim, cause error) (err error) {
 	if errors.Is(cause, store.ErrLocked) || d.Skip != "" && !errors.Is(cause, store.ErrFull) {
 		return cause

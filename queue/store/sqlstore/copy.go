@@ -20,7 +20,7 @@ var columns = map[string]string{
 // ReadRows implements store.Store.
 func (d *DB) ReadRows(ctx context.Context, after store.Rows, idle bool) (store.Rows, error) {
 	page, all, c := store.Rows{Table: after.Table}, strings.Split(columns[after.Table], ", "), new(condition)
-	key := max(0, slices.Index(all, "id")) // the table paused has no ids, and one row for each queue
+	key := max(0, slices.Index(all, "id")) // the table paused has no column id: its key is the first column, queue
 	if n := len(after.Rows); n > 0 {
 		c.add(all[key]+" > ?", after.Rows[n-1][key])
 	}

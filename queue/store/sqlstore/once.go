@@ -8,7 +8,7 @@ import (
 )
 
 // once writes the keys of the new events that have a digest. If a key already exists, the new
-// event is a duplicate, and once sets its First to the id of the first event.
+// event is a duplicate, and its field First gets the id of the earlier event.
 func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) (err error) {
 	var keys []any
 	for _, r := range added {
@@ -30,7 +30,8 @@ func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) (err e
 	return err
 }
 
-// keyOver is the condition for a key that no longer counts: it has expired, and its event is gone.
+// keyOver is the condition for a key that a new event may replace: the key has expired, and its
+// event is no longer stored.
 const keyOver = `o.expires <= {now} AND NOT EXISTS (SELECT 1 FROM {schema}inkit_queue_events AS v WHERE v.id = o.id)`
 
 // addKeys adds the keys in sorted order, so that two transactions cannot deadlock.

@@ -31,7 +31,7 @@ func (c *condition) add(part string, args ...any) {
 	c.parts, c.args = append(c.parts, part), append(c.args, args...)
 }
 
-// when adds a part if used is true.
+// when adds a part to the condition, but only if the argument used is true.
 func (c *condition) when(used bool, part string, arg any) {
 	if used {
 		c.add(part, arg)
@@ -40,7 +40,7 @@ func (c *condition) when(used bool, part string, arg any) {
 
 func (c *condition) String() string { return strings.Join(append(c.parts, "TRUE"), " AND ") }
 
-// ids adds the condition that the id is one of these. Without ids, no row matches.
+// ids adds the condition that the column id has one of these values. Without a value, no row matches.
 func (c *condition) ids(ids []string) {
 	c.add("id IN (NULL" + strings.Repeat(", ?", len(ids)) + ")")
 	for _, id := range ids {
@@ -48,8 +48,8 @@ func (c *condition) ids(ids []string) {
 	}
 }
 
-// idAt returns the beginning of all ids of a time. An id is a UUID of version 7, which starts
-// with its time in milliseconds.
+// idAt returns the text with which all ids of a time begin. An id is a UUID of version 7, and
+// begins with its time in milliseconds.
 func idAt(t time.Time) string {
 	ms := fmt.Sprintf("%012x", max(0, t.UnixMilli()))
 	return ms[:8] + "-" + ms[8:]
@@ -71,11 +71,11 @@ func tables(f store.Filter) (found []string) {
 	return found
 }
 
-// conditions returns a filter's condition in two parts, which must both be true. For bounds,
-// an index finds the rows in the order of their ids, because an id contains the time of its
-// event. In rest, concatenations with an empty text keep the database from using the index of
-// due times: the database must read the rows in the order of their ids. If a filter selects
-// neither pending nor dead events, the two parts together select no row of the table events.
+// conditions returns the condition of a filter in two parts. A row fits if both parts are true.
+// An index finds the rows of bounds in the order of their ids. The times of the filter are in
+// bounds too, because an id begins with the time of its event. In rest, concatenations with an
+// empty text prevent the use of the index of due times, so that the database reads the rows in the
+// order of their ids. Without pending and dead events in the filter, no row of the table events fits.
 func conditions(f store.Filter, table string) (bounds, rest *condition) {
 	bounds, rest = new(condition), new(condition)
 	if table == events && !has(f, store.Pending) {
@@ -98,7 +98,7 @@ func conditions(f store.Filter, table string) (bounds, rest *condition) {
 	return bounds, rest
 }
 
-// both returns the condition that a and b are true.
+// both returns one condition from two. It is true if the conditions a and b are true.
 func both(a, b *condition) *condition {
 	return &condition{slices.Concat(a.parts, b.parts), slices.Concat(a.args, b.args)}
 }
@@ -156,7 +156,7 @@ func (d *DB) searchTable(ctx context.Context, table string, f store.Filter, with
 	}
 }
 
-// recordColumns returns the columns of a table for records.
+// recordColumns returns the columns of a table that the method records needs.
 func recordColumns(table string, withRequest bool) string {
 	columns := `id, queue, state, received, due, {now} - queued, lease, attempts, last_error, event_type, resource_id, NULL, 0`
 	if table == history {
@@ -168,7 +168,7 @@ func recordColumns(table string, withRequest bool) string {
 	return columns + ", NULL, NULL"
 }
 
-// records runs a statement that returns recordColumns, and returns a record for each row.
+// records runs a statement with the columns of recordColumns, and returns a record for each row.
 func (d *DB) records(ctx context.Context, db Querier, query string, args ...any) (found []*store.Record, err error) {
 	var r store.Record
 	var received, due, lease, finished sql.NullInt64
@@ -185,7 +185,7 @@ func (d *DB) records(ctx context.Context, db Querier, query string, args ...any)
 	return found, err
 }
 
-// at returns a time from a database.
+// at converts a time from the database. NULL becomes the zero time.
 func at(ms sql.NullInt64) time.Time {
 	if !ms.Valid {
 		return time.Time{}
@@ -193,7 +193,7 @@ func at(ms sql.NullInt64) time.Time {
 	return time.UnixMilli(ms.Int64)
 }
 
-// milliseconds returns a duration from a database. It returns 0 for a negative duration, which
+// milliseconds converts a duration from the database. A negative duration becomes 0, because it
 // comes from a wrong clock.
 func milliseconds(ms int64) time.Duration { return time.Duration(max(0, ms)) * time.Millisecond }
 

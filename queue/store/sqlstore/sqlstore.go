@@ -21,7 +21,7 @@ var schema string
 // {schema}, {now} and {skip} in the statements of this package.
 type Dialect struct {
 	Bytes     string // the column type for bytes
-	Clustered string // makes the primary key store the rows of a table
+	Clustered string // the end of a CREATE TABLE that stores the rows in the index of the primary key
 	Schema    string // the prefix of table names, including the dot
 	Rows      int    // how many events one statement adds or finishes
 	Numbered  bool   // arguments are $1, $2 and so on, and not ?
@@ -35,12 +35,12 @@ type Dialect struct {
 	Wrap func(error) error
 }
 
-// DB is a store that does not repair its database. The types that embed DB repair the database.
+// DB is a store that does not repair its database. A type that embeds DB can add repairs.
 type DB struct {
 	Dialect
 	Write, Read *sql.DB
 
-	prepared map[string]*sql.Stmt // by the text that exec gets
+	prepared map[string]*sql.Stmt // by the argument query of the method exec
 }
 
 // text returns a statement of this package in the dialect.
@@ -105,8 +105,8 @@ func (d *DB) change(ctx context.Context, query string, args ...any) (n int, err 
 	return n, err
 }
 
-// each runs a query. It scans each row of the result into dest, and then calls row, unless row
-// is nil.
+// each runs a query. It scans every row of the result into dest, and then calls the function row,
+// unless this function is nil.
 func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query string, args ...any) error {
 	rows, err := db.QueryContext(ctx, d.text(query), args...)
 	if err != nil {
@@ -124,7 +124,7 @@ func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query
 	return rows.Err()
 }
 
-// read runs a query as the method each does, but outside of a transaction.
+// read runs a query as the method each does, but outside of a transaction, and translates its error.
 func (d *DB) read(ctx context.Context, dest []any, row func(), query string, args ...any) error {
 	return d.Wrap(d.each(ctx, d.Read, dest, row, query, args...))
 }

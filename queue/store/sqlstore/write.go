@@ -10,8 +10,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// statement is a statement for many events. In text, {rows} stands for a copy of row for each
-// event.
+// statement is an SQL statement for many events. In the field text, {rows} stands for copies of the
+// field row, one for each event.
 type statement struct{ row, text string }
 
 // insert returns a statement that adds rows to a table, with an argument for each column.
@@ -116,8 +116,8 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 	})
 }
 
-// plain returns a text that every database accepts: UTF-8 without NUL. Otherwise each batch
-// with such a text would fail.
+// plain returns a text that every database accepts: UTF-8 without NUL. A batch with any other text
+// would fail at each try.
 func plain(text string) string {
 	return strings.ReplaceAll(strings.ToValidUTF8(text, "\uFFFD"), "\x00", "\uFFFD")
 }
@@ -132,7 +132,7 @@ func label(text string) string {
 	return text
 }
 
-// eventRows returns the arguments of addEvents. A duplicate is not added.
+// eventRows returns the arguments of addEvents. It leaves out duplicates.
 func eventRows(b *store.Batch) (rows [][]any) {
 	for _, r := range b.Add {
 		if r.First != "" {
@@ -150,7 +150,8 @@ func eventRows(b *store.Batch) (rows [][]any) {
 	return rows
 }
 
-// finishRows returns the arguments of deliverEvents, and those of keepEvents for the other events.
+// finishRows returns the arguments of deliverEvents for the delivered events, and the arguments of
+// keepEvents for the other events.
 func finishRows(b *store.Batch) (delivered, others [][]any) {
 	for _, f := range b.Finish {
 		state, uncounted := store.Pending, 0
@@ -169,9 +170,9 @@ func finishRows(b *store.Batch) (delivered, others [][]any) {
 	return delivered, others
 }
 
-// left sets Left to the finishes that Apply could not write because another transaction has
-// locked their rows. These are the finishes whose events still exist, if this owner still has
-// the lease, or the Outcome is Delivered.
+// left sets b.Left to the finishes that Apply could not write because another transaction has locked
+// their rows. A finish is one of these if its event still exists, and if this owner still has the
+// lease or the Outcome is Delivered.
 func (d *DB) left(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 	for some := range slices.Chunk(b.Finish, d.Rows) {
 		finishes, c := make(map[string]store.Finish), new(condition)
