@@ -207,7 +207,7 @@ func (d *database) keepCounts() {
 	}
 }
 
-// countPause returns the pause after a count of the events that took this long.
+// countPause returns the wait before the next count of the events. took is the time of the last.
 func countPause(took time.Duration) time.Duration {
 	return min(max(countInterval, time.Duration(float64(took)/countShare)), maxCountPause)
 }

@@ -105,7 +105,7 @@ func (l *load) answered() int {
 	return len(l.status)
 }
 
-// The method "many" sends n events, up to workers of them in parallel.
+// The method "many" sends n events with a number of workers in parallel.
 func (l *load) many(n, workers int) {
 	var wg sync.WaitGroup
 	var left atomic.Int64

@@ -27,7 +27,7 @@ func pgCaddy(t *testing.T, backend, dsn, options string) *caddy {
 	return startCaddy(t, "grace_period 5s", inPostgres(queueSite(backend, options)), "INKIT_QUEUE_DSN="+dsn)
 }
 
-// inPostgres changes the database in the site of queueSite to PostgreSQL.
+// inPostgres takes a site from queueSite, and returns it with PostgreSQL in place of SQLite.
 func inPostgres(site string) string {
 	return strings.Replace(site, "store sqlite {{dir}}/queue/events.db", "store postgres {env.INKIT_QUEUE_DSN}", 1)
 }

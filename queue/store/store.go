@@ -166,7 +166,7 @@ func TimeOf(id string) time.Time {
 	return time.Unix(parsed.Time().UnixTime())
 }
 
-// Rows are rows of the table events, history, once or paused, as they are in the database.
+// Rows are rows of one table ("events", "history", "once" or "paused") as in the database.
 type Rows struct {
 	Table string
 	Rows  [][]any // with the columns as in schema.sql

@@ -51,7 +51,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 		err = f.open(ctx)
 	}
 	if err == nil && moved {
-		f.opening.Logger.Error("the database or its write-ahead log was deleted or replaced while it was open: nothing is lost")
+		f.opening.Logger.Error("the database or its write-ahead log was deleted or replaced while it was open: its events were saved, find out what deletes this file")
 	}
 	return err
 }

@@ -11,10 +11,8 @@ import (
 )
 
 const (
-	// Status reads the last errors of the errorRows oldest and the errorRows newest events. It
-	// returns the maxErrors most frequent errors of each queue.
-	errorRows = 10_000
-	maxErrors = 5
+	errorRows = 10_000 // Status reads the last errors of this many oldest and newest events
+	maxErrors = 5      // Status returns this many errors of a queue, the most frequent first
 )
 
 // Status implements store.Store.
