@@ -38,7 +38,7 @@ func readBody(r io.Reader, length, max int64) (body []byte, err error) {
 		return nil, nil
 	}
 	for size := int64(firstRead); ; size *= 4 {
-		// one byte more than the length, because only a further Read returns EOF
+		// one byte more than the length: the Read that returns EOF needs free space
 		if int64(len(body)) <= length && length <= size {
 			size = length + 1
 		}

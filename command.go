@@ -224,7 +224,7 @@ func printable(s string) string {
 }
 
 // commandSecrets reads the secrets of a command, and names each after its file or variable. It
-// does not refuse white space or quotes around a secret, because the command verify tests
+// does not refuse white space or quotes around a secret, because the command `verify` tests
 // whether these characters cause a mismatch.
 func commandSecrets(files ...string) (secrets []Secret, err error) {
 	for _, file := range slices.DeleteFunc(files, func(file string) bool { return file == "" }) {

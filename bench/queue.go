@@ -20,8 +20,8 @@ type binary struct {
 	figures    map[string]*figures // by path and number of senders
 }
 
-// figures has the measurements of one path in places, with one number of senders. Each spread
-// has one value for each round.
+// figures has the measurements of one path with one number of senders. Each spread has one
+// value for each round.
 type figures struct {
 	perSecond spread // events a second
 	cpu       spread // processor time for each event, in µs

@@ -24,7 +24,7 @@ const (
 	// storeWait is the timeout for storing an event. A longer answer_after is the timeout instead.
 	storeWait = 5 * time.Second
 
-	// If the option once lists the type of an event, the first attempt waits until the event is
+	// If the option `once` lists the type of an event, the first attempt waits until the event is
 	// stored. After onceWait, the attempt begins even if the event is not stored, because a double
 	// delivery is better than a lost event.
 	onceWait = time.Second
@@ -111,7 +111,7 @@ func (a *arrival) begins() bool {
 	return true
 }
 
-// storedOnce is for an event whose type is in the list of the option once. It waits until the
+// storedOnce is for an event whose type is in the list of the option `once`. It waits until the
 // event is stored, and reports whether the first attempt may begin. A duplicate gets no attempt.
 // If storing fails, or takes longer than onceWait, the attempt may begin.
 func (a *arrival) storedOnce() bool {

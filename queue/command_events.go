@@ -16,7 +16,7 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// errEnough ends a search that has found as many events as the command list should print.
+// errEnough ends a search that has found as many events as the command `list` should print.
 var errEnough = errors.New("enough events")
 
 func listCommand(o *origin) *cobra.Command {
@@ -84,7 +84,7 @@ type listed struct {
 	Finished    time.Time `json:"finished,omitzero"` // of a delivered event
 	Status      int       `json:"status,omitempty"`  // of a delivered event
 
-	Request *request.Request `json:"request,omitempty"` // only the command show prints it
+	Request *request.Request `json:"request,omitempty"` // only the command `show` prints it
 }
 
 func newListed(r *store.Record) listed {

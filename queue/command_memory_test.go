@@ -99,7 +99,7 @@ func TestPauseAndResume(t *testing.T) {
 	s, err := (&sqlite.SQLite{Path: empty}).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 	require.NoError(t, err)
 	require.NoError(t, s.Close())
-	const none = "there is no such queue in the database or in a configuration (--config)"
+	const none = "neither the database nor a configuration has this queue: check its name, or add --config"
 	for _, step := range []struct{ name, args, want, message string }{
 		{"resume a queue that is not paused", "resume default --db " + path, "default is no longer paused\n", ""},
 		{"pause a queue", "pause default --db " + path, "default is paused\n", ""},

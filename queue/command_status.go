@@ -127,7 +127,7 @@ func pausing(o *origin, paused bool, done string, cmd *cobra.Command) *cobra.Com
 			return err
 		})
 		if err == nil && !found {
-			err = errors.New("there is no such queue in the database or in a configuration (--config)")
+			err = errors.New("neither the database nor a configuration has this queue: check its name, or add --config")
 		}
 		return err
 	}

@@ -189,7 +189,7 @@ func (h *Handler) Validate() error {
 	return nil
 }
 
-// isOnce reports whether the option once lists an event type.
+// isOnce reports whether the option `once` lists an event type.
 func (h *Handler) isOnce(eventType string) bool {
 	return slices.ContainsFunc(h.Once, func(pattern string) bool {
 		match, _ := path.Match(pattern, eventType)

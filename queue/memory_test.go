@@ -327,7 +327,7 @@ func TestPause(t *testing.T) {
 		pause(false)
 		assert.EqualValues(t, 5, again.arrivals.Load())
 		assert.Zero(t, seriesOf(t, "once")["paused"])
-		assert.Equal(t, 1, again.logs.FilterMessage("the queue is paused: events are stored without attempts until caddy inkit-queue resume").Len())
+		assert.Equal(t, 1, again.logs.FilterMessage("the queue is paused: events are stored, but not delivered, until you run caddy inkit-queue resume").Len())
 		assert.Equal(t, 1, again.logs.FilterMessage("the queue is no longer paused").Len())
 		assert.Equal(t, "once", again.app.Queues()[0].Name)
 	})

@@ -148,7 +148,7 @@ func TestCountPause(t *testing.T) {
 	}
 }
 
-// Caddy logs a count that fails, and soon counts again, even if the count was slow.
+// If counting the events fails, Caddy logs the error, and soon counts again.
 func TestCountThatFails(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}, counting: 10 * time.Second}

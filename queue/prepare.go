@@ -52,7 +52,7 @@ func newRequest(r *http.Request, e *event.Event) *request.Request {
 		case int:
 			stored.Vars[name] = int64(value) // the type that Decode returns
 		case float64:
-			if !math.IsNaN(value) && !math.IsInf(value, 0) { // the command show prints JSON, which cannot contain NaN or infinity
+			if !math.IsNaN(value) && !math.IsInf(value, 0) { // the command `show` prints JSON, which cannot contain NaN or infinity
 				stored.Vars[name] = value
 			}
 		}

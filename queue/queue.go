@@ -151,7 +151,7 @@ func (q *queue) heedPause(p *store.Peek) {
 		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(*was)))
 		pausedGauge.WithLabelValues(q.name).Set(0)
 	case !p.Paused.IsZero() && was.IsZero():
-		logger.Warn("the queue is paused: events are stored without attempts until caddy inkit-queue resume", zap.String("queue", q.name), zap.Time("since", p.Paused))
+		logger.Warn("the queue is paused: events are stored, but not delivered, until you run caddy inkit-queue resume", zap.String("queue", q.name), zap.Time("since", p.Paused))
 		pausedGauge.WithLabelValues(q.name).Set(1)
 	}
 	if !p.Paused.IsZero() {

@@ -132,7 +132,7 @@ func TestExamples(t *testing.T) {
 			caddy := start(t, e.command(e.caddy))
 			waitFor(t, "Caddy listens", caddy, listening(e.site))
 
-			// the command is slow to start, so the test sends most events without it
+			// the command inkit-webhook send is slow to start, so the test posts most events itself
 			lines := []string{"DOCUMENT_CREATE_FINISHED doc_command", "DOCUMENT_CREATE_FINISHED doc_kept_command"}
 			sendMore := func(name, answer string) {
 				for i := range 20 {

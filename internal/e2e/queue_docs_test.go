@@ -103,8 +103,8 @@ func newOperator(t *testing.T, c *caddy) *operator {
 	return o
 }
 
-// command returns an exec.Cmd that runs a script in bash. The next script has the variables
-// db and damaged of this script.
+// command returns an exec.Cmd that runs a script in bash. The variables $db and $damaged keep
+// their values for the next script.
 func (o *operator) command(script string) *exec.Cmd {
 	cmd := exec.Command("bash", "-c", "[ ! -f vars ] || . ./vars\n"+script+"\nstatus=$?\ndeclare -p db damaged 2>/dev/null >vars\nexit $status")
 	cmd.Dir, cmd.Env = o.dir, o.env

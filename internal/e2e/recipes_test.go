@@ -22,7 +22,8 @@ func recipes(t *testing.T) string {
 	return readFile(t, "../../README.md") + "\n" + readFile(t, "../../docs/recipes.md")
 }
 
-// section returns the text under a heading. The heading must be unique in both documents.
+// section returns the text under a heading. The heading must stand exactly once in
+// README.md and docs/recipes.md together.
 func section(t *testing.T, heading string) string {
 	t.Helper()
 	parts := strings.Split(recipes(t), "\n### "+heading+"\n")

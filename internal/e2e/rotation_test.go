@@ -423,8 +423,8 @@ func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	}
 }
 
-// release kills the tracer that makes an open of p hang. While the tracer runs, p does not
-// end, even after a kill.
+// release kills the tracer that makes a call of openat hang in the process p. While the tracer
+// runs, p does not end, even after a kill.
 func release(t *testing.T, p *process) {
 	t.Helper()
 	_, rest, _ := strings.Cut(readFile(t, fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)), "\nTracerPid:")

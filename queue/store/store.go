@@ -54,7 +54,7 @@ type Record struct {
 	Finished time.Time
 	Status   int
 
-	// For Batch.Add, if the option once lists the event's type: the event's digest, and how
+	// For Batch.Add, if the option `once` lists the event's type: the event's digest, and how
 	// long the store remembers the digest. If an earlier event has the same digest, Apply sets
 	// First to the id of the earlier event, and does not add the record.
 	Digest   []byte

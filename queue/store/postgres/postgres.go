@@ -70,13 +70,13 @@ func (p *Postgres) Validate() error {
 //		schema <name>
 //	}
 //
-// On the line of the option store, only a placeholder is allowed. Errors show no word of the
+// On the line of the option `store`, only a placeholder is allowed. Errors show no word of the
 // input: each word may be a part of the connection string.
 func (p *Postgres) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume the name of the store
 	if args := d.RemainingArgs(); len(args) > 0 {
 		if _, ok := placeholder.Name(args[0]); !ok || len(args) > 1 {
-			return d.Err("store: postgres takes one placeholder in braces, any other connection string goes into the block")
+			return d.Err("store: postgres takes one placeholder in braces: write any other connection string as dsn in its block")
 		}
 		p.DSN = args[0]
 	}

@@ -22,12 +22,11 @@ var (
 	errMoved   = errors.New("the database was deleted or replaced while it was open")
 )
 
-// repair repairs the file after an operation with the error err. The argument used has the files
-// that were open before the operation. The method moves a damaged file aside and opens an empty
-// file. If the open file is no longer at its path, the method copies the events into the file that
-// is now there. It can still read the old file, because this process has that file open. It returns
-// nil if it has repaired the file, and err if the file needs no repair. A command repairs nothing,
-// because Caddy may be running.
+// repair repairs the file after an operation that failed with err, and had the files in `used`
+// open. It moves a damaged file aside and opens an empty one. If the open file is no longer at
+// its path, repair copies its events into the file that is there now. This works because this
+// process still has the old file open. repair returns nil if it has repaired the file, and err
+// if the file needs no repair. A command repairs nothing, because Caddy may be running.
 func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	moved := errors.Is(err, errMoved)
 	if f.opening.Command || !moved && !errors.Is(err, errDamaged) {
