@@ -159,8 +159,8 @@ func (a *arrival) attempt() chan result {
 }
 
 // waitForPlace waits until the limit of parallel attempts allows this attempt, and returns true.
-// At the deadline, it returns false. After the time patience, it also returns false as soon as the
-// event is stored, because the schedule attempts a stored event later.
+// It returns false at the deadline, and after `patience` also as soon as the event is stored,
+// because the schedule attempts a stored event later.
 func (a *arrival) waitForPlace() bool {
 	if a.q.limits.TryTake() {
 		return true

@@ -207,7 +207,7 @@ func (d *database) keepCounts() {
 	}
 }
 
-// countPause returns the wait before the next count of the events. took is the time of the last.
+// countPause returns the wait before the next count of the events. took is how long the last took.
 func countPause(took time.Duration) time.Duration {
 	return min(max(countInterval, time.Duration(float64(took)/countShare)), maxCountPause)
 }

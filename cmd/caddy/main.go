@@ -1,5 +1,5 @@
-// Command caddy is Caddy with its standard modules, inkit_webhook and inkit_queue, for the
-// quick start and the tests. To build a Caddy for production, with modules and a version of
+// Command caddy is Caddy for the quick start and the tests. It contains inkit_webhook,
+// inkit_queue, and the standard modules of Caddy. To build a Caddy for production, with modules and a version of
 // your choice, use xcaddy.
 package main
 

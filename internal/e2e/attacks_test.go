@@ -97,8 +97,8 @@ func TestErrorRouteGetsNothingForged(t *testing.T) {
 	})
 }
 
-// The connection fields of a client do not remove fields of the guard, do not open a tunnel,
-// and do not prevent the proxy from buffering the body for a retry.
+// A client sends header fields such as Connection and Upgrade. The header fields of the guard
+// still reach the backend, no tunnel opens, and the proxy still buffers the body for a retry.
 func TestSenderDoesNotSteerTheProxy(t *testing.T) {
 	b := newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
 		if r.Header.Get("Upgrade") == "" {

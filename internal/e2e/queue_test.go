@@ -379,7 +379,7 @@ func TestQueueAsksADeadBackendSeldom(t *testing.T) {
 	assert.LessOrEqual(t, mostInASecond(times[10:]), 2)
 }
 
-// mostInASecond returns how many of the sorted times lie within one second, at most.
+// mostInASecond returns the largest number of the sorted times within any one second.
 func mostInASecond(times []time.Time) (most int) {
 	for i, at := range times {
 		n := 0

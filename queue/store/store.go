@@ -251,7 +251,7 @@ type Store interface {
 	Search(ctx context.Context, filter Filter, withRequest bool) (Page, error)
 
 	// ReadRows returns the next page of a table after a given page, sorted by id, or by queue
-	// in the table paused. If idle is true, ReadRows leaves out events with a running attempt.
+	// in the table `paused`. If idle is true, ReadRows leaves out events with a running attempt.
 	ReadRows(ctx context.Context, after Rows, idle bool) (Rows, error)
 
 	// Status returns the state of all queues in the database, and of the named queues.
@@ -267,7 +267,7 @@ type Store interface {
 
 	// Drop deletes events and their keys, and returns the number of deleted events. If Inkit
 	// sends a dropped event again, the queue stores that event. Drop is for a few thousand
-	// events at most: callers name the events of a page.
+	// events at most: the filter must have the ids of these events.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
 	// Tidy deletes expired keys and expired rows of the history, and gives free space back to
@@ -331,7 +331,8 @@ func Each(ctx context.Context, s Store, filter Filter, f func(page []*Record) er
 	}
 }
 
-// Merge makes one page from a filter's pages of several tables or databases.
+// Merge combines pages into one page. Each part is the page of the filter in another table or
+// database.
 func Merge(f Filter, parts ...Page) (all Page) {
 	order := func(a, b string) int {
 		if f.Newest {

@@ -50,7 +50,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 		err = f.open(ctx)
 	}
 	if err == nil && moved {
-		f.opening.Logger.Error("the database or its write-ahead log was deleted or replaced while it was open: its events were saved, find out what deletes this file")
+		f.opening.Logger.Error("the database or its write-ahead log was deleted or replaced while it was open: no event is lost, but find out what deletes or replaces these files")
 	}
 	return err
 }
