@@ -41,7 +41,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 	if d.NextArg() {
 		if _, ok := placeholder.Name(d.Val()); !ok {
-			return d.Err("inkit_webhook: takes one placeholder in braces: write a secret that is no placeholder into the block, in quotes")
+			return d.Err("inkit_webhook: takes only a placeholder in braces: to write the secret itself, use the option secret in the block")
 		}
 		h.Secrets = append(h.Secrets, Secret{Value: d.Val()})
 	}

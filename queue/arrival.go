@@ -123,7 +123,7 @@ func (a *arrival) storedOnce() bool {
 	case <-time.After(onceWait):
 	}
 	if a.q.onceLog.Allow() {
-		a.h.logger.Warn("cannot store events before their first attempt: events whose type the option once lists are attempted anyway, perhaps twice", zap.String("queue", a.q.name))
+		a.h.logger.Warn("cannot store events before their first attempt: events of the types in the option 'once' are attempted anyway, perhaps twice", zap.String("queue", a.q.name))
 	}
 	return true
 }

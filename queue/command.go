@@ -147,7 +147,7 @@ func migrateCommand(o *origin) *cobra.Command {
 				printed += n
 			}
 			if err == nil && printed == 0 {
-				err = errors.New("no queue of the configuration is in PostgreSQL")
+				err = errors.New("no queue in the configuration uses PostgreSQL")
 			}
 			return err
 		},

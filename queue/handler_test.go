@@ -651,7 +651,7 @@ func TestCleanupWithoutStop(t *testing.T) {
 	assert.Equal(t, c.handlers, c.queue().handlers)
 }
 
-// If the queue is full (max_events), a new event waits until an attempt may begin (concurrency).
+// If the queue is full, a new event waits until `concurrency` allows its first attempt.
 func TestFullQueueWaitsForTheBackend(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var up atomic.Bool

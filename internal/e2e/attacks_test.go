@@ -34,9 +34,9 @@ func exchange(t *testing.T, addr, request string) (status int, rest *bufio.Reade
 	return resp.StatusCode, reader
 }
 
-// An error route that does not look at the outcome passes every rejected request to a backend,
-// but without the unsigned data. The directive "timeouts" in front of the guard copies the
-// request. The backend gets no unsigned data from this copy, either.
+// An error route that does not look at the outcome passes every rejected request to a backend.
+// The backend gets neither the unsigned body nor the field Upgrade, also if the directive
+// "timeouts" in front of the guard makes a copy of the request.
 func TestErrorRouteGetsNothingForged(t *testing.T) {
 	for name, before := range map[string]string{"": "", "behind timeouts": "timeouts {\n\t\tread_timeout 10s\n\t}\n\t"} {
 		t.Run("no gate "+name, func(t *testing.T) {
