@@ -41,7 +41,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // consume directive name
 	if d.NextArg() {
 		if _, ok := placeholder.Name(d.Val()); !ok {
-			return d.Err("inkit_webhook: takes only a placeholder in braces: to write the secret itself, use the option secret in the block")
+			return d.Err("inkit_webhook: takes only a placeholder in braces: write any other secret into the block, in quotes")
 		}
 		h.Secrets = append(h.Secrets, Secret{Value: d.Val()})
 	}

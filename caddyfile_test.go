@@ -51,7 +51,7 @@ func TestAdapt(t *testing.T) {
 func TestCaddyfileErrorsShowNoInput(t *testing.T) {
 	const (
 		none     = "secret: at least one is required"
-		onLine   = "inkit_webhook: takes only a placeholder in braces: to write the secret itself, use the option secret in the block"
+		onLine   = "inkit_webhook: takes only a placeholder in braces: write any other secret into the block, in quotes"
 		onSecret = "secret: must be one placeholder or a text in quotes, and only name <name> may follow"
 		onSize   = "max_size: must be one size above 0, such as 64KiB"
 		unknown  = "inkit_webhook: only secret, name, max_size and idempotency_key are allowed"

@@ -393,7 +393,7 @@ func TestMaxAge(t *testing.T) {
 		time.Sleep(8 * time.Minute)
 		synctest.Wait()
 		assert.Equal(t, map[string]int{store.Dead: 1}, c.counts(t))
-		died := c.logs.FilterMessage("an event is dead: the backend has not accepted it for max_age").FilterLevelExact(zapcore.ErrorLevel)
+		died := c.logs.FilterMessage("an event is dead: the backend has not accepted it within max_age, see caddy inkit-queue retry").FilterLevelExact(zapcore.ErrorLevel)
 		require.Equal(t, 1, died.Len())
 		assert.Equal(t, "DOCUMENT_CREATE_FINISHED", died.All()[0].ContextMap()["event_type"])
 		assert.EqualValues(t, attempts.Load(), died.All()[0].ContextMap()["attempts"])

@@ -189,7 +189,7 @@ func TestRefusedByAnOldCount(t *testing.T) {
 }
 
 // An event that is not stored, because the queue is full (max_events), counts as refused even
-// if the backend accepts the event later.
+// if its first attempt then succeeds.
 func TestRefusedEventCountsOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var slow atomic.Bool

@@ -229,7 +229,7 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 			})
 		}
 	case age >= time.Duration(h.MaxAge):
-		h.logger.Error("an event is dead: the backend has not accepted it for max_age", zap.String("id", r.ID),
+		h.logger.Error("an event is dead: the backend has not accepted it within max_age, see caddy inkit-queue retry", zap.String("id", r.ID),
 			zap.String("event_type", r.EventType), zap.String("resource_id", r.ResourceID),
 			zap.Int("attempts", r.Attempts), zap.Duration("age", age), zap.Error(res.err))
 		f.Outcome, f.LastError = store.SetAside, lastError(res.err)

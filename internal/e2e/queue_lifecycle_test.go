@@ -251,7 +251,7 @@ func TestQueueCommands(t *testing.T) {
 		require.Equal(t, http.StatusOK, s.once(t, fmt.Sprint("bad-", i)).status)
 	}
 	waitFor(t, "they are dead", c.process, func() bool { return len(c.list(t, "--state", "dead")) == 3 })
-	assert.Equal(t, 3, strings.Count(c.output.String(), "an event is dead: the backend has not accepted it for max_age"), "a line for each")
+	assert.Equal(t, 3, strings.Count(c.output.String(), "an event is dead: the backend has not accepted it within max_age, see caddy inkit-queue retry"), "a line for each")
 	waitFor(t, "the metric says so", c.process, func() bool {
 		return c.metric(`caddy_inkit_queue_events{queue="default",state="dead"}`) == "3"
 	})

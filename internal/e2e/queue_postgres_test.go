@@ -400,5 +400,5 @@ func TestPostgresMigrate(t *testing.T) {
 	s := newSender(t, c)
 	waitFor(t, "it accepts, without a reload", c.process, func() bool { return s.once(t, fmt.Sprint("kept-", s.tries)).status == http.StatusOK })
 	_, err = c.command("inkit-queue", "migrate", "--db", c.path("x.db"))
-	require.ErrorContains(t, err, "no queue of the configuration is in PostgreSQL")
+	require.ErrorContains(t, err, "no queue in the configuration uses PostgreSQL")
 }
