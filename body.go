@@ -26,9 +26,9 @@ var (
 	errBodyUnreadable = errors.New("body did not arrive whole")
 )
 
-// readBody reads r to its end. If r fails, or has more than max bytes or fewer than length,
-// readBody returns an error of the table rejections and the bytes that arrived. A length of -1
-// means that the length is unknown.
+// readBody reads r to its end. If r fails, or has more than `max` bytes, or has fewer than `length`
+// bytes, readBody returns the bytes that arrived, and an error of the table rejections. If the
+// length is unknown, `length` is -1.
 //
 // The memory for a body grows with the bytes that arrive, not with the announced length. It is at
 // most firstRead or four times the body, whichever is larger. No other request reuses this memory,
@@ -76,9 +76,9 @@ func readError(err error) error {
 }
 
 // endBody closes a rejected body, so that no handler with a copy of the request can read it. If
-// discard is true, endBody first reads and discards the rest of the body. Without this, a reset of
-// the connection would hide the answer from a client that is still sending, and a proxy in front
-// would believe that the site is down. endBody reports whether it has read the body to its end.
+// `discard` is true, endBody first reads and discards the rest of the body. If the rest is unread,
+// a reset of the connection hides the answer from a client that is still sending, and a proxy in
+// front believes that the site is down. endBody reports whether it has read the body to its end.
 func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 	if r.Body == nil || r.Body == http.NoBody {
 		return true
@@ -106,8 +106,8 @@ func endBody(w http.ResponseWriter, r *http.Request, discard bool) (all bool) {
 	return all
 }
 
-// setBody removes the body from the request, and sets the length of the next body for FastCGI
-// backends. It also removes the trailers, because with trailers, a proxy would send chunks.
+// setBody removes the body and the trailers. With trailers, a proxy would send chunks. setBody also
+// sets the length of the body that attachBody may attach later: FastCGI backends need the length.
 func setBody(r *http.Request, length int) {
 	r.Body, r.GetBody = http.NoBody, nil
 	r.ContentLength, r.TransferEncoding, r.Trailer = int64(length), nil, nil
@@ -139,7 +139,7 @@ type bodyReader struct{ bytes.Reader }
 
 func (*bodyReader) Close() error { return nil }
 
-// attachBody makes reader the body of the request. It also sets GetBody, with which net/http's
+// attachBody makes `reader` the body of the request. It also sets GetBody, with which net/http's
 // Transport can send the body again.
 func (d *delivery) attachBody(r *http.Request, reader *bodyReader) {
 	reader.Reset(d.event.Body)

@@ -42,7 +42,7 @@ import (
 //  6. a default secret: TestSecretsThatAreRefused ("no secret at all")
 //  7. == on signatures: TestComparesInConstantTime
 //  8. a panic on a short header: TestVerify, TestRoad, FuzzParseSignature
-//  9. one good signature among several passes: TestRoad
+//  9. a request with several signatures passes, because one of them is good: TestRoad
 //  10. the sender chooses the hash function: TestRoad ("a prefix"), TestVerify
 //  11. a kind of body that is not hashed: TestRoad (the kinds of body)
 //  12. no limit, or the body is read before the header is checked: TestRoad, TestRejectedBodyIsDiscarded, TestReadBodyPaysForWhatArrived
@@ -50,7 +50,7 @@ import (
 //  14. secrets, signatures or bodies in logs and responses: TestLogs, TestSecretsThatAreRefused, TestCaddyfileErrorsShowNoInput
 //  15. 413 hidden behind another status: TestRoad
 //  16. handle_errors bypassed: TestRoad (nothing is written), and internal/e2e TestHandleErrors
-//  17. faulty replay detection: the guard has none
+//  17. faulty replay detection: the guard does not detect replays
 //  18. bodies that are not UTF-8: TestRoad
 //  19. a valid empty body: TestRoad, TestVerify
 //  20. chunked bodies and FastCGI: TestVerifiedRequestHasItsLength, and internal/e2e TestBodiesArriveWhole
@@ -694,9 +694,9 @@ func TestNameOfTheWebhook(t *testing.T) {
 	}
 }
 
-// FuzzServeHTTP writes any bytes to a socket of net/http's server with the handler.
-// SIGNATURE is replaced by the signature of body, and BODY by body, so that some requests
-// are genuine. A plain use of crypto/hmac checks each body that the next handler gets.
+// FuzzServeHTTP writes any bytes to a server of net/http that runs the handler. The test
+// replaces SIGNATURE by the signature of `body`, and BODY by `body`, so that some requests are
+// genuine. A plain use of crypto/hmac checks each body that the next handler gets.
 func FuzzServeHTTP(f *testing.F) {
 	seed := func(head, body string) { f.Add([]byte(head), []byte(body)) }
 	const post = "POST / HTTP/1.1\r\nHost: x\r\nInkit-Signature: SIGNATURE\r\n"

@@ -88,7 +88,7 @@ type rule struct {
 
 // rules match a text that cannot be a secret of Inkit: the content of a damaged file, a text with
 // more than the secret in it, or a reference instead of the secret (anybody can guess a reference).
-// The first matching rule sets the error. A test has an example for each rule, by its name.
+// The first matching rule sets the error. A test has examples for each rule, under the rule's name.
 var rules = []rule{
 	{"not UTF-8", regexp.MustCompile(`\x{FFFD}`), errors.New("must be UTF-8")}, // regexp reads invalid bytes as U+FFFD
 	{"white space around it", regexp.MustCompile(`^[\s\pZ]|[\s\pZ]$`), errors.New("must not start or end with white space")},

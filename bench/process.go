@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// process is a program that listens on addr, with all of its child processes.
+// process is a program and all of its child processes. The program listens on addr.
 type process struct {
 	cmd    *exec.Cmd
 	addr   string

@@ -34,7 +34,8 @@ func init() {
 //		}
 //	}
 //
-// All options but deliver can be left out. The options come in any order, and none is repeated.
+// Only the option `deliver` is required. The options can be in any order. No option can be
+// repeated.
 func parseCaddyfile(helper httpcaddyfile.Helper) (caddyhttp.MiddlewareHandler, error) {
 	h, d := new(Handler), helper.Dispenser
 	d.Next() // consume directive name
@@ -107,8 +108,8 @@ func (h *Handler) parseStore(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// parseDuration parses the duration of an option, whose name is in the argument word. It refuses a
-// duration below the argument least.
+// parseDuration parses the duration of an option. The argument `word` is the name of the option.
+// parseDuration refuses a duration below the argument `least`.
 func parseDuration(d *caddyfile.Dispenser, word string, least time.Duration) (caddy.Duration, error) {
 	var text string
 	if d.AllArgs(&text) {

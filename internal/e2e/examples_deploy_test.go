@@ -21,7 +21,8 @@ import (
 // the backend and Prometheus. They run the commands of each README outside a container.
 // examples/test checks the manifests.
 
-// deployed is a Caddy that is configured as in a container, and a shell outside the container.
+// deployed is a Caddy with the Caddyfile of a container. The method `shell` runs scripts outside
+// a container.
 type deployed struct {
 	*caddy
 	metrics, secretFile string

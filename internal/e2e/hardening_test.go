@@ -105,8 +105,8 @@ func TestMemoryOfSlowConnections(t *testing.T) {
 	}
 	guarded := perConnection(guardedSite)
 	proxied := perConnection(plainSite)
-	// the minimum for comparison: Caddy keeps the connection open, and waits for the rest of
-	// the header
+	// only for the log line below: the memory of a connection while Caddy waits for the rest
+	// of the header
 	request = strings.Replace(request, "\r\n\r\n", "\r\nX: ", 1)
 	idle := perConnection(plainSite)
 	t.Logf("%d connections: %d bytes each, %d with plain reverse_proxy, %d with plain Caddy that waits for the header", connections, guarded, proxied, idle)
@@ -273,7 +273,7 @@ func TestSameVerdictAsInkitsListener(t *testing.T) {
 }
 
 // randomRequest returns a request with a random body, signature, method and framing. Each of
-// these parts is usually correct. whole reports whether the request is complete.
+// these parts is usually correct. The result `whole` is true if the request is complete.
 func randomRequest(r *rand.Rand) (request []byte, whole bool) {
 	whole = true
 	pick := func(values ...string) string { return values[r.IntN(len(values))] }
@@ -359,9 +359,9 @@ func randomRequest(r *rand.Rand) (request []byte, whole bool) {
 	return append([]byte(method+" /webhook HTTP/1.1\r\n"+strings.Join(fields, "\r\n")+"\r\n\r\n"), framed.Bytes()...), whole
 }
 
-// verdict sends a request and returns the status of the response. Only after an incomplete
-// request, verdict closes its half of the connection: after a complete request, net/http would
-// treat the sender as disconnected.
+// verdict sends a request and returns the status of the response. After an incomplete request,
+// verdict closes its half of the connection. After a complete request, verdict leaves its half
+// open, because net/http would treat a sender with a closed half as disconnected.
 func verdict(addr string, request []byte, whole bool) (int, error) {
 	conn, err := net.Dial("tcp", addr)
 	if err != nil {

@@ -31,8 +31,9 @@ func postLater(t *testing.T, url string, body []byte) (status chan int) {
 	return status
 }
 
-// TestRecipeSignatureInLogs: with both filters, no log has a signature. Both filters are
-// necessary for a proxy directly behind the guard, and for a proxy in a queue.
+// TestRecipeSignatureInLogs: with both filters, no log has a signature. If one filter is
+// missing, a log has a signature. The test uses a proxy directly behind the guard, and a proxy
+// in a queue.
 func TestRecipeSignatureInLogs(t *testing.T) {
 	t.Parallel()
 	const filter = "\t\tformat filter {\n\t\t\trequest>headers>Inkit-Signature delete\n\t\t}\n"

@@ -57,7 +57,7 @@ func events(n int) string {
 	return number(n) + " events"
 }
 
-// when returns the text of a time relative to now, such as 5 min ago.
+// The function "when" returns a time relative to now as text, such as "5 min ago".
 func when(t time.Time) string {
 	switch ago := time.Since(t); {
 	case ago >= time.Second:

@@ -129,7 +129,8 @@ type Count struct {
 	Oldest       time.Duration // the age of the oldest event
 }
 
-// Filter selects events for operators. An empty field, except States, sets no condition.
+// Filter selects events for operators. A field with its zero value sets no condition. Only States
+// is different: nil selects pending and dead events.
 type Filter struct {
 	Queue    string
 	States   []string // nil for pending and dead
@@ -153,7 +154,7 @@ type Page struct {
 	Records []*Record // in the order of their ids
 
 	// Next is the position of the next page. It is empty on the last page. A slow search
-	// stops early, perhaps without a record, after it has read all events up to Next.
+	// stops early: it has read all events up to Next, and Records may be empty.
 	Next string
 }
 
@@ -203,7 +204,7 @@ type QueueStatus struct {
 	Failed     Hours // failed attempts at the delivered events, by the hour of the delivery
 	Duplicates int   // duplicates of all events whose digests the store remembers
 
-	// Errors are the most frequent last errors of pending and dead events, at most five.
+	// Errors has up to five errors: the most frequent last errors of pending and dead events.
 	// If there are many events, only the oldest and the newest events count.
 	Errors []ErrorCount
 }
@@ -233,8 +234,8 @@ type Store interface {
 	Apply(ctx context.Context, b *Batch) error
 
 	// Due fills the Records of a claim with due events, but sets no lease, so that events in a
-	// read-only database are delivered too. Call Due after Apply has failed: the argument cause is
-	// the error of Apply. Due returns this error if no event is due, or if another process could
+	// read-only database are delivered too. Call Due after Apply has failed. The argument `cause`
+	// is the error of Apply. Due returns `cause` if no event is due, or if another process could
 	// attempt the same events.
 	Due(ctx context.Context, c *Claim, cause error) error
 
@@ -254,7 +255,8 @@ type Store interface {
 	// in the table `paused`. If idle is true, ReadRows leaves out events with a running attempt.
 	ReadRows(ctx context.Context, after Rows, idle bool) (Rows, error)
 
-	// Status returns the state of all queues in the database, and of the named queues.
+	// Status returns the state of all queues in the database, and of the queues in the argument
+	// `queues`, even if the database has nothing of these.
 	Status(ctx context.Context, queues ...string) (Status, error)
 
 	// Pause starts or ends the pause of a queue. It returns false if the queue was in this
@@ -265,9 +267,10 @@ type Store interface {
 	// running attempt. It returns the number of changed events.
 	Retry(ctx context.Context, filter Filter) (int, error)
 
-	// Drop deletes events and their keys, and returns the number of deleted events. If Inkit
-	// sends a dropped event again, the queue stores that event. Drop is for a few thousand
-	// events at most: the filter must have the ids of these events.
+	// Drop deletes events and their keys (rows of the table `once`), and returns the number of
+	// deleted events. If Inkit sends a dropped event again, the queue stores that event. The
+	// filter must have the ids of the events to delete. Drop can delete up to a few thousand
+	// events.
 	Drop(ctx context.Context, filter Filter) (int, error)
 
 	// Tidy deletes expired keys and expired rows of the history, and gives free space back to
@@ -313,7 +316,8 @@ type Opener interface {
 }
 
 // Each calls f with every page of the events that the filter selects, without their requests. The
-// function f may be slow: while it runs, no read is open that would let SQLite's log grow.
+// function f may be slow: Each has no read open while f runs. An open read would let SQLite's log
+// grow.
 func Each(ctx context.Context, s Store, filter Filter, f func(page []*Record) error) error {
 	for {
 		page, err := s.Search(ctx, filter, false)
@@ -331,8 +335,8 @@ func Each(ctx context.Context, s Store, filter Filter, f func(page []*Record) er
 	}
 }
 
-// Merge combines pages into one page. Each part is the page of the filter in another table or
-// database.
+// Merge combines pages into one page. All parts are pages of the same filter, but from different
+// tables or databases.
 func Merge(f Filter, parts ...Page) (all Page) {
 	order := func(a, b string) int {
 		if f.Newest {
@@ -357,9 +361,10 @@ func Merge(f Filter, parts ...Page) (all Page) {
 	return all
 }
 
-// Copy copies all rows of a store into another store. It calls the function copied with the ids of
-// each copied page of events. If idle is true, Copy leaves out events with a running attempt. It does
-// not change rows that the other store already has. If ctx ends, Copy stops before the next page.
+// Copy copies all rows of the store `from` into the store `to`. After each page of events, Copy
+// calls the function `copied` with the ids of the events. If `idle` is true, Copy leaves out events
+// with a running attempt. Copy does not change rows that the store `to` already has. If ctx ends,
+// Copy stops before the next page.
 func Copy(ctx context.Context, to, from Store, idle bool, copied func(ids []string) error) error {
 	for _, table := range []string{"paused", "once", "history", "events"} { // the events come last, because the function copied may drop an event and its key from the source
 		for page := (Rows{Table: table}); ; {

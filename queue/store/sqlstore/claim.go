@@ -12,8 +12,8 @@ import (
 
 // claim leases due events of a queue for the owner, and sets the Records of the claim.
 func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
-	// A due time that is further ahead than store.Latest and the lease comes from a wrong clock.
-	// This statement makes such an event due now.
+	// No event waits longer than store.Latest or the lease, whichever is longer. A later due time
+	// comes from a wrong clock. This statement makes an event with a later due time due now.
 	_, err := d.exec(ctx, tx, `
 		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
 			SELECT e.id FROM {schema}inkit_queue_events AS e
@@ -43,7 +43,7 @@ func (d *DB) claimFrom(ctx context.Context, tx *sql.Tx, owner string, claim *sto
 	return err
 }
 
-// Due implements store.Store. If another process may still write, Due returns the argument cause,
+// Due implements store.Store. If another process may still write, Due returns the error `cause`,
 // because that process may attempt the same events. On a full disk, Due reads the events, because
 // no process can write.
 func (d *DB) Due(ctx context.Context, c *store.Claim, cause error) (err error) {
