@@ -167,7 +167,7 @@ URL: it follows no redirects, and uses no proxy.
 	return cmd
 }
 
-// sendAll sends an event count times, and prints the responses. Status 2xx counts as accepted.
+// sendAll sends an event `count` times, and prints the responses. Status 2xx counts as accepted.
 func sendAll(url string, body []byte, signature string, count int, interval time.Duration) (accepted, refused int, err error) {
 	for i := range count {
 		if i > 0 {
@@ -243,7 +243,7 @@ func commandSecrets(files ...string) (secrets []Secret, err error) {
 	return secrets, nil
 }
 
-// readInput reads the named file, or standard input if the name is - or missing.
+// readInput reads the named file, or standard input if the name is "-" or missing.
 func readInput(names ...string) ([]byte, error) {
 	if len(names) == 0 || names[0] == "-" {
 		return io.ReadAll(os.Stdin)

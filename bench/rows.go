@@ -18,7 +18,7 @@ const path = "/hooks/inkit"
 const njsModule = "/usr/lib/nginx/modules/ngx_http_js_module.so"
 
 // rows returns pairs: a program without verification, and the same program with
-// verification. caddy is the path of the binary, and backend the address of the backend.
+// verification. `caddy` is the path of the Caddy binary. `backend` is the address of the backend.
 func rows(caddy, backend string) (all []*row) {
 	pair := func(proxy string, files func(addr string, verifies bool) map[string]string, command func(dir, addr string) *exec.Cmd) {
 		for _, verifies := range []bool{false, true} {

@@ -98,7 +98,8 @@ func TestAlertRules(t *testing.T) {
 	}
 }
 
-// TestMonitoringDoc: docs/monitoring.md names every alert and metric, and the rule in it fires.
+// TestMonitoringDoc: docs/monitoring.md names every alert and metric, and the alert rule in
+// docs/monitoring.md fires.
 func TestMonitoringDoc(t *testing.T) {
 	t.Parallel()
 	doc := readFile(t, "../../docs/monitoring.md")
@@ -229,7 +230,7 @@ type series struct {
 	value  float64
 }
 
-// query evaluates an expression at one time.
+// query evaluates an expression at the time `at`.
 func (p *prometheus) query(at time.Time, expr string) (result []series) {
 	p.t.Helper()
 	resp, err := http.PostForm("http://"+p.addr+"/api/v1/query", url.Values{"query": {expr}, "time": {at.Format(time.RFC3339Nano)}})
@@ -311,10 +312,12 @@ func TestDashboard(t *testing.T) {
 		`count(caddy_inkit_queue_events{queue="documents", state="pending"} == 5)`,
 		`count(caddy_inkit_queue_events{queue="mail", state="dead"} == 1)`,
 		`count(caddy_inkit_queue_oldest_age_seconds{queue="documents"} > 1)`,
-		// increase() extrapolates: with fewer scrapes, its result is wrong by more than a tenth
+		// increase() extrapolates: after fewer than 15 scrapes, its result is wrong by more
+		// than a tenth
 		`count(count_over_time(up[1m]) > 14)`)
 
-	// the required value of each line in a panel, by its legend; further lines are an error
+	// want has, for each panel, the legends of its lines and their values; a panel must not have
+	// other lines
 	one, two := " "+c.admin, " "+other.admin
 	type lines map[string]float64
 	const some = -1 // 1 or more
@@ -374,7 +377,8 @@ func TestDashboard(t *testing.T) {
 			assert.Equal(t, "stepAfter", defaults.Custom.LineInterpolation, panel.Title)
 		}
 		require.Len(t, panel.Targets, 1, panel.Title)
-		// the function "shown" returns the lines of the panel at a time, for one webhook and queue
+		// the function "shown" returns the lines that the panel shows at the time `at`; `choice` is
+		// the chosen webhook and queue
 		shown := func(at time.Time, choice string) lines {
 			got := make(lines)
 			target := panel.Targets[0]
@@ -437,7 +441,8 @@ func TestDashboard(t *testing.T) {
 		}
 		right(shown(before, ".*"), none, "before the first event")
 
-		// after a rotation, an operator looks at this panel long after the last event
+		// the panel must still show events after 23 hours, because after a rotation an operator
+		// looks at it long after the last event
 		if strings.HasSuffix(panel.Title, "last day") {
 			right(shown(now.Add(23*time.Hour), ".*"), want[panel.Title], "after 23 hours")
 		}

@@ -144,7 +144,8 @@ func TestPostgresOnce(t *testing.T) {
 	assert.Equal(t, 1, strings.Count(caddys[0].output.String(), "cannot store events before their first attempt"))
 }
 
-// A paused queue stays paused after a reload, a restart and kill -9, also in another Caddy.
+// A queue that two Caddys share is paused in both, and stays paused in both after one Caddy
+// has reloaded, restarted, and been killed with kill -9.
 func TestPostgresPause(t *testing.T) {
 	t.Parallel()
 	server := pgtest.Start(t)

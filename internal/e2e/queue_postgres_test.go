@@ -287,7 +287,7 @@ func TestPostgresExample(t *testing.T) {
 		waitFor(t, "Caddy answers", c.process, listening("localhost:"+port(c.addr)))
 		caddys = append(caddys, c)
 	}
-	// the command of the README that sends an event, for each Caddy
+	// for each Caddy, the test runs the command from the README that sends an event
 	_, curl, _ := strings.Cut(readFile(t, dir+"/README.md"), "BODY=")
 	curl, _, _ = strings.Cut(curl, "```")
 	for i, c := range caddys {

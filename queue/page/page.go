@@ -46,9 +46,9 @@ var headers = map[string]string{
 // Handler shows the queues of this Caddy to an operator, who can retry and drop events,
 // and pause queues.
 //
-// It does not authenticate users. A handler in front must authenticate them, such as
-// `http_basic` authentication. For a request without a user, an error with HTTP status 403 is
-// returned, and a log line gives the reason, at most once a minute.
+// It does not authenticate users. A handler in front, such as `http_basic` authentication, must
+// authenticate them. For a request without a user, an error with HTTP status 403 is returned.
+// At most once a minute, a log line gives the reason.
 //
 // It works under every path: only the word after the last slash selects the view, and all
 // links are relative. You can serve it under a prefix, and strip the prefix or not.

@@ -14,7 +14,7 @@ const (
 )
 
 // Breaker decides from the attempts of this process whether the backend is down. While the
-// backend is down, one attempt a second probes it. After a successful probe, the limit of
+// backend is down, one attempt per second probes it. After a successful probe, the limit of
 // parallel attempts is 1, and doubles with each attempt that reaches the backend. Changes of
 // the system clock have no effect.
 type Breaker struct {

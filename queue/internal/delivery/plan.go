@@ -27,7 +27,8 @@ func (b Backend) Allows() bool { return !b.isDown() && b.Ramp == 0 }
 
 // Plan returns how many due events the schedule claims now. If this number is 0, Plan returns
 // how long the schedule waits. The wait ends early when an event is stored or finished. The argument
-// limit is the allowed number of attempts at old events, and running is the current number.
+// `limit` is the allowed number of attempts at old events. The argument `running` is how many of
+// these attempts run now.
 func Plan(b Backend, p store.Peek, limit, running int) (claim int, wait time.Duration) {
 	switch {
 	case b.isDown() && (b.Probe > 0 || running > 0):

@@ -14,13 +14,13 @@ import (
 )
 
 const (
-	// maxBatch is how many events, and how many rows of the history, one transaction adds at
-	// most, so that no event waits for long.
+	// One transaction adds at most maxBatch events, and at most maxBatch rows of the history,
+	// so that no event waits for long.
 	maxBatch = 500
 
-	// Rows of the history are written with the next transaction, which begins at the latest
-	// after historyPause. While the database fails, memory keeps at most historyRoom rows, and
-	// further rows are lost.
+	// The next transaction writes the waiting rows of the history. It begins no later than
+	// historyPause after the first of these rows. While the database fails, memory
+	// keeps at most historyRoom rows, and further rows are lost.
 	historyPause = time.Second
 	historyRoom  = 100_000
 
@@ -66,8 +66,9 @@ type Writer struct {
 	claims   []*claim
 	history  []*store.Record
 
-	// attempting has the ids of the events that this process attempts, until their results are
-	// written. No claim returns these events, even if a changed clock makes them due.
+	// attempting has the ids of the events that this process attempts. An id stays here until
+	// the result of its attempt is written. No claim returns these events, even if a changed
+	// clock makes them due.
 	attempting map[string]bool
 }
 
@@ -204,8 +205,8 @@ func (w *Writer) endLocked(a *Addition, err error) {
 	a.note(err)
 }
 
-// Claim leases events that are due. It leaves out the events that this process attempts,
-// until their results are written. Call Finish for each claimed event.
+// Claim leases events that are due. It leaves out each event that this process attempts or
+// whose result is not yet written. Call Finish for each claimed event.
 func (w *Writer) Claim(c *store.Claim) ([]*store.Record, error) {
 	waits := &claim{c, make(chan error, 1)}
 	w.mu.Lock()
@@ -302,7 +303,7 @@ func (w *Writer) take() (adds []*Addition, claims []*claim, b *store.Batch) {
 }
 
 // write does the waiting work in one transaction. It returns false if the transaction failed, or
-// if the writer must try to write some finishes again.
+// if it could not store the results of some attempts, so that the writer must try again.
 func (w *Writer) write() bool {
 	adds, claims, b := w.take()
 	if len(b.Add)+len(b.Finish)+len(b.History)+len(b.Claims) == 0 {
@@ -383,8 +384,8 @@ func (w *Writer) settle(adds []*Addition, b *store.Batch, err error) {
 }
 
 // exclude removes from a claim the events that this process already attempts, and adds the
-// other events to attempting. It must run before the next transaction, because that
-// transaction may remove events from attempting.
+// other events to the map `attempting`. It must run before the next transaction, because that
+// transaction may remove events from this map.
 func (w *Writer) exclude(c *store.Claim) {
 	w.mu.Lock()
 	defer w.mu.Unlock()

@@ -61,7 +61,7 @@ func event(id string) *store.Record {
 
 func request() ([]byte, error) { return []byte("request"), nil }
 
-// add adds an event whose sender waits for the duration wait.
+// add adds an event whose sender waits for the duration `wait`.
 func add(w *Writer, r *store.Record, wait time.Duration) *Addition {
 	a := NewAddition(r, request, time.Now().Add(wait), func(error) {})
 	w.Add(a)

@@ -31,7 +31,7 @@ func (c *condition) add(part string, args ...any) {
 	c.parts, c.args = append(c.parts, part), append(c.args, args...)
 }
 
-// when adds a part to the condition, but only if the argument used is true.
+// when adds a part to the condition, but only if the argument `used` is true.
 func (c *condition) when(used bool, part string, arg any) {
 	if used {
 		c.add(part, arg)
@@ -72,10 +72,11 @@ func tables(f store.Filter) (found []string) {
 }
 
 // conditions returns the condition of a filter in two parts. A row fits if both parts are true.
-// An index finds the rows of bounds in the order of their ids. The times of the filter are in
-// bounds too, because an id begins with the time of its event. In rest, concatenations with an
+// An index finds the rows of `bounds` in the order of their ids. The times of the filter are in
+// `bounds` too, because an id begins with the time of its event. In `rest`, concatenations with an
 // empty text prevent the use of the index of due times, so that the database reads the rows in the
-// order of their ids. Without pending and dead events in the filter, no row of the table events fits.
+// order of their ids. If the filter selects neither pending nor dead events, no row of the table
+// `events` fits.
 func conditions(f store.Filter, table string) (bounds, rest *condition) {
 	bounds, rest = new(condition), new(condition)
 	if table == events && !has(f, store.Pending) {
@@ -156,7 +157,7 @@ func (d *DB) searchTable(ctx context.Context, table string, f store.Filter, with
 	}
 }
 
-// recordColumns returns the columns of a table that the method records needs.
+// recordColumns returns the columns of a table that the method `records` needs.
 func recordColumns(table string, withRequest bool) string {
 	columns := `id, queue, state, received, due, {now} - queued, lease, attempts, last_error, event_type, resource_id, NULL, 0`
 	if table == history {

@@ -124,7 +124,7 @@ func (d *DB) each(ctx context.Context, db Querier, dest []any, row func(), query
 	return rows.Err()
 }
 
-// read runs a query as the method each does, but outside of a transaction, and translates its error.
+// read runs a query with the method `each`, outside of a transaction, and translates the error.
 func (d *DB) read(ctx context.Context, dest []any, row func(), query string, args ...any) error {
 	return d.Wrap(d.each(ctx, d.Read, dest, row, query, args...))
 }
