@@ -20,7 +20,7 @@ import (
 	"go.uber.org/zap/zaptest/observer"
 )
 
-// A changed file can make two secrets of a running guard equal. They must load after a restart.
+// A changed file can make two secrets of a running guard equal. A restart must then accept them.
 func TestEqualSecretsLoadWithOneWarning(t *testing.T) {
 	path := writeFile(t, filepath.Join(t.TempDir(), "secret"), "next\n")
 	core, logs := observer.New(zapcore.DebugLevel)
@@ -50,7 +50,7 @@ func reloadsSince(h *Handler) func() string {
 	}
 }
 
-// inBubble runs f with the clock of a synctest bubble, and waits for the last reload in it.
+// inBubble runs f in a synctest bubble, then waits one second of its clock for the last reload.
 func inBubble(t *testing.T, f func(t *testing.T)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {

@@ -96,7 +96,7 @@ func problems(t *testing.T, content string) (problems []string) {
 				directives = append(directives, strings.Join(words, " "))
 			}
 		}
-		// inkit_queue_page answers all paths, so its site needs no error 404
+		// a site that ends in inkit_queue_page needs no `error 404`: the page answers all paths
 		if len(directives) == 0 || directives[len(directives)-1] != "error 404" && !endsInPage(directives) {
 			problems = append(problems, keys[0]+": does not end in error 404")
 		}

@@ -47,8 +47,8 @@ func (a *App) Provision(ctx caddy.Context) error {
 }
 
 // register adds a handler. If the app already has a handler with this name and these settings,
-// register adds nothing: a site with two listeners has each handler twice. For a handler with the
-// name of an earlier one and other settings, it returns an error.
+// register adds nothing: a site with two listeners has each handler twice. If the app has a
+// handler with this name and other settings, register returns an error.
 func (a *App) register(h *Handler) error {
 	i := slices.IndexFunc(a.handlers, func(other *Handler) bool { return other.Name == h.Name })
 	if i < 0 {

@@ -46,9 +46,10 @@ type result struct {
 	retryAfter  time.Duration // from the Retry-After field
 }
 
-// attempt makes one attempt at an event, and returns the result when the handlers return, but
-// at the latest endMargin after attempt_timeout. If an earlier attempt at the event is still
-// running, or too many attempts are overdue, the result is an error, and no handler is called.
+// attempt makes one attempt at an event, and returns the result when the handlers return. If they
+// are still running endMargin after attempt_timeout, the result is an error. If an earlier attempt
+// at the event is still running, or too many attempts are overdue, the result is an error too,
+// and no handler is called.
 func (q *queue) attempt(h *Handler, r *request.Request, rec *store.Record) (res result) {
 	tooMany := false
 	q.locked(func() { tooMany = q.overdue[rec.ID] || len(q.overdue) >= maxOverdue })

@@ -86,7 +86,8 @@ func sqliteIn(t *testing.T) store.Opener {
 	return &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
 }
 
-// onceAnswers sends an event a second time, during the first request and after each result.
+// onceAnswers sends the same event twice to a queue with the option `once`: the second request
+// comes during the first one, or after the first one had one of the possible results.
 func onceAnswers(t *testing.T, newOpener func(t *testing.T) store.Opener) {
 	t.Helper()
 	for _, tt := range []struct {

@@ -207,7 +207,8 @@ func (d *database) keepCounts() {
 	}
 }
 
-// countPause returns the wait before the next count of the events. took is how long the last took.
+// countPause returns the wait before the next count of the events. The argument `took` is the
+// duration of the last count.
 func countPause(took time.Duration) time.Duration {
 	return min(max(countInterval, time.Duration(float64(took)/countShare)), maxCountPause)
 }

@@ -37,7 +37,7 @@ const secret = "test_inkit_webhook_secret"
 // length.
 var long = os.Getenv("E2E_LONG") != ""
 
-// size returns full in a long run, and quick in a short run.
+// size returns the argument `full` if `long` is true, and the argument `quick` if it is not.
 func size(full, quick int) int {
 	if long {
 		return full
@@ -232,7 +232,7 @@ type caddy struct {
 
 // startCaddy runs Caddy with a Caddyfile. {{addr}} and {{port}} are the address and port
 // of the site, and {{dir}} is a folder for this Caddy. The global options set the
-// address of the admin API, and contain the text of options.
+// address of the admin API, and contain the text in the argument `options`.
 func startCaddy(t *testing.T, options, sites string, env ...string) *caddy {
 	t.Helper()
 	c := newCaddy(t, options, sites, env...)
@@ -364,7 +364,7 @@ type answer struct {
 	body   string
 }
 
-// send posts a body with a signature. A length of -1 sends it in chunks.
+// send posts a body with any number of signatures. If `length` is -1, it sends the body in chunks.
 func send(ctx context.Context, client *http.Client, url string, body []byte, length int64, signatures ...string) (answer, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, url, bytes.NewReader(body))
 	if err != nil {
@@ -388,7 +388,7 @@ func send(ctx context.Context, client *http.Client, url string, body []byte, len
 	return answer{resp.StatusCode, resp.Header, string(got)}, err
 }
 
-// post sends a signed body of known length and must get a response.
+// post sends a body of known length. Without a response, the test fails.
 func post(t *testing.T, url string, body []byte, signatures ...string) answer {
 	t.Helper()
 	client := &http.Client{Timeout: 60 * time.Second, Transport: new(http.Transport)}
@@ -417,13 +417,14 @@ func readFile(t *testing.T, path string) string {
 	return string(content)
 }
 
-// The method logged waits until the log of Caddy contains text.
+// The method logged waits until the log of Caddy contains the argument `text`.
 func (c *caddy) logged(text string) {
 	c.t.Helper()
 	waitFor(c.t, "a line with "+text, c.process, func() bool { return strings.Contains(c.output.String(), text) })
 }
 
-// replaceEach replaces the first text of each pair, which must be there, by the second one.
+// replaceEach replaces, for each pair, the first string of the pair by the second one. If the
+// argument `text` does not contain the first string, the test fails.
 func replaceEach(t *testing.T, text string, pairs ...string) string {
 	t.Helper()
 	for i := 0; i < len(pairs); i += 2 {

@@ -16,7 +16,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// changes has the functions that change events or queues, by the last word of the path.
+// changes has the functions that change events or queues. The key of a function is the last
+// word of the path of the request.
 var changes = map[string]func(*visit) error{
 	"retry":  (*visit).retry,
 	"drop":   (*visit).drop,

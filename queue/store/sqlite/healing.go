@@ -74,8 +74,9 @@ func (f *file) moveAside(cause error) error {
 	return nil
 }
 
-// rescue copies the events of the open file into the file that is now at the path. If that is still
-// the open file, rescue copies nothing, because the method disconnect moves the log into the file.
+// rescue copies the events of the open file into the file that is now at the path. If the open file
+// is still at the path, rescue copies nothing: later, the method disconnect moves the open log
+// into the file, also if that log was deleted.
 func (f *file) rescue(ctx context.Context, used *opened) error {
 	if isFile(f.path, used.main) {
 		return nil

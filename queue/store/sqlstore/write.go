@@ -10,8 +10,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// statement is an SQL statement for many events. In the field text, {rows} stands for copies of the
-// field row, one for each event.
+// statement is an SQL statement for many events. In the field `text`, {rows} stands for copies of
+// the field `row`, one copy for each event.
 type statement struct{ row, text string }
 
 // insert returns a statement that adds rows to a table, with an argument for each column.
@@ -171,8 +171,8 @@ func finishRows(b *store.Batch) (delivered, others [][]any) {
 }
 
 // left sets b.Left to the finishes that Apply could not write because another transaction has locked
-// their rows. A finish is one of these if its event still exists, and if this owner still has the
-// lease or the Outcome is Delivered.
+// their rows. left takes a finish if its event still exists and one of these is true: the Outcome
+// is Delivered, or b.Owner still has the lease.
 func (d *DB) left(ctx context.Context, tx *sql.Tx, b *store.Batch) error {
 	for some := range slices.Chunk(b.Finish, d.Rows) {
 		finishes, c := make(map[string]store.Finish), new(condition)
