@@ -139,8 +139,8 @@ func guard(tb testing.TB, secrets ...Secret) serveFunc {
 	return h.ServeHTTP
 }
 
-// exchange returns a function. Each call of it sends the same request through handler to an
-// upstream that reads the body, and returns the status of the response.
+// exchange returns a function. Each call of that function sends the same request through
+// `handler` to an upstream that reads the body, and returns the status of the response.
 func exchange(handler serveFunc, bodyBytes int, sign func(body []byte) string) func() (status int) {
 	body := make([]byte, bodyBytes)
 	header := http.Header{

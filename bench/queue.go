@@ -163,7 +163,7 @@ func (b *binary) measure(place string, senders int, each time.Duration) error {
 	return nil
 }
 
-// The method "over" returns, for each round, the value in s divided by the value in other.
+// The method "over" returns, for each round, the value in `s` divided by the value in `other`.
 func (s spread) over(other spread) (shares spread) {
 	for i := range s {
 		shares = append(shares, s[i]/other[i])

@@ -65,7 +65,7 @@ func (b *testBackend) ServeHTTP(w http.ResponseWriter, r *http.Request, next cad
 	return f.(func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error)(w, r, next)
 }
 
-// routes returns a deliver block with a testBackend.
+// routes returns the routes of a `deliver` block with a testBackend.
 func routes(f func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error) caddyhttp.RouteList {
 	return rawRoutes(fmt.Sprintf(`{"handler":"queue_test","number":%d}`, hand(f)))
 }
@@ -443,7 +443,7 @@ func TestAnswers(t *testing.T) {
 					assert.NotContains(t, text, "event_type\":")
 				}
 
-				// a stored event is delivered when the backend accepts it
+				// when the store works and the backend accepts events, each stored event is delivered
 				opener.fail(nil)
 				backend.Store(status(200))
 				time.Sleep(5 * time.Minute)
@@ -673,7 +673,8 @@ func TestFullQueueWaitsForTheBackend(t *testing.T) {
 	})
 }
 
-// The sender gets the body of the backend's response, or no body if it is longer than a limit.
+// The sender gets the body of the backend's response. If this body is longer than maxAnswer,
+// the sender gets no body.
 func TestLongAnswer(t *testing.T) {
 	for _, tt := range []struct{ size, want int }{{maxAnswer, maxAnswer}, {maxAnswer + 1, 0}, {3 * maxAnswer, 0}} {
 		w := newAnswer()

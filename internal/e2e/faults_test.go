@@ -264,7 +264,7 @@ func TestBackendRestarts(t *testing.T) {
 	assert.Zero(t, sum.lost)
 }
 
-// At about every second request, the backend dies while it reads the body or writes the answer.
+// In about half of the requests, the backend dies while it reads the body or writes the answer.
 func TestBackendDies(t *testing.T) {
 	t.Parallel()
 	for _, when := range []string{"reading", "writing"} {
@@ -479,7 +479,7 @@ func TestUpstreamThatAnswersEarly(t *testing.T) {
 					t.Error(err)
 					continue
 				}
-				// after an early response, the backend may close a reused connection
+				// after an early response, the backend may close the connection: the next request gets 502
 				if got.status != want && got.status != http.StatusBadGateway {
 					t.Errorf("status %d", got.status)
 				}

@@ -107,8 +107,9 @@ func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
 			if down {
 				backend.listen()
 			}
-			// A queue delivers only while it is configured, so configure each one again and again.
-			// After a failed attempt, an event waits about as long as its age.
+			// A queue delivers only while it is configured, so configure each queue again and again.
+			// The test waits long, because after a failed attempt, an event waits about as long
+			// as its age.
 			ended := time.Now()
 			for i := 0; len(backend.missing(ids)) > 0 && time.Since(ended) < 3*time.Minute; i++ {
 				c.configure("grace_period 5s", sites[i%len(sites)])
@@ -125,7 +126,7 @@ func testQueueReloadsRefuseNothing(t *testing.T, down bool) {
 	}
 }
 
-// changedOptions returns three sites with different options, each one three times.
+// changedOptions returns three sites with different options. Each site is in the list three times.
 func changedOptions(backend string) (sites []string) {
 	for _, seconds := range []int{5, 4, 3} {
 		site := queueSite(backend, fmt.Sprintf("answer_after %ds\nconcurrency %d", seconds, 10+seconds))
@@ -193,8 +194,9 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 				}
 			}
 			name := fmt.Sprintf("%s, %+d h, ", store, hours)
-			// answers starts a backend. It answers "slow" events when the test closes let, and others with status until
-			// back is called. During the shift, attempts wait: a failed attempt would delay its event by the shifted age.
+			// The function "answers" starts a backend. "slow" events get no answer before the test
+			// closes `let`. Other events get `status` until the test calls `back`. During the shift,
+			// attempts wait, because a failed attempt would delay its event by the shifted age.
 			answers := func(t *testing.T, status int) (b *backend, back func(shift func() int), let chan struct{}) {
 				t.Helper()
 				var mu sync.RWMutex
@@ -286,9 +288,9 @@ func TestQueueWhoseClockIsSet(t *testing.T) {
 // refuses no sender, and the database has each event that was answered 2xx.
 func TestQueueWhoseDatabaseFailsForSomeSeconds(t *testing.T) {
 	t.Parallel()
-	// load sends events, and calls fault several times. Then the backend comes back, and must
+	// load sends events, and calls `fault` several times. Then the backend comes back, and must
 	// get all events that were answered 2xx. On a busy machine, a fault may last so long that
-	// Caddy refuses senders: load does not count this fault, and repeats it.
+	// Caddy refuses senders. Then load does not count this call, and calls `fault` again.
 	load := func(t *testing.T, backend *backend, c *caddy, times int, fault func()) {
 		t.Helper()
 		ctx, cancel := context.WithCancel(t.Context())

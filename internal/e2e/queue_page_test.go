@@ -91,8 +91,8 @@ func plainVisitor(change func(*http.Request)) visitor {
 
 func withPassword(r *http.Request) { r.SetBasicAuth("ops", "demo") }
 
-// The method "uses" opens the page at a URL like an operator, and retries an event. The URL
-// ends in a slash.
+// The method "uses" acts like an operator: it opens the page at the URL `at`, and retries an
+// event. The URL ends in a slash.
 func (v visitor) uses(t *testing.T, at, user string) {
 	t.Helper()
 	status, page, header := v.do(t, http.MethodGet, at, nil)
@@ -256,7 +256,7 @@ func TestQueuePageWithCertificates(t *testing.T) {
 	}
 }
 
-// issue creates a certificate. ca signs the certificate. If ca is nil, it is self-signed.
+// issue creates a certificate, signed by `ca`. If `ca` is nil, the certificate is self-signed.
 func issue(t *testing.T, name string, ca *x509.Certificate, caKey *ecdsa.PrivateKey) (*x509.Certificate, *ecdsa.PrivateKey) {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)

@@ -249,7 +249,7 @@ func TestPageInABrowser(t *testing.T) {
 		require.NoError(t, err)
 		res.Body.Close()
 		require.Equal(t, http.StatusUnauthorized, res.StatusCode)
-		// the first action starts the browser, with ctx, because the browser must outlive this subtest
+		// the first action starts the browser. It uses `ctx`, so the browser outlives this subtest
 		require.NoError(t, chromedp.Do(ctx, scripts(false), screen(1280, "light")))
 		run(chromedp.Navigate("http://demo:" + password + "@" + s.page + "/queue/"))
 		text("Queue documents", "signed in as demo")
@@ -360,7 +360,8 @@ func violations(t *testing.T, ctx context.Context, source string) (found []strin
 	return found
 }
 
-// screenshot takes a picture, which must be small. If SCREENSHOTS is set, docs gets the picture.
+// screenshot takes a picture of the page, and asserts that the picture is small. If the
+// variable SCREENSHOTS is set, screenshot writes the picture into the folder docs.
 func screenshot(t *testing.T, ctx context.Context, name string) {
 	t.Helper()
 	png := ask(t, ctx, chromedp.CaptureScreenshot())

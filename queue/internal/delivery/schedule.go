@@ -22,8 +22,7 @@ type Queue interface {
 	// Timeout returns how long an attempt may take, or 0 while no handler delivers.
 	Timeout() time.Duration
 
-	// AttemptStored makes one attempt at a claimed event. After the attempt, it calls the function
-	// ended.
+	// AttemptStored makes one attempt at a claimed event. After the attempt, it calls `ended`.
 	AttemptStored(r *store.Record, ended func())
 }
 

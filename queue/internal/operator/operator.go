@@ -118,7 +118,7 @@ func Age(d time.Duration) string {
 	return fmt.Sprintf("%d days", d/(24*time.Hour))
 }
 
-// Until returns the text for an attempt that is due after this duration.
+// Until returns "now", or a text such as "in 5 min". An attempt is due after the duration `d`.
 func Until(d time.Duration) string {
 	if d <= 0 {
 		return "now"

@@ -120,9 +120,9 @@ const (
 	// the next server. The connection string can change this limit.
 	connectTimeout = 2 * time.Second
 
-	// maxConnections is the size of the pool. The connection string can change this
-	// size. A store uses two to four connections. A hanging connection stays in the pool for
-	// 15 s more, until the driver has closed it.
+	// maxConnections is the size of the pool. The connection string can change this size. A
+	// store uses two to four connections. After its timeout, a hanging connection stays in the
+	// pool until the driver has closed it, for up to 15 s.
 	maxConnections = 20
 )
 
@@ -133,8 +133,8 @@ var (
 
 var errInvalid = errors.New("dsn: is not a valid connection string of PostgreSQL, such as postgres://role@host/database")
 
-// config resolves and parses the connection string, and reads the files that it names. Its
-// errors show no part of the connection string.
+// config resolves and parses the connection string, and reads the files that the string
+// names. The errors of config show no part of the string.
 func (p *Postgres) config() (*pgxpool.Config, error) {
 	dsn := p.DSN
 	if name, ok := placeholder.Name(dsn); ok {

@@ -33,7 +33,8 @@ func delivered(id string, change func(r *store.Record)) *store.Record {
 	return r
 }
 
-// The function keyed returns an event with a digest. Another one with this digest is a duplicate.
+// The function keyed returns an event with a digest. A second event with the same digest is a
+// duplicate.
 func keyed(id, digest string) *store.Record {
 	r := record(id)
 	r.Digest, r.Remember = []byte(digest), time.Hour
