@@ -54,9 +54,9 @@ func registerMetrics(registry prometheus.Registerer) error {
 	return nil
 }
 
-// counters has the counters of one handler, so that no request looks up a counter by its
-// labels. All counters are created at 0: a counter that first appears at 1 shows no increase,
-// so an alert would miss that event. The counters of a removed name stay until Caddy restarts.
+// counters has the counters of one handler, so that no request looks up a counter by its labels.
+// All counters are created at 0: a counter that first appears at 1 shows no increase, so an alert
+// would miss that event. The counters of a removed webhook or secret stay until Caddy restarts.
 type counters struct {
 	verified   []prometheus.Counter // by index of the secret
 	rejected   []prometheus.Counter // by index of rejections

@@ -57,9 +57,9 @@ type Verifier struct {
 	keys []key
 }
 
-// key is a secret, with a pool of hashes that have already processed the secret. Reset returns
-// a hash to the state after the secret, so that a hash does not process the secret again for
-// each body.
+// key is a secret, with a pool of hashes that have already processed the secret. Before each
+// body, the method Reset brings a hash back to this state, so that the hash does not process
+// the secret again.
 type key struct {
 	name string
 	macs *sync.Pool // of *mac

@@ -143,9 +143,9 @@ func (s spread) String() string {
 	return fmt.Sprintf("%.0f (%.0f to %.0f)", s.median(), slices.Min(s), slices.Max(s))
 }
 
-// print writes the tables of docs/performance.md. rows has pairs: a program without
-// verification, and the same program with verification. The first pair is this module. The
-// last column names the figures in which the other program is better than this module.
+// print writes the tables of docs/performance.md. The parameter `rows` has pairs: a program
+// without verification, and the same program with verification. The first pair is Caddy. The
+// last column of a table names the figures in which another program is better than Caddy.
 func print(rows []*row, rounds int, each time.Duration) {
 	fmt.Printf("%s, %d processors, %s. Medians of %d rounds of %v, lowest and highest in brackets.\n",
 		time.Now().Format(time.DateOnly), runtime.NumCPU(), versions(), rounds, each)
@@ -192,7 +192,8 @@ func print(rows []*row, rounds int, each time.Duration) {
 	}
 }
 
-// A figure has a value of another program and of this module. A lower value is better.
+// A figure has two values of one quantity: the value of another program, and the value of Caddy
+// with this module. A lower value is better.
 type figure struct {
 	name         string
 	theirs, ours float64

@@ -44,7 +44,8 @@ func TestLoadingTouchesNoFile(t *testing.T) {
 	c.stop(t)
 }
 
-// The function "by" returns a backend that answers with code. counter counts its requests.
+// The function "by" returns a backend that answers with the status `code`. The backend counts
+// its requests in `counter`.
 func by(counter *atomic.Int64, code int) caddyhttp.RouteList {
 	return routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
 		counter.Add(1)

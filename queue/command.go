@@ -117,8 +117,8 @@ func queueConfigs(config json.RawMessage) (found []json.RawMessage) {
 	return found
 }
 
-// each opens one database after the other, calls f with it, and closes it. It stops at the
-// first error.
+// The method "each" opens one database after the other. It calls f with the open database, and
+// closes the database before it opens another. After an error, it opens no other database.
 func (o *origin) each(ctx context.Context, f func(*target) error) error {
 	targets, err := o.targets(ctx)
 	for _, d := range targets {

@@ -17,7 +17,8 @@ import (
 	"github.com/stretchr/testify/require"
 )
 
-// With the filter of the recipe, no log shows secrets or signatures, not even at level DEBUG.
+// With the log filter of the recipe "Logs and traces", no log shows secrets or signatures, not
+// even at level DEBUG.
 func TestNothingConfidentialShows(t *testing.T) {
 	t.Parallel()
 	const next = "the_next_secret"

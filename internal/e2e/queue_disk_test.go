@@ -33,7 +33,7 @@ func tmpfs(t *testing.T, dir, options string) {
 	t.Cleanup(func() { _ = syscall.Unmount(dir, syscall.MNT_DETACH) })
 }
 
-// switchable is a backend that the test can switch on and off.
+// switchable returns a backend that accepts events while `up` is true, and otherwise answers 503.
 func switchable(t *testing.T) (b *backend, up *atomic.Bool) {
 	t.Helper()
 	up = new(atomic.Bool)
@@ -61,7 +61,8 @@ func (s *sender) once(t *testing.T, id string) answer {
 	return got
 }
 
-// refused asserts the response for an event that is neither stored nor delivered.
+// The function "refused" asserts that `got` is the response for an event that is neither stored
+// nor delivered.
 func refused(t *testing.T, got answer) {
 	t.Helper()
 	assert.Equal(t, http.StatusServiceUnavailable, got.status)
@@ -183,7 +184,8 @@ func TestQueueWhoseDatabaseGoesAway(t *testing.T) {
 			assert.Equal(t, "the other site", c.get("http://"+c.addr+"/other"))
 			c.logged("was deleted")
 			waitFor(t, "it accepts", c.process, func() bool { return s.once(t, "kept").status == http.StatusOK })
-			// the current file has the events that were answered 2xx
+			// after a crash, the file that is now at the path must have each event with a
+			// 2xx response
 			killHard(c)
 			c.start()
 			up.Store(true)

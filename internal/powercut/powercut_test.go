@@ -203,8 +203,9 @@ func (m *machine) start(t *testing.T) {
 	})
 }
 
-// load sends events. After the given number of accepted events, it lets the disk do the given
-// number of writes and syncs, and cuts the power. It returns when all senders have stopped.
+// The method "load" starts goroutines that send events; `senders` is their number. After
+// `events` accepted events, it counts the writes and syncs of the disk. The power is cut at
+// number `steps`. The method returns when all goroutines have stopped.
 func (m *machine) load(t *testing.T, senders, events, steps int) {
 	t.Helper()
 	client := m.client()
@@ -268,7 +269,8 @@ func (m *machine) send(ctx context.Context, t *testing.T, client *http.Client) b
 	return true
 }
 
-// The method "off" waits until Caddy has ended, unmounts the disk, and settles its files.
+// The method "off" waits until Caddy has ended, and unmounts the disk. Then it calls the method
+// settle of the disk, which gives the files the content that they have after a power cut.
 func (m *machine) off(t *testing.T) (toll, error) {
 	t.Helper()
 	select {

@@ -77,7 +77,7 @@ func newPage(t *testing.T, queues ...[2]string) *fixture {
 
 func newDefaultPage(t *testing.T) *fixture { return newPage(t, [2]string{"default", "queue.db"}) }
 
-// The method event stores a pending event, and returns its id.
+// The method "event" stores a pending event, and returns the id of the event.
 func (p *fixture) event(db string, change func(*store.Record, *request.Request)) string {
 	p.t.Helper()
 	r := &store.Record{
@@ -436,7 +436,8 @@ func TestRetryAndDrop(t *testing.T) {
 	assert.Equal(t, []string{"ops retry default,other 2", "ops retry default 1", "ops retry default 7", "ops drop default 2", "ops drop default 5"}, lines)
 }
 
-// If more events match than the page has asked about, the page drops none, and asks again.
+// Before the page drops events, it asks the user, and shows how many events match. If more
+// events match when the user confirms, the page drops no event, and asks again.
 func TestDropAsksAgain(t *testing.T) {
 	p := newDefaultPage(t)
 	first := p.named("first")
@@ -602,7 +603,8 @@ func wellBehaved(t *testing.T, view, page string) {
 	require.True(t, utf8.ValidString(page), view)
 	for _, r := range page {
 		if r != '\n' && r != '\t' && !unicode.IsPrint(r) {
-			// only form fields may have such a character: the page must not change their values
+			// only the value of a form field may have an unprintable character, because the
+			// page must not change this value
 			require.Contains(t, valuesOf(page), string(r), "%s: has the character %U", view, r)
 			require.NotContains(t, attributes.ReplaceAllString(page, ""), string(r), "%s: has the character %U", view, r)
 		}

@@ -11,8 +11,8 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 )
 
-// lost has the SQLSTATEs of a server that does not accept writes, because the server stops,
-// starts, or is now a standby.
+// The variable "lost" has the SQLSTATEs of a server that does not accept writes, because the
+// server stops, starts, or is now a standby.
 var lost = []string{"25006", "57P01", "57P02", "57P03"}
 
 // sqlState returns the SQLSTATE of an error. It is empty if the error is not from the server.

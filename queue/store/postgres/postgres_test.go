@@ -77,7 +77,7 @@ func limitedDSN(server *pgtest.Server, database, role string) string {
 	return strings.Replace(server.DSN(database), "postgres:"+pgtest.Password, role+":"+pgtest.Password, 1)
 }
 
-// The function limited creates a role, and returns a connection string for this role.
+// The function "limited" creates a role, and returns a connection string for this role.
 func limited(t *testing.T, server *pgtest.Server, database, role string) string {
 	t.Helper()
 	server.Exec(t, database, "CREATE ROLE "+role+" LOGIN PASSWORD '"+pgtest.Password+"'")
