@@ -46,7 +46,7 @@ func explain(secrets []Secret, body []byte, signature string) (cause string) {
 	return cause
 }
 
-// trySignatures calls try with other forms of the signature.
+// trySignatures calls `try` with other forms of the signature.
 func trySignatures(signature string, try func(variant, why string)) {
 	trimmed := strings.Trim(signature, " \t\r\n\"'")
 	try(trimmed, "the signature has white space or quotes around it")
@@ -62,7 +62,7 @@ func trySignatures(signature string, try func(variant, why string)) {
 
 var base64Encodings = []*base64.Encoding{base64.StdEncoding, base64.RawStdEncoding, base64.URLEncoding, base64.RawURLEncoding}
 
-// trySecrets calls try with other secrets that the signer may have used.
+// trySecrets calls `try` with other secrets that the signer may have used.
 func trySecrets(secret string, try func(variant, why string)) {
 	try(strings.TrimSpace(secret), "the secret here has white space around it, which is not part of it")
 	try(strings.Trim(secret, " \t\r\n\"'"), "the secret here has quotes around it, which are not part of it")
@@ -79,7 +79,7 @@ func trySecrets(secret string, try func(variant, why string)) {
 	}
 }
 
-// tryBodies calls try with other bodies that the signer may have signed.
+// tryBodies calls `try` with other bodies that the signer may have signed.
 func tryBodies(body string, try func(variant, why string)) {
 	try("", "the signature is of an empty body: the program that signed or saved the body had already read it")
 	for _, newline := range []string{"\n", "\r\n"} {
@@ -98,9 +98,9 @@ func tryBodies(body string, try func(variant, why string)) {
 	})
 }
 
-// tryLayouts calls try with the JSON of body in the layouts of the usual libraries: first with
-// its members in the order of body, then with its members sorted. It skips large or deeply
-// nested JSON, because the indented JSON could be many times as large.
+// tryLayouts calls `try` with the JSON of `body` in the layouts of the usual libraries: first
+// with the members in their original order, then with the members sorted. tryLayouts skips large
+// or deeply nested JSON, because the indented JSON could be many times as large.
 func tryLayouts(body string, try func(variant, layout string)) {
 	if len(body) > 64<<10 || depth(body) > 8 {
 		return

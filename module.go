@@ -82,8 +82,8 @@ type Handler struct {
 	// unset or unreadable secret is an error at load.
 	Secrets []Secret `json:"secrets,omitempty"`
 
-	// The name of this webhook in logs and metrics: 1 to 64 of letters, digits, `.`, `_` and
-	// `-`. Default: no name, which gives an empty label.
+	// The name of this webhook in logs and metrics: 1 to 64 characters, which are letters,
+	// digits, `.`, `_` or `-`. Default: no name, which gives an empty label.
 	Name string `json:"name,omitempty"`
 
 	// The maximum size of a body in bytes. If a body is larger, an error with HTTP
@@ -200,7 +200,7 @@ var rejections = []struct {
 	{errBodyUnreadable, http.StatusBadRequest, "body_unreadable", zapcore.WarnLevel, true},
 }
 
-// rejectionOf returns the index of the row of rejections for err.
+// rejectionOf returns the index of the row for `err` in `rejections`.
 func rejectionOf(err error) (row int) {
 	for row < len(rejections)-1 && !errors.Is(err, rejections[row].err) {
 		row++

@@ -92,7 +92,7 @@ func TestMetricsCount(t *testing.T) {
 	}
 }
 
-// Every few seconds, pending events are counted, with the age of the oldest event.
+// Every few seconds, the queue counts its pending events and reads the age of the oldest one.
 func TestEventsAreCounted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		c := start(t, &Handler{Name: "waiting", StoreRaw: sqliteAt(filepath.Join(t.TempDir(), "queue.db")), Routes: routes(status(500))})

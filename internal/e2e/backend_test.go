@@ -117,8 +117,8 @@ func good(b *backend, w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintf(w, "%x", sha256.Sum256(body))
 }
 
-// dropReused answers the first request on a connection, and closes the connection at the
-// second one: after its body if whole is true, otherwise after its header.
+// dropReused answers the first request on a connection, and closes the connection at the second
+// request: after the body of that request if `whole` is true, otherwise after its header.
 func dropReused(whole bool) func(b *backend, w http.ResponseWriter, r *http.Request) {
 	var used sync.Map
 	return func(b *backend, w http.ResponseWriter, r *http.Request) {
@@ -141,8 +141,9 @@ func hijack(w http.ResponseWriter) *net.TCPConn {
 	return conn.(*net.TCPConn)
 }
 
-// newScripted starts a backend. status returns the status for the n-th request. The first n
-// is 1. With status 0, the backend closes the connection without a response.
+// newScripted starts a backend. The function `status` returns the HTTP status of the response to
+// the n-th request. The first n is 1. If `status` returns 0, the backend closes the connection
+// without a response.
 func newScripted(t *testing.T, status func(n int, r *http.Request) int) *backend {
 	t.Helper()
 	return newBackend(t, func(b *backend, w http.ResponseWriter, r *http.Request) {
@@ -170,8 +171,8 @@ func inTurn(codes ...int) func(int, *http.Request) int {
 	}
 }
 
-// newTaker starts a backend that records events. status returns the status of its response
-// to an attempt.
+// newTaker starts a backend that records events. The function `status` returns the HTTP status of
+// the backend's response to an attempt.
 func newTaker(t *testing.T, status func(id string, attempt int) int) *backend {
 	t.Helper()
 	b := newBackend(t, (*backend).take)
@@ -237,7 +238,8 @@ func (b *backend) snapshot() (s struct{ events, now, most int }) {
 	return s
 }
 
-// The method "of" returns how often the queue attempted an event and the backend accepted it.
+// The method "of" returns how often the queue attempted an event, and how often the backend
+// accepted the event.
 func (b *backend) of(id string) (e struct{ attempts, taken int }) {
 	b.mu.Lock()
 	defer b.mu.Unlock()

@@ -78,8 +78,8 @@ func TestQueueOfManyEvents(t *testing.T) {
 		100*idle, 100*idleBeside, more, many.Round(time.Millisecond), few.Round(time.Millisecond), full>>20, empty>>20)
 	if long {
 		// One probe a second takes 0.5 % of a core on a quiet machine, and up to 4 % if other
-		// processes fill the CPU caches. With few events, a probe takes as long, but each
-		// measurement differs. BenchmarkSQLite compares databases with few and many events.
+		// processes fill the CPU caches. A probe takes the same time with few events as with many,
+		// but measured times vary. BenchmarkSQLite compares databases with few and many events.
 		assert.Less(t, idle, max(0.01, 3*idleBeside))
 		assert.Less(t, idle, 0.1)
 		assert.LessOrEqual(t, many.Seconds(), 2*few.Seconds())

@@ -86,7 +86,8 @@ func (s *sender) refusedNone(t *testing.T) {
 	assert.Empty(t, s.refused[:min(10, len(s.refused))], "%d of %d requests were answered 5xx", len(s.refused), s.tries)
 }
 
-// sendAll sends n events with all workers in parallel, or until ctx ends. Then it closes done.
+// sendAll starts all workers, which send n events in parallel. If ctx ends, the workers stop early.
+// When all workers have stopped, `done` is closed.
 func (s *sender) sendAll(ctx context.Context, name string, n int) (done chan struct{}) {
 	done = make(chan struct{})
 	var next atomic.Int64
@@ -138,7 +139,7 @@ func sometimes(id string, attempt int) int {
 	return http.StatusOK
 }
 
-// With firstHangs, the first attempt at each event takes as long as timeout, and fails.
+// With firstHangs, the first attempt at each event takes the time `timeout`, and then fails.
 func firstHangs(timeout time.Duration) func(id string, attempt int) int {
 	return func(_ string, attempt int) int {
 		if attempt == 1 {

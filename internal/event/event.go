@@ -43,7 +43,7 @@ func (e *Event) members() *[2]string {
 	if parsed := e.parsed.Load(); parsed != nil {
 		return parsed
 	}
-	// A map, because for a struct, encoding/json also accepts a name in another case.
+	// object is a map: for a struct, encoding/json ignores upper and lower case in names.
 	var object map[string]any
 	_ = json.Unmarshal(e.Body, &object)
 	var members [2]string
@@ -57,8 +57,8 @@ func (e *Event) members() *[2]string {
 }
 
 // varName is the event's name among Caddy's variables of the request. The event is a variable,
-// because all copies of a request share the variables. A value in the context of a copy, as the
-// handlers timeouts and tracing make it, would not reach the error routes.
+// because all copies of a request share the variables. The handlers `timeouts` and `tracing` copy
+// the request: a value in the context of their copy would not reach the error routes.
 const varName = "inkit_webhook"
 
 // String returns the text of the placeholder {http.vars.inkit_webhook}.

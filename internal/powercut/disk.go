@@ -70,7 +70,7 @@ type page struct {
 // toll counts the unsynced pages that a power cut has lost, torn or kept.
 type toll struct{ lost, torn, kept int }
 
-// mount mounts a disk at the path on. The disk has the files that another disk left in dir.
+// mount mounts a disk at the path `on`. The disk has the files that another disk left in `dir`.
 func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
 	t.Helper()
 	if os.Getuid() != 0 {
@@ -97,8 +97,8 @@ func mount(t *testing.T, dir, on string, f faults) (*disk, *fuse.Server) {
 	return d, server
 }
 
-// cutAfter counts the writes and syncs from now. When it has counted steps of them, the disk
-// cuts the power, and calls kill.
+// cutAfter makes the disk count its writes and syncs from now. At the count of `steps`, the disk
+// cuts the power, and calls `kill`.
 func (d *disk) cutAfter(steps int, kill func()) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -180,8 +180,8 @@ func (d *disk) failOneIn(fsyncs int) {
 	d.faults.failOneIn = fsyncs
 }
 
-// settle gives the files their content after the cut. The disk must be unmounted. arrives and
-// tears are the probabilities that an unsynced page has its new content, or is torn.
+// settle gives the files their content after the cut. The disk must be unmounted. `arrives` is the
+// probability that an unsynced page has its new content, `tears` the probability that it is torn.
 func (d *disk) settle(arrives, tears float64) (sum toll, err error) {
 	entries, err := os.ReadDir(d.dir)
 	if err != nil {

@@ -7,8 +7,8 @@ import (
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 )
 
-// once writes the keys of the new events that have a digest. If a key already exists, the new
-// event is a duplicate, and its field First gets the id of the earlier event.
+// The method `once` writes the keys of the new events that have a digest. If a key already exists,
+// the new event is a duplicate, and its field `First` gets the id of the earlier event.
 func (d *DB) once(ctx context.Context, tx *sql.Tx, added []*store.Record) (err error) {
 	var keys []any
 	for _, r := range added {

@@ -50,8 +50,8 @@ func open(t *testing.T, db Database) store.Store {
 	return s
 }
 
-// record returns an event like the events of a queue. A wrong column type or encoding would
-// change its values.
+// record returns an event like the events of a queue. If a store has a wrong column type or
+// encoding, the values of this event change in the store.
 func record(id string) *store.Record {
 	request := make([]byte, 256)
 	for i := range request {
