@@ -125,8 +125,8 @@ type closerFunc func() error
 
 func (f closerFunc) Close() error { return f() }
 
-// For each outcome, an error route that proxies the rejected request forwards no unsigned
-// data.
+// For each outcome, the guard removes the body, the trailers and the upgrade from the rejected
+// request, so that a proxy in an error route cannot forward them.
 func TestRejectedRequestHasNoBody(t *testing.T) {
 	large := strings.Repeat("a", 70_000)
 	for outcome, r := range map[string]*http.Request{
@@ -365,8 +365,8 @@ func TestReadBody(t *testing.T) {
 	}
 }
 
-// readBody takes memory for the bytes that arrive, not for the declared length. It takes at
-// most four times as much as has arrived, or the first buffer if that is larger.
+// readBody takes memory for the bytes that arrive, not for the declared length. The limit is the
+// larger of two sizes: the first buffer, and four times the bytes that have arrived.
 func TestReadBodyPaysForWhatArrived(t *testing.T) {
 	const declared = 64 << 20
 	for _, arrived := range []int{0, 1, 64, firstRead, firstRead + 1, 100_000, 1 << 20} {

@@ -202,8 +202,8 @@ func TestVerify(t *testing.T) {
 	}
 }
 
-// The time that the function match takes must not depend on the differing digits or on the
-// matching secret. Clocks are too coarse for such a test, so this test reads the code: only
+// The time that the function match takes must not depend on which digits differ, or on which
+// secret matches. Clocks are too coarse for such a test, so this test reads the code: only
 // crypto/subtle compares sums, and the function match skips no secret.
 func TestComparesInConstantTime(t *testing.T) {
 	file, err := parser.ParseFile(token.NewFileSet(), "verifier.go", nil, 0)

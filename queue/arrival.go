@@ -21,7 +21,8 @@ const (
 	// the disk. If the attempt fails, or no attempt begins, the event is stored immediately.
 	patience = 25 * time.Millisecond
 
-	// storeWait is the timeout for storing an event. A longer answer_after is the timeout instead.
+	// storeWait is the timeout for storing an event, unless the option `answer_after` is longer.
+	// Then the timeout is `answer_after`.
 	storeWait = 5 * time.Second
 
 	// If the option `once` lists the type of an event, the first attempt waits until the event is
@@ -159,8 +160,8 @@ func (a *arrival) attempt() chan result {
 }
 
 // waitForPlace waits until the limit of parallel attempts allows this attempt, and returns true.
-// It returns false at the deadline, and after `patience` also as soon as the event is stored,
-// because the schedule attempts a stored event later.
+// It returns false at the deadline. After `patience`, it also returns false as soon as the event
+// is stored, because the schedule attempts a stored event later.
 func (a *arrival) waitForPlace() bool {
 	if a.q.limits.TryTake() {
 		return true

@@ -87,7 +87,7 @@ type Handler struct {
 	Concurrency int `json:"concurrency,omitempty"`
 
 	// How long the history keeps a delivered event: its id, type, resource, times and status,
-	// but not the request. The history has about `max_events` rows at most. With 0, the
+	// but not the request. The history has at most about `max_events` rows. With 0, the
 	// history is empty. Default: `7d`.
 	History *caddy.Duration `json:"history,omitempty"`
 

@@ -35,8 +35,9 @@ func loadCompose(t *testing.T, file string) (*types.Project, error) {
 	return options.LoadProject(context.Background())
 }
 
-// images has the paths, ports and variables from the documentation of the images:
-// docs/README of caddy and python, the Dockerfile of Prometheus, and "Configure a Grafana Docker image" with "Provision Grafana".
+// images has the paths, ports and variables from the documentation of the images. The sources are
+// docs/README for caddy and python, the Dockerfile for Prometheus, and two pages for Grafana:
+// "Configure a Grafana Docker image" and "Provision Grafana".
 var images = map[string]struct {
 	paths     []string // mount points, or folders that contain them
 	ports     []uint32
@@ -193,7 +194,7 @@ func loadManifest(text string) (m manifest, err error) {
 		if !ok {
 			return m, errors.New("no type for " + meta.APIVersion + " " + meta.Kind)
 		}
-		// like the API server, decode case-sensitive field names; encoding/json ignores case
+		// as in the API server, field names are case-sensitive here; encoding/json ignores case
 		text, err := yaml.YAMLToJSONStrict(document)
 		if err != nil {
 			return m, err

@@ -22,8 +22,8 @@ import (
 // of a body, and the option max_size is 65,536 bytes by default.
 var bodySizes = []int{0, 1, 84, 4095, 4096, 4097, 65536}
 
-// testBodiesArriveWhole sends random bodies, with a length and in chunks. The backend must
-// respond with the hash of each body.
+// testBodiesArriveWhole sends two random bodies of each size: one with a Content-Length, and one
+// in chunks. The backend must respond with the hash of each body.
 func testBodiesArriveWhole(t *testing.T, client *http.Client, url string, proto string) {
 	t.Helper()
 	for _, size := range bodySizes {

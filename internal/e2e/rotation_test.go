@@ -67,8 +67,8 @@ func (r *rotating) status(key, id string) int {
 	return got.status
 }
 
-// The method "until" sends 50 events a second, signed with key. When a response has the
-// given status, the method stops, and returns how long this took.
+// The method "until" signs events with the secret `key`, and sends 50 of them a second. It stops
+// at the first response with the given status, and returns the time from its start to its stop.
 func (r *rotating) until(key string, status int, limit time.Duration) time.Duration {
 	r.t.Helper()
 	began := time.Now()
@@ -233,7 +233,8 @@ func TestRecipeSecretFiles(t *testing.T) {
 	})
 	t.Run("systemd", func(t *testing.T) {
 		t.Parallel()
-		// systemd makes a folder that only the service may open. A variable has its path.
+		// systemd makes a folder that only the service may open. The variable
+		// CREDENTIALS_DIRECTORY has the path of the folder.
 		dir := t.TempDir() + "/caddy.service"
 		require.NoError(t, os.Mkdir(dir, 0o700))
 		require.NoError(t, os.WriteFile(dir+"/inkit_webhook", []byte(secret+"\n"), 0o400))
@@ -409,8 +410,8 @@ func TestRotationsUnderLoad(t *testing.T) {
 	}
 }
 
-// hang returns a wrapper for Caddy. After Caddy has opened path the given number of times,
-// each further open hangs, as on a dead file system.
+// hang returns a wrapper for Caddy. After Caddy has opened the file `path` as many times as
+// `opened` says, each further call that opens the file hangs, as on a dead file system.
 func hang(t *testing.T, path string, opened int) (wrapper []string) {
 	t.Helper()
 	needs(t, "strace")

@@ -17,11 +17,12 @@ const (
 	pageSize      = 50
 	searchTimeout = 5 * time.Second
 
-	// maxPause is the longest pause after a page before the next page is made.
+	// After a page is made, the next page waits for a pause. maxPause is the longest such pause.
 	maxPause = 50 * time.Millisecond
 
-	// A look reads the status of a database. The pause after a look is lookPause, or lookShare times
-	// the duration of the look if that is longer. A visitor waits at most lookWait for a look.
+	// A look reads the status of a database. The pause after a look is the longer of two times:
+	// lookPause, and lookShare times the duration of the look. A visitor waits at most lookWait for
+	// a look.
 	lookPause   = 2 * time.Second
 	lookShare   = 10
 	lookWait    = 200 * time.Millisecond
@@ -85,8 +86,9 @@ func (h *Handler) databases() (all []*database) {
 	return all
 }
 
-// each calls f for the databases of a queue, so that a visitor who asks for one queue sees no error
-// of another database. If this Caddy has no such queue, f is called for all databases.
+// The method "each" calls f for the databases of a queue, so that a visitor who asks for one queue
+// sees no error of another database. If this Caddy has no such queue, the method calls f for all
+// databases.
 func (h *Handler) each(queue string, f func(*database, store.Store) error) (err error) {
 	some := slices.DeleteFunc(h.databases(), func(d *database) bool { return d.Live(queue) == nil })
 	if len(some) == 0 {

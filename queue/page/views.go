@@ -54,8 +54,8 @@ type frame struct {
 	View     any
 }
 
-// render writes a response with the template of this name. trouble is an error to show, or
-// nil. view has the data of the view.
+// render writes a response with the template of this name. The argument `trouble` is an error
+// that the page shows, or nil. The argument `view` has the data of the view.
 func (v *visit) render(status int, name, title string, trouble error, view any) error {
 	turn, err := v.h.turn(v.r.Context())
 	if err != nil {

@@ -13,8 +13,8 @@ const (
 	jitter = 0.2
 )
 
-// Backoff returns the wait before the next attempt at an event of this age. random is
-// between 0 and 1.
+// Backoff returns the wait before the next attempt at an event of this age. The argument
+// `random` is a number between 0 and 1.
 func Backoff(age time.Duration, random float64) time.Duration {
 	wait := float64(min(max(age, minBackoff), maxBackoff))
 	return time.Duration(wait * (1 + jitter*random))

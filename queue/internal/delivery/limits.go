@@ -7,8 +7,8 @@ import (
 	"golang.org/x/sync/semaphore"
 )
 
-// most is the number of places in the semaphore. An attempt takes one place. The places above the
-// limit are always taken.
+// The constant `most` is the number of places in the semaphore. An attempt takes one place. The
+// places above the limit of parallel attempts are always taken.
 const most = 1 << 20
 
 // Limits has the limit of parallel attempts. Attempts get places in the order in which they ask.
@@ -50,8 +50,9 @@ func (l *Limits) old() int {
 // TryTake takes a place for an attempt if one is free, and reports whether it did.
 func (l *Limits) TryTake() bool { return l.places.TryAcquire(1) }
 
-// Take waits for a free place, takes it, and takes more free places, up to wanted places in
-// all. It returns the number of taken places, or 0 if the context ends.
+// Take waits for a free place, and takes it. If more places are free, Take takes them too, until
+// it has as many places as the argument `wanted` says. It returns the number of taken places, or 0
+// if the context ends.
 func (l *Limits) Take(ctx context.Context, wanted int) (n int) {
 	if l.places.Acquire(ctx, 1) != nil {
 		return 0

@@ -82,8 +82,9 @@ func (d *DB) statusOf(ctx context.Context, q *store.QueueStatus) error {
 		GROUP BY last_error ORDER BY count(*) DESC, last_error LIMIT %[2]d`, errorRows, maxErrors), q.Queue)
 }
 
-// statusOfHours counts pending and dead events by the hour in their ids, because the ids have an
-// index. The last hour ends a minute from now, because the clock of another Caddy may be ahead.
+// statusOfHours counts the pending and dead events of each hour. It selects events by the time in
+// their ids, because the ids have an index. The last hour ends a minute from now, because the clock
+// of another Caddy may be ahead.
 func (d *DB) statusOfHours(ctx context.Context, status *store.Status) error {
 	until := time.Now().Add(time.Minute)
 	for i := range slices.Backward(status.Kept[:]) {

@@ -32,7 +32,8 @@ func Apply(b *testing.B, s store.Store, batch *store.Batch) {
 	require.NoError(b, s.Apply(context.Background(), batch))
 }
 
-// Deliver applies the finishes in before, claims n events, and returns a Finish for each event.
+// Deliver applies a batch that has the finishes in the argument `before` and claims n events. It
+// returns a Finish for each claimed event.
 func Deliver(b *testing.B, s store.Store, n int, before []store.Finish) []store.Finish {
 	b.Helper()
 	claim := &store.Claim{Queue: "default", Max: n, Lease: time.Minute}
