@@ -163,7 +163,7 @@ func (a *arrival) attempt() chan result {
 // It returns false at the deadline. After `patience`, it also returns false as soon as the event
 // is stored, because the schedule attempts a stored event later.
 func (a *arrival) waitForPlace() bool {
-	if a.q.limits.TryTake() {
+	if a.q.attempting.Err() == nil && time.Now().Before(a.deadline) && a.q.limits.TryTake() {
 		return true
 	}
 	ctx, cancel := context.WithDeadline(a.q.attempting, a.deadline)

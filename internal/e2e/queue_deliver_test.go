@@ -300,9 +300,9 @@ func TestQueueDeliverBlocksThatFail(t *testing.T) {
 	rows := []struct{ name, deliver, says string }{
 		{"takes nothing", "respond /another taken", "no directive of the deliver block handled the event"},
 		{"takes nothing behind templates, which makes 200 of that", "templates\n\t\t\t\trespond /another taken", "no directive of the deliver block handled the event"},
-		{"abort", "abort", "the answer was cut short, or abort ended it"},
+		{"abort", "abort", "the backend's answer was cut short, or the directive abort ended the attempt"},
 		{"an error", "error 418", "status 418"},
-		{"an answer that is cut", "reverse_proxy " + cut, "the answer was cut short, or abort ended it"},
+		{"an answer that is cut", "reverse_proxy " + cut, "the backend's answer was cut short, or the directive abort ended the attempt"},
 		{"no HTTP", "reverse_proxy " + garbage, "status 502"},
 		{"a redirect", "redir https://example.com/", "status 302"},
 		{"a status that is no number", "respond ok {http.vars.nothing}", ""},

@@ -194,6 +194,30 @@ func TestQueueWhoseDatabaseGoesAway(t *testing.T) {
 	}
 }
 
+// Two Caddys store events in one database while its log is deleted, again and again.
+func TestQueueOfTwoCaddysWhoseLogIsDeleted(t *testing.T) {
+	t.Parallel()
+	backend, up := switchable(t)
+	one := queueCaddy(t, backend.addr, "")
+	two := newCaddy(t, "grace_period 5s", strings.ReplaceAll(queueSite(backend.addr, ""), "{{dir}}", one.dir))
+	two.start()
+	s := newSender(t, one, two)
+	for i := range 5 {
+		sent := s.sendAll(t.Context(), fmt.Sprint("kept-", i), 40)
+		require.NoError(t, os.Remove(one.path("queue/events.db-wal")))
+		<-sent
+		waitFor(t, "there is a new log", one.process, func() bool {
+			_, err := os.Stat(one.path("queue/events.db-wal"))
+			return err == nil
+		})
+	}
+	one.logged("was deleted or replaced while it was open: no event is lost")
+	two.logged("was deleted or replaced while it was open: no event is lost")
+	s.refusedNone(t)
+	up.Store(true)
+	backend.hasAll(t, s.ids(), 20*time.Second)
+}
+
 // copyDatabase copies a database with its write-ahead log, while Caddy may be writing.
 func copyDatabase(t *testing.T, from, to string) {
 	t.Helper()

@@ -47,7 +47,7 @@ func (l *Limits) old() int {
 	return min(limit, max(1, limit*3/4))
 }
 
-// TryTake takes a place for an attempt if one is free, and reports whether it did.
+// TryTake takes a place if one is free and nobody waits for one, and reports whether it did.
 func (l *Limits) TryTake() bool { return l.places.TryAcquire(1) }
 
 // Take waits for a free place, and takes it. If more places are free, Take takes them too, until

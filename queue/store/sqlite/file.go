@@ -49,8 +49,9 @@ type file struct {
 	repairing sync.Mutex
 }
 
-// opened has the database file and the log that the connections have open.
-type opened struct{ main, log os.FileInfo }
+// opened has the files that the connections have open: the database, its log, and the index of
+// the log.
+type opened struct{ main, log, index os.FileInfo }
 
 func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) *sql.DB {
 	pragmas = append([]string{fmt.Sprintf("busy_timeout(%d)", busy.Milliseconds())}, pragmas...)
@@ -78,7 +79,7 @@ func (f *file) open(ctx context.Context) error {
 	case err != nil:
 		return wrap(err)
 	case tables == 0:
-		migrated = f.InTx(ctx, func(tx *sql.Tx) error { // fails if another process was faster
+		migrated = (&sqlstore.DB{Dialect: f.Dialect, Write: f.Write}).InTx(ctx, func(tx *sql.Tx) error { // fails if another process was faster
 			_, err := tx.ExecContext(ctx, f.SchemaSQL())
 			return err
 		})
@@ -96,11 +97,12 @@ func (f *file) open(ctx context.Context) error {
 		}
 	}
 	main, err := os.Stat(f.path)
-	log, logErr := os.Stat(f.path + "-wal") // the first query has opened the log
-	if err = errors.Join(err, logErr); err != nil {
+	log, logErr := os.Stat(f.path + "-wal") // the first query has opened the log and its index
+	index, indexErr := os.Stat(f.path + "-shm")
+	if err = errors.Join(err, logErr, indexErr); err != nil {
 		return err
 	}
-	f.opened.Store(&opened{main, log})
+	f.opened.Store(&opened{main, log, index})
 	for _, suffix := range []string{"", "-wal", "-shm"} { // existing files may be readable for other users
 		_ = os.Chmod(f.path+suffix, 0o600) // fails only for a user who does not own the file
 	}
@@ -111,7 +113,7 @@ func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 	used := f.opened.Load()
 	err := f.apply(ctx, b)
 	failed := err != nil
-	if !errors.Is(err, errDamaged) && !f.isAtPath(used) {
+	if !f.isAtPath(used) {
 		err = errMoved
 	}
 	if err = f.repair(ctx, used, err); err == nil && failed {
@@ -160,8 +162,12 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, e
 		if err := f.Read.QueryRowContext(ctx, `PRAGMA freelist_count`).Scan(&free); err != nil || free < pages {
 			return len(names), wrap(err)
 		}
-		if _, err := f.Write.ExecContext(ctx, fmt.Sprintf(`PRAGMA incremental_vacuum(%d)`, pages)); err != nil {
-			return len(names), wrap(err)
+		err := f.InTx(ctx, func(tx *sql.Tx) error {
+			_, err := tx.ExecContext(ctx, fmt.Sprintf(`PRAGMA incremental_vacuum(%d)`, pages))
+			return err
+		})
+		if err != nil {
+			return len(names), err
 		}
 		more = free >= 2*pages
 	}

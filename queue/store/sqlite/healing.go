@@ -38,10 +38,13 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 		return errors.New("the database file was repaired during this operation: try again")
 	}
 	ctx = context.WithoutCancel(ctx) // an interrupted query would close its connection, and with it the only access to a deleted file
-	if moved {
+	switch {
+	case moved:
 		err = f.rescue(ctx, used)
-	} else {
+	case used == nil || f.isAtPath(used):
 		err = f.moveAside(err)
+	default: // another Caddy has moved the damaged file aside
+		err = nil
 	}
 	if err == nil {
 		err = f.disconnect(ctx)
@@ -74,22 +77,28 @@ func (f *file) moveAside(cause error) error {
 	return nil
 }
 
-// rescue copies the events of the open file into the file that is now at the path. If the open file
-// is still at the path, rescue copies nothing: later, the method disconnect moves the open log
-// into the file, also if that log was deleted.
+// rescue copies the events of the open file into the file that is now at the path. If only the log
+// is no longer at its path, rescue copies nothing, because disconnect moves the log into the file.
+// Other processes may have both files open, too: they notice this before their next change.
 func (f *file) rescue(ctx context.Context, used *opened) error {
-	if isFile(f.path, used.main) {
+	if f.isAtPath(used) {
 		return nil
 	}
-	if err := checkpoint(ctx, f.Write); err != nil {
-		return err
+	sameFile := isFile(f.path, used.main)
+	if !sameFile {
+		if err := checkpoint(ctx, f.Write); err != nil {
+			return f.unreadable(err)
+		}
 	}
-	if isFile(f.path+"-wal", used.log) { // SQLite would use this log for the new file
-		for _, suffix := range []string{"-wal", "-shm"} {
+	for suffix, info := range map[string]os.FileInfo{"-wal": used.log, "-shm": used.index} {
+		if isFile(f.path+suffix, info) { // SQLite would use it together with the new files
 			if err := os.Remove(f.path + suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
 		}
+	}
+	if sameFile {
+		return nil
 	}
 	fresh, err := (&SQLite{Path: f.path}).Open(ctx, f.opening)
 	if err != nil {
@@ -98,7 +107,17 @@ func (f *file) rescue(ctx context.Context, used *opened) error {
 	defer fresh.Close()
 	// read through the open connection: a new connection would open the new file
 	from := &sqlstore.DB{Dialect: f.Dialect, Read: f.Write, Write: f.Write}
-	return store.Copy(ctx, fresh, from, false, func([]string) error { return nil })
+	return f.unreadable(store.Copy(ctx, fresh, from, false, func([]string) error { return nil }))
+}
+
+// unreadable logs that the open file is damaged, and then returns nil, because trying again would
+// not help. It returns all other errors.
+func (f *file) unreadable(err error) error {
+	if !errors.Is(err, errDamaged) {
+		return err
+	}
+	f.opening.Logger.Error("the database was deleted or replaced while it was open, and is damaged: not all of its events could be copied", zap.Error(err))
+	return nil
 }
 
 // disconnect moves the log into the file while no other goroutine writes, and then closes all
@@ -153,9 +172,9 @@ func isFile(path string, opened os.FileInfo) bool {
 // Close implements store.Store. If the file was deleted or replaced after the last
 // transaction, Close copies the events into the file at the path.
 func (f *file) Close() error {
-	if used := f.opened.Load(); !f.isAtPath(used) {
+	if used := f.opened.Load(); !f.opening.Command && !f.isAtPath(used) {
 		if err := f.repair(context.Background(), used, errMoved); err != nil {
-			f.opening.Logger.Error("the database was deleted or replaced while it was open, and its events could not be copied into a new file: they are lost", zap.Error(err))
+			f.opening.Logger.Error("the database was deleted or replaced while it was open, and its events could not be copied into a new file: they are lost, unless the old file still exists", zap.Error(err))
 		}
 	}
 	return f.DB.Close()

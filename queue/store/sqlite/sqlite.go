@@ -89,17 +89,20 @@ func (*SQLite) Migration() string { return "" }
 // Open implements store.Opener. It refuses a file that is not a database of this module. It
 // moves a damaged database aside.
 func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error) {
-	if _, err := os.Stat(s.Path); o.Existing && errors.Is(err, fs.ErrNotExist) {
-		return nil, errors.New("this database file does not exist: name another one with --db")
+	// never for an existing database: closing it would drop all locks of this process on it
+	if info, err := os.Stat(s.Path); err != nil || !info.Mode().IsRegular() {
+		if o.Existing && errors.Is(err, fs.ErrNotExist) {
+			return nil, errors.New("this database file does not exist: name another one with --db")
+		}
+		if err := os.MkdirAll(filepath.Dir(s.Path), 0o700); err != nil {
+			return nil, err
+		}
+		made, err := os.OpenFile(s.Path, os.O_CREATE|os.O_RDWR, 0o600)
+		if err != nil {
+			return nil, err
+		}
+		_ = made.Close()
 	}
-	if err := os.MkdirAll(filepath.Dir(s.Path), 0o700); err != nil {
-		return nil, err
-	}
-	made, err := os.OpenFile(s.Path, os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	_ = made.Close()
 	path, err := filepath.EvalSymlinks(s.Path)
 	if err != nil {
 		return nil, err
@@ -120,6 +123,12 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 	f.Read = openSQLite(path, 2, busy, "query_only(1)")
 	if err = f.open(ctx); errors.Is(err, errDamaged) {
 		err = f.repair(ctx, nil, err)
+	}
+	f.Check = func() error {
+		if !f.isAtPath(f.opened.Load()) {
+			return errMoved
+		}
+		return nil
 	}
 	if err == nil && !o.Command {
 		err = wrap(f.PrepareApply(ctx))

@@ -40,6 +40,10 @@ type DB struct {
 	Dialect
 	Write, Read *sql.DB
 
+	// Check runs in each transaction that writes, before its first change. An error ends the
+	// transaction. Nil means no check.
+	Check func() error
+
 	prepared map[string]*sql.Stmt // by the argument query of the method exec
 }
 
@@ -70,6 +74,9 @@ func (d *DB) InTx(ctx context.Context, f func(tx *sql.Tx) error) error {
 	defer func() { _ = tx.Rollback() }()
 	if d.Begin != "" {
 		_, err = tx.ExecContext(ctx, d.Begin)
+	}
+	if err == nil && d.Check != nil {
+		err = d.Check()
 	}
 	if err == nil {
 		err = f(tx)
