@@ -43,7 +43,7 @@ const defaultName = "default"
 // backend accepts the event, the sender gets the backend's response. If the attempt fails, or
 // takes longer than `answer_after`, the sender gets status 200 as soon as the event is on the
 // disk. Caddy then makes further attempts. The wait before each attempt is about the age of
-// the event, but at least a second and at most five minutes. Only status 2xx counts as
+// the event, but at least a second and about five minutes at most. Only status 2xx counts as
 // accepted. All attempts have the same `Idempotency-Key`.
 //
 // No event is stored if the disk is full or `max_events` are pending. If the backend accepts
@@ -82,8 +82,8 @@ type Handler struct {
 	// Default: `1000000`.
 	MaxEvents int `json:"max_events,omitempty"`
 
-	// How many attempts may run at the same time. A quarter of this number is only for new
-	// events. Default: `16`.
+	// How many attempts may run at the same time. With two or more, a quarter of
+	// them is only for new events. Default: `16`.
 	Concurrency int `json:"concurrency,omitempty"`
 
 	// How long the history keeps a delivered event: its id, type, resource, times and status,

@@ -22,9 +22,9 @@ const (
 	History = "delivered" // deleted: only a row of the history is left
 )
 
-// Latest is the longest wait before an event is due: the longest Retry-After plus a fifth. The
-// lease of an attempt may be longer. An event with a later due time counts as due now, because
-// that due time comes from a wrong clock.
+// Latest is longer than any wait for the next attempt: the longest Retry-After plus a margin. Only
+// a lease may be longer. An event with a later due time counts as due now, because that time comes
+// from a wrong clock.
 const Latest = 72 * time.Minute
 
 // Record is an event in a store. An attempt sends Request. The other fields are for the queue

@@ -176,8 +176,8 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, e
 }
 
 // hasRoom reports whether the disk has space for new events, as shown by a complete reserve. If the
-// reserve is not complete, hasRoom tries to write it, at most one time a second. At the start, it
-// tries immediately, because a power cut may have left an incomplete reserve.
+// reserve is not complete, hasRoom tries to write it, but waits for a second after the last change
+// of the file. At the start, it does not wait: a power cut may have left an incomplete reserve.
 func (f *file) hasRoom(start bool) bool {
 	info, err := os.Stat(f.path + reserve)
 	switch {

@@ -170,7 +170,7 @@ func isFile(path string, opened os.FileInfo) bool {
 }
 
 // Close implements store.Store. If the file was deleted or replaced after the last
-// transaction, Close copies the events into the file at the path.
+// transaction, Close copies the events into the file at the path, except in a command.
 func (f *file) Close() error {
 	if used := f.opened.Load(); !f.opening.Command && !f.isAtPath(used) {
 		if err := f.repair(context.Background(), used, errMoved); err != nil {
