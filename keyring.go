@@ -180,7 +180,7 @@ func (k *keyring) reload() {
 		result = reloadFailed
 		if time.Since(k.lastError) >= reloadLogInterval {
 			k.lastError = time.Now()
-			k.logger.Error("cannot reload secrets: the last good ones stay in use until Caddy restarts", zap.Error(failure))
+			k.logger.Error("cannot reload secrets: the last good ones stay in use, repair this before Caddy restarts", zap.Error(failure))
 		}
 	}
 	k.reloads[result].Inc()

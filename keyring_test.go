@@ -195,7 +195,7 @@ func TestSecretsAreReloaded(t *testing.T) {
 			assert.Regexp(t, "^0 changed, 0 unchanged, [0-9]+ failed$", counted())
 			lines := g.logs.FilterLevelExact(zapcore.ErrorLevel).All()
 			require.Len(t, lines, 2, "one line a minute")
-			assert.Equal(t, "cannot reload secrets: the last good ones stay in use until Caddy restarts", lines[0].Message)
+			assert.Equal(t, "cannot reload secrets: the last good ones stay in use, repair this before Caddy restarts", lines[0].Message)
 			assert.Contains(t, lines[0].ContextMap()["error"], "secret file: ")
 			assert.NotContains(t, lines[0].ContextMap()["error"], g.path)
 

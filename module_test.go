@@ -313,8 +313,8 @@ func TestRoad(t *testing.T) {
 	}
 }
 
-// Each error has its own row in rejections, also if another error wraps it. An error
-// without a row gets the last row.
+// Each error in rejections gets its own row, even if another error wraps it. An error that
+// is not in rejections gets the last row.
 func TestEveryErrorIsRejected(t *testing.T) {
 	for i, row := range rejections {
 		assert.Equal(t, i, rejectionOf(row.err))

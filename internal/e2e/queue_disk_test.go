@@ -211,8 +211,8 @@ func TestQueueOfTwoCaddysWhoseLogIsDeleted(t *testing.T) {
 			return err == nil
 		})
 	}
-	one.logged("was deleted or replaced while it was open: no event is lost")
-	two.logged("was deleted or replaced while it was open: no event is lost")
+	one.logged("was deleted or replaced while it was open: its events are in the file")
+	two.logged("was deleted or replaced while it was open: its events are in the file")
 	s.refusedNone(t)
 	up.Store(true)
 	backend.hasAll(t, s.ids(), 20*time.Second)

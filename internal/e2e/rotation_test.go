@@ -180,7 +180,7 @@ func TestSecretFileIsReplacedUnderLoad(t *testing.T) {
 				assert.Equal(t, 200, r.status("good", "doc"))
 				assert.Equal(t, 401, r.status("", "doc"), "the empty key")
 			}
-			assert.Equal(t, 1, strings.Count(r.c.output.String(), `"msg":"cannot reload secrets: the last good ones stay in use until Caddy restarts"`), "one line a minute")
+			assert.Equal(t, 1, strings.Count(r.c.output.String(), `"msg":"cannot reload secrets: the last good ones stay in use, repair this before Caddy restarts"`), "one line a minute")
 			assert.NotContains(t, r.c.get("http://"+r.c.admin+"/metrics"), `caddy_inkit_webhook_secret_reloads_total{result="failed",webhook=""} 0`)
 			file.replace("better")
 			r.until("better", 200, 2*time.Second)
@@ -291,7 +291,7 @@ func TestRecipeRotation(t *testing.T) {
 	command(2, 1, "")
 	assert.Equal(t, 401, status("new_secret"))
 	assert.Equal(t, 200, status("old_secret"))
-	for _, said := range []string{"cannot reload secrets: the last good ones stay in use until Caddy restarts", "secret green: must not start or end with white space"} {
+	for _, said := range []string{"cannot reload secrets: the last good ones stay in use, repair this before Caddy restarts", "secret green: must not start or end with white space"} {
 		assert.Contains(t, section(t, "Rotate a secret"), "`"+said+"`")
 		waitFor(t, "the log says: "+said, c.process, func() bool { return strings.Contains(c.output.String(), said) })
 	}

@@ -139,6 +139,9 @@ func (f *file) apply(ctx context.Context, b *store.Batch) error {
 func (f *file) Peek(ctx context.Context, queue string) (store.Peek, error) {
 	used := f.opened.Load()
 	p, err := f.DB.Peek(ctx, queue)
+	if !f.isAtPath(used) { // Caddy calls Peek once a second, even if there is nothing to write
+		err = errMoved
+	}
 	return p, f.repair(ctx, used, err)
 }
 

@@ -53,7 +53,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 		err = f.open(ctx)
 	}
 	if err == nil && moved {
-		f.opening.Logger.Error("the database or its write-ahead log was deleted or replaced while it was open: no event is lost, but find out what deletes or replaces these files")
+		f.opening.Logger.Error("the database or its write-ahead log was deleted or replaced while it was open: its events are in the file that is there now, but find out what deletes or replaces these files")
 	}
 	return err
 }
@@ -68,7 +68,7 @@ func (f *file) moveAside(cause error) error {
 	name := f.path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
 	for _, suffix := range []string{"-wal", "-shm", ""} {
 		if err := os.Rename(f.path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			f.opening.Logger.Error("cannot move the damaged database aside: let Caddy's user write to its folder", zap.Error(err))
+			f.opening.Logger.Error("cannot move the damaged database aside: let Caddy's user write to the folder of the database", zap.Error(err))
 			return cause
 		}
 	}
@@ -78,17 +78,14 @@ func (f *file) moveAside(cause error) error {
 }
 
 // rescue copies the events of the open file into the file that is now at the path. If only the log
-// is no longer at its path, rescue copies nothing, because disconnect moves the log into the file.
+// is no longer at its path, it is enough to move the log into the file, which is still there.
 // Other processes may have both files open, too: they notice this before their next change.
 func (f *file) rescue(ctx context.Context, used *opened) error {
 	if f.isAtPath(used) {
 		return nil
 	}
-	sameFile := isFile(f.path, used.main)
-	if !sameFile {
-		if err := checkpoint(ctx, f.Write); err != nil {
-			return f.unreadable(err)
-		}
+	if err := f.unreadable(checkpoint(ctx, f.Write)); err != nil {
+		return err
 	}
 	for suffix, info := range map[string]os.FileInfo{"-wal": used.log, "-shm": used.index} {
 		if isFile(f.path+suffix, info) { // SQLite would use it together with the new files
@@ -97,7 +94,7 @@ func (f *file) rescue(ctx context.Context, used *opened) error {
 			}
 		}
 	}
-	if sameFile {
+	if isFile(f.path, used.main) {
 		return nil
 	}
 	fresh, err := (&SQLite{Path: f.path}).Open(ctx, f.opening)

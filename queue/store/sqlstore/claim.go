@@ -12,8 +12,8 @@ import (
 
 // claim leases due events of a queue for the owner, and sets the Records of the claim.
 func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
-	// No event waits longer than store.Latest or the lease, whichever is longer. A later due time
-	// comes from a wrong clock. This statement makes an event with a later due time due now.
+	// No event waits longer than store.Latest or the lease, whichever is longer. If the due time of
+	// an event is further away than that, a clock was wrong: this statement sets it to now.
 	_, err := d.exec(ctx, tx, `
 		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
 			SELECT e.id FROM {schema}inkit_queue_events AS e
