@@ -204,7 +204,7 @@ func TestKeptAliveConnectionsThatClose(t *testing.T) {
 		lost int // the largest allowed number, or -1 for any number
 	}{
 		{"drop-reused", plainSite, -1},
-		{"drop-reused", bareSite, events * 5 / 100},
+		{"drop-reused", bareSite, events / 5}, // plain Caddy loses half of them, and this one usually 2 %
 		{"drop-reused", recommendedSite(t, "UPSTREAMS"), 0},
 		{"drop-header", plainSite, -1},
 		{"drop-header", bareSite, -1},
