@@ -65,8 +65,8 @@ func openSQLite(path string, connections int, busy time.Duration, pragmas ...str
 }
 
 // open prepares the file that is now at the path. It creates a missing schema, unless the file
-// has other tables. If the schema exists, open only reads, because a command must not wait
-// while Caddy writes.
+// has other tables. If the schema exists, open begins no transaction. Only the pragma auto_vacuum
+// of a new connection writes one page.
 func (f *file) open(ctx context.Context) error {
 	var tables, ours int
 	var migrated error
