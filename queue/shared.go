@@ -144,8 +144,8 @@ func (d *database) Written(b *store.Batch) {
 			continue
 		}
 		d.changeLocked(r.Queue, store.Pending, 1)
-		if r.Lease == 0 {
-			d.wakeLocked(r.Queue)
+		if q := d.queues[r.Queue]; q != nil && r.Lease == 0 && q.breaker.Backend().Down.IsZero() {
+			q.schedule.Wake()
 		}
 	}
 	for _, f := range b.Finish {

@@ -69,7 +69,7 @@ func (s *Schedule) next(ctx context.Context) time.Duration {
 		return pollInterval
 	}
 	if claim, wait := Plan(backend, store.Peek{}, limit, running); backend.isDown() && claim == 0 {
-		return wait // without a query, because each new event wakes the schedule
+		return wait // without a query, because each failed attempt wakes the schedule
 	}
 	peek, err := s.queue.Peek()
 	if err != nil {

@@ -112,11 +112,13 @@ func (f *file) open(ctx context.Context) error {
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {
 	used := f.opened.Load()
 	err := f.apply(ctx, b)
-	failed := err != nil
+	if err == nil {
+		return nil
+	}
 	if !f.isAtPath(used) {
 		err = errMoved
 	}
-	if err = f.repair(ctx, used, err); err == nil && failed {
+	if err = f.repair(ctx, used, err); err == nil {
 		err = f.apply(ctx, b)
 	}
 	return err
