@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -50,7 +51,7 @@ type file struct {
 }
 
 // opened has the files that the connections have open: the database, its log, and the index of
-// the log.
+// the log. While Open runs, only main is set.
 type opened struct{ main, log, index os.FileInfo }
 
 func openSQLite(path string, connections int, busy time.Duration, pragmas ...string) *sql.DB {
@@ -65,8 +66,7 @@ func openSQLite(path string, connections int, busy time.Duration, pragmas ...str
 }
 
 // open prepares the file that is now at the path. It creates a missing schema, unless the file
-// has other tables. If the schema exists, open begins no transaction. Only the pragma auto_vacuum
-// of a new connection writes one page.
+// has other tables. If the schema exists, open writes nothing.
 func (f *file) open(ctx context.Context) error {
 	var tables, ours int
 	var migrated error
@@ -79,17 +79,14 @@ func (f *file) open(ctx context.Context) error {
 	case err != nil:
 		return wrap(err)
 	case tables == 0:
-		migrated = (&sqlstore.DB{Dialect: f.Dialect, Write: f.Write}).InTx(ctx, func(tx *sql.Tx) error { // fails if another process was faster
-			_, err := tx.ExecContext(ctx, f.SchemaSQL())
-			return err
-		})
+		migrated = f.makeTables(ctx) // fails if another process was faster
 	case ours == 0:
 		return errors.New("is the database of another program")
 	}
 	for range f.Read.Stats().MaxOpenConnections { // open all connections now: a later connection could open another file
 		conn, err := f.Read.Conn(ctx)
 		if err != nil {
-			return err
+			return wrap(err)
 		}
 		defer conn.Close()
 		if err := f.CheckVersion(ctx, conn); err != nil {
@@ -107,6 +104,18 @@ func (f *file) open(ctx context.Context) error {
 		_ = os.Chmod(f.path+suffix, 0o600) // fails only for a user who does not own the file
 	}
 	return nil
+}
+
+// makeTables creates the schema in an empty file. The file will shrink after many events are
+// delivered. Without VACUUM, auto_vacuum has no effect in WAL mode.
+func (f *file) makeTables(ctx context.Context) error {
+	if _, err := f.Write.ExecContext(ctx, `PRAGMA auto_vacuum = incremental; VACUUM`); err != nil {
+		return wrap(err)
+	}
+	return (&sqlstore.DB{Dialect: f.Dialect, Write: f.Write}).InTx(ctx, func(tx *sql.Tx) error {
+		_, err := tx.ExecContext(ctx, f.SchemaSQL())
+		return err
+	})
 }
 
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {
@@ -162,7 +171,7 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, e
 	if _, err = f.DB.Tidy(ctx, keep); err != nil {
 		return len(names), err
 	}
-	for more := true; more; {
+	for more, last := true, math.MaxInt; more; {
 		var free int
 		if err := f.Read.QueryRowContext(ctx, `PRAGMA freelist_count`).Scan(&free); err != nil || free < pages {
 			return len(names), wrap(err)
@@ -174,7 +183,7 @@ func (f *file) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, e
 		if err != nil {
 			return len(names), err
 		}
-		more = free >= 2*pages
+		more, last = free >= 2*pages && free < last, free // a file from another program, such as sqlite3, may never shrink
 	}
 	_ = checkpoint(ctx, f.Write)
 	return len(names), nil

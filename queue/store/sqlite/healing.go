@@ -41,7 +41,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	switch {
 	case moved:
 		err = f.rescue(ctx, used)
-	case used == nil || f.isAtPath(used):
+	case f.isAtPath(used):
 		err = f.moveAside(err)
 	default: // another Caddy has moved the damaged file aside
 		err = nil
@@ -126,7 +126,7 @@ func (f *file) disconnect(ctx context.Context) error {
 		for range db.Stats().MaxOpenConnections {
 			conn, err := db.Conn(ctx)
 			if err != nil {
-				return err
+				return wrap(err)
 			}
 			defer func() {
 				_ = conn.Raw(func(any) error { return bad })
@@ -155,7 +155,7 @@ func checkpoint(ctx context.Context, db sqlstore.Querier) error {
 
 // isAtPath reports whether the open file and its log are still at their paths.
 func (f *file) isAtPath(used *opened) bool {
-	return isFile(f.path, used.main) && isFile(f.path+"-wal", used.log)
+	return isFile(f.path, used.main) && (used.log == nil || isFile(f.path+"-wal", used.log))
 }
 
 func isFile(path string, opened os.FileInfo) bool {

@@ -89,8 +89,8 @@ func (*SQLite) Migration() string { return "" }
 // Open implements store.Opener. It refuses a file that is not a database of this module. It
 // moves a damaged database aside.
 func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error) {
-	// never for an existing database: closing it would drop all locks of this process on it
-	if info, err := os.Stat(s.Path); err != nil || !info.Mode().IsRegular() {
+	found, err := os.Stat(s.Path)
+	if err != nil || !found.Mode().IsRegular() { // never for an existing database: closing it would drop all locks of this process on it
 		if o.Existing && errors.Is(err, fs.ErrNotExist) {
 			return nil, errors.New("this database file does not exist: name another one with --db")
 		}
@@ -101,6 +101,7 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 		if err != nil {
 			return nil, err
 		}
+		found, _ = made.Stat()
 		_ = made.Close()
 	}
 	path, err := filepath.EvalSymlinks(s.Path)
@@ -118,11 +119,12 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 		Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
 	}
 	f.Write = openSQLite(path, 1, busy,
-		"auto_vacuum(incremental)", "journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
+		"journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
 		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize))
 	f.Read = openSQLite(path, 2, busy, "query_only(1)")
+	f.opened.Store(&opened{main: found})
 	if err = f.open(ctx); errors.Is(err, errDamaged) {
-		err = f.repair(ctx, nil, err)
+		err = f.repair(ctx, f.opened.Load(), err)
 	}
 	f.Check = func() error {
 		if !f.isAtPath(f.opened.Load()) {

@@ -1,18 +1,22 @@
 package sqlite_test
 
 import (
+	"bytes"
+	"context"
 	"database/sql"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 	"time"
 
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/sqlite"
 	"github.com/inkit-webhooks/caddy-inkit-webhook/queue/store/storetest"
+	"github.com/stretchr/testify/assert"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/zap"
 )
@@ -98,4 +102,79 @@ func TestSQLiteLogThatIsCut(t *testing.T) {
 		}
 		require.NoError(t, s.Close())
 	}
+}
+
+// After the delivery of many events, the file shrinks. If another program has rebuilt the file, it
+// may not shrink, but Tidy still ends. A command that only reads, such as list, writes nothing into
+// the file.
+func TestSQLiteFileShrinks(t *testing.T) {
+	opener := &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
+	s, err := opener.Open(t.Context(), store.Opening{Logger: zap.NewNop()})
+	require.NoError(t, err)
+	defer s.Close()
+	size := func(suffix string) int64 {
+		info, err := os.Stat(opener.Path + suffix)
+		require.NoError(t, err)
+		return info.Size()
+	}
+	fillAndTidy := func() {
+		batch, finish := new(store.Batch), new(store.Batch)
+		for i := range 200 {
+			id := fmt.Sprintf("event-%03d", i)
+			batch.Add = append(batch.Add, &store.Record{ID: id, Queue: "default", Received: time.Now(), Request: make([]byte, 1<<15), Checksum: []byte("checksum")})
+			finish.Finish = append(finish.Finish, store.Finish{ID: id, Queue: "default", Outcome: store.Delivered})
+		}
+		require.NoError(t, s.Apply(t.Context(), batch))
+		require.NoError(t, s.Apply(t.Context(), finish))
+		require.Greater(t, size(""), int64(4<<20))
+		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+		defer cancel()
+		_, err = s.Tidy(ctx, nil)
+		require.NoError(t, err)
+	}
+	fillAndTidy()
+	require.Less(t, size(""), int64(2<<20))
+
+	require.Zero(t, size("-wal"))
+	command, err := opener.Open(t.Context(), store.Opening{Logger: zap.NewNop(), Command: true, Existing: true})
+	require.NoError(t, err)
+	storetest.Select(t, command, store.Filter{}, func(*store.Record) {})
+	require.NoError(t, command.Close())
+	require.Zero(t, size("-wal"))
+
+	db, err := sql.Open("sqlite", opener.Path)
+	require.NoError(t, err)
+	_, err = db.Exec(`PRAGMA auto_vacuum = none; VACUUM`)
+	require.NoError(t, err)
+	require.NoError(t, db.Close())
+	fillAndTidy()
+}
+
+// Several Caddys open a damaged file at the same time. The first one moves it aside. The others must
+// not move the new file aside, because it may already have events.
+func TestSQLiteDamagedForSeveral(t *testing.T) {
+	const rounds, limit = 14, 2 // a Caddy checks the file just before it renames the file: a small risk is left
+	wrong := 0
+	for range rounds {
+		opener := &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
+		require.NoError(t, os.WriteFile(opener.Path, bytes.Repeat([]byte("damaged "), 1<<12), 0o600))
+		require.NoError(t, os.WriteFile(opener.Path+"-reserve", nil, 0o600)) // shows that the file is Caddy's
+		var opening sync.WaitGroup
+		for range 4 {
+			opening.Go(func() {
+				assert.EventuallyWithT(t, func(t *assert.CollectT) { // Caddy tries again, too
+					s, err := opener.Open(context.Background(), store.Opening{Logger: zap.NewNop()})
+					require.NoError(t, err)
+					_ = s.Close()
+				}, time.Minute, time.Millisecond)
+			})
+		}
+		opening.Wait()
+		aside, err := filepath.Glob(opener.Path + ".damaged-*Z")
+		require.NoError(t, err)
+		if len(aside) != 1 {
+			wrong++
+		}
+	}
+	require.LessOrEqual(t, wrong, limit, "of %d files", rounds)
 }
