@@ -79,7 +79,10 @@ func (f *file) open(ctx context.Context) error {
 	case err != nil:
 		return wrap(err)
 	case tables == 0:
-		migrated = f.makeTables(ctx) // fails if another process was faster
+		migrated = (&sqlstore.DB{Dialect: f.Dialect, Write: f.Write}).InTx(ctx, func(tx *sql.Tx) error { // fails if another process was faster
+			_, err := tx.ExecContext(ctx, f.SchemaSQL())
+			return err
+		})
 	case ours == 0:
 		return errors.New("is the database of another program")
 	}
@@ -104,18 +107,6 @@ func (f *file) open(ctx context.Context) error {
 		_ = os.Chmod(f.path+suffix, 0o600) // fails only for a user who does not own the file
 	}
 	return nil
-}
-
-// makeTables creates the schema in an empty file. The file will shrink after many events are
-// delivered. Without VACUUM, auto_vacuum has no effect in WAL mode.
-func (f *file) makeTables(ctx context.Context) error {
-	if _, err := f.Write.ExecContext(ctx, `PRAGMA auto_vacuum = incremental; VACUUM`); err != nil {
-		return wrap(err)
-	}
-	return (&sqlstore.DB{Dialect: f.Dialect, Write: f.Write}).InTx(ctx, func(tx *sql.Tx) error {
-		_, err := tx.ExecContext(ctx, f.SchemaSQL())
-		return err
-	})
 }
 
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {

@@ -42,7 +42,7 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	case moved:
 		err = f.rescue(ctx, used)
 	case f.isAtPath(used):
-		err = f.moveAside(err)
+		err = f.moveAside(ctx, err)
 	default: // another Caddy has moved the damaged file aside
 		err = nil
 	}
@@ -58,9 +58,9 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	return err
 }
 
-// moveAside renames a damaged database and its log. The new names contain the time. If it
-// cannot rename a file, moveAside logs the error, and returns the argument cause.
-func (f *file) moveAside(cause error) error {
+// moveAside renames a damaged database and its log, and makes a new database. The new names contain
+// the time. If it cannot rename a file, moveAside logs the error, and returns the argument cause.
+func (f *file) moveAside(ctx context.Context, cause error) error {
 	for _, db := range []*sql.DB{f.Read, f.Write} { // Windows cannot rename an open file
 		db.SetMaxIdleConns(0)
 		defer db.SetMaxIdleConns(db.Stats().MaxOpenConnections)
@@ -74,7 +74,11 @@ func (f *file) moveAside(cause error) error {
 	}
 	f.opening.Logger.Error("the database is damaged: it was moved aside, recover its events as in docs/queue.md",
 		zap.String("moved_to", name), zap.Error(cause))
-	return nil
+	fresh, err := (&SQLite{Path: f.path}).Open(ctx, f.opening)
+	if err != nil {
+		return err
+	}
+	return fresh.Close()
 }
 
 // rescue copies the events of the open file into the file that is now at the path. If only the log

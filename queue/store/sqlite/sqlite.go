@@ -118,9 +118,14 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 		Bytes: "BLOB", Clustered: " WITHOUT ROWID", Rows: rowsPerStatement, Now: "inkit_queue_now()", Wrap: wrap,
 		Size: `SELECT page_count * page_size FROM pragma_page_count(), pragma_page_size()`,
 	}
-	f.Write = openSQLite(path, 1, busy,
+	pragmas := []string{
 		"journal_mode(wal)", "synchronous(full)", "fullfsync(1)", "checkpoint_fullfsync(1)",
-		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize))
+		fmt.Sprintf("wal_autocheckpoint(%d)", reserveSize/4096), fmt.Sprintf("journal_size_limit(%d)", reserveSize),
+	}
+	if found.Size() == 0 { // in any other file, this pragma changes nothing, but writes a page
+		pragmas = append([]string{"auto_vacuum(incremental)"}, pragmas...)
+	}
+	f.Write = openSQLite(path, 1, busy, pragmas...)
 	f.Read = openSQLite(path, 2, busy, "query_only(1)")
 	f.opened.Store(&opened{main: found})
 	if err = f.open(ctx); errors.Is(err, errDamaged) {
