@@ -39,7 +39,7 @@ const (
 	reserveSize = 1 << 20
 )
 
-// file is a store in a file. Apply, Peek, Counts and Tidy repair the file with the method repair.
+// file is a store in a file. Apply, Peek, Counts and Tidy repair the file with the method heal.
 // If another method finds damage, it returns an error.
 type file struct {
 	sqlstore.DB
@@ -110,18 +110,7 @@ func (f *file) open(ctx context.Context) error {
 }
 
 func (f *file) Apply(ctx context.Context, b *store.Batch) error {
-	used := f.opened.Load()
-	err := f.apply(ctx, b)
-	if err == nil {
-		return nil
-	}
-	if !f.isAtPath(used) {
-		err = errMoved
-	}
-	if err = f.repair(ctx, used, err); err == nil {
-		err = f.apply(ctx, b)
-	}
-	return err
+	return f.heal(ctx, func() error { return f.apply(ctx, b) })
 }
 
 // apply applies a batch, but repairs nothing. While the disk is full, it adds nothing, because the
@@ -138,46 +127,50 @@ func (f *file) apply(ctx context.Context, b *store.Batch) error {
 	return err
 }
 
-func (f *file) Peek(ctx context.Context, queue string) (store.Peek, error) {
-	used := f.opened.Load()
-	p, err := f.DB.Peek(ctx, queue)
-	if !f.isAtPath(used) { // Caddy calls Peek once a second, even if there is nothing to write
-		err = errMoved
-	}
-	return p, f.repair(ctx, used, err)
+func (f *file) Peek(ctx context.Context, queue string) (p store.Peek, err error) {
+	return p, f.heal(ctx, func() (err error) {
+		p, err = f.DB.Peek(ctx, queue)
+		return cmp.Or(err, f.checkPaths()) // Caddy calls Peek once a second, even if there is nothing to write
+	})
 }
 
-func (f *file) Counts(ctx context.Context) ([]store.Count, error) {
-	used := f.opened.Load()
-	counts, err := f.DB.Counts(ctx)
-	return counts, f.repair(ctx, used, err)
+func (f *file) Counts(ctx context.Context) (counts []store.Count, err error) {
+	return counts, f.heal(ctx, func() (err error) {
+		counts, err = f.DB.Counts(ctx)
+		return err
+	})
 }
 
-// Tidy implements store.Store. It gives free space back to the disk in small parts.
+// Tidy implements store.Store. It also gives free space back to the disk.
 func (f *file) Tidy(ctx context.Context, keep []store.Keep) (damagedFiles int, err error) {
-	const pages = 256
-	used := f.opened.Load()
-	defer func() { err = f.repair(ctx, used, err) }()
 	names, _ := filepath.Glob(f.path + ".damaged-*Z")
-	if _, err = f.DB.Tidy(ctx, keep); err != nil {
-		return len(names), err
-	}
+	return len(names), f.heal(ctx, func() error {
+		if _, err := f.DB.Tidy(ctx, keep); err != nil {
+			return err
+		}
+		return f.shrink(ctx)
+	})
+}
+
+// shrink gives free space back to the disk in small parts, so that no event waits long.
+func (f *file) shrink(ctx context.Context) error {
+	const pages = 256
 	for more, last := true, math.MaxInt; more; {
 		var free int
 		if err := f.Read.QueryRowContext(ctx, `PRAGMA freelist_count`).Scan(&free); err != nil || free < pages {
-			return len(names), wrap(err)
+			return wrap(err)
 		}
 		err := f.InTx(ctx, func(tx *sql.Tx) error {
 			_, err := tx.ExecContext(ctx, fmt.Sprintf(`PRAGMA incremental_vacuum(%d)`, pages))
 			return err
 		})
 		if err != nil {
-			return len(names), err
+			return err
 		}
 		more, last = free >= 2*pages && free < last, free // a file from another program, such as sqlite3, may never shrink
 	}
 	_ = checkpoint(ctx, f.Write)
-	return len(names), nil
+	return nil
 }
 
 // hasRoom reports whether the disk has space for new events, as shown by a complete reserve. If the

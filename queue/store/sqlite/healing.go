@@ -22,10 +22,27 @@ var (
 	errMoved   = errors.New("the database was deleted or replaced while it was open")
 )
 
+// heal runs an operation. If the operation fails because of the file, heal repairs the file and runs
+// the operation again.
+func (f *file) heal(ctx context.Context, operation func() error) error {
+	used := f.opened.Load()
+	err := operation()
+	if err == nil {
+		return nil
+	}
+	if !f.isAtPath(used) {
+		err = errMoved
+	}
+	if err = f.repair(ctx, used, err); err == nil {
+		err = operation()
+	}
+	return err
+}
+
 // repair repairs the file after an operation that failed with err, and had the files in `used`
 // open. It moves a damaged file aside and opens an empty one. If the open file is no longer at
 // its path, repair copies its events into the file that is there now. This works because this
-// process still has the old file open. repair returns nil if it has repaired the file, and err
+// process still has the old file open. repair returns nil if the file is repaired now, and err
 // if the file needs no repair. A command repairs nothing, because Caddy may be running.
 func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	moved := errors.Is(err, errMoved)
@@ -34,8 +51,8 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	}
 	f.repairing.Lock()
 	defer f.repairing.Unlock()
-	if f.opened.Load() != used { // the operation may have changed only the old file
-		return errors.New("the database file was repaired during this operation: try again")
+	if f.opened.Load() != used { // another goroutine has repaired the file
+		return nil
 	}
 	ctx = context.WithoutCancel(ctx) // an interrupted query would close its connection, and with it the only access to a deleted file
 	switch {
@@ -155,6 +172,14 @@ func checkpoint(ctx context.Context, db sqlstore.Querier) error {
 		err = store.ErrLocked
 	}
 	return wrap(err)
+}
+
+// checkPaths returns errMoved if the open file or its log is no longer at its path.
+func (f *file) checkPaths() error {
+	if !f.isAtPath(f.opened.Load()) {
+		return errMoved
+	}
+	return nil
 }
 
 // isAtPath reports whether the open file and its log are still at their paths.

@@ -131,12 +131,7 @@ func (s *SQLite) Open(ctx context.Context, o store.Opening) (store.Store, error)
 	if err = f.open(ctx); errors.Is(err, errDamaged) {
 		err = f.repair(ctx, f.opened.Load(), err)
 	}
-	f.Check = func() error {
-		if !f.isAtPath(f.opened.Load()) {
-			return errMoved
-		}
-		return nil
-	}
+	f.Check = f.checkPaths
 	if err == nil && !o.Command {
 		err = wrap(f.PrepareApply(ctx))
 	}
