@@ -66,11 +66,10 @@ func openSQLite(path string, connections int, busy time.Duration, pragmas ...str
 }
 
 // open prepares the file that is now at the path. It creates a missing schema, unless the file
-// has other tables. If the schema exists, open writes nothing.
+// has other tables.
 func (f *file) open(ctx context.Context) error {
 	var tables, ours int
-	var migrated error
-	err := f.Write.QueryRowContext(ctx, `
+	err := f.Read.QueryRowContext(ctx, `
 		SELECT count(*), count(*) FILTER (WHERE name = 'inkit_queue_schema') FROM sqlite_master`).Scan(&tables, &ours)
 	_, reserveErr := os.Stat(f.path + reserve)
 	switch {
@@ -78,13 +77,27 @@ func (f *file) open(ctx context.Context) error {
 		return errors.New("is not a database")
 	case err != nil:
 		return wrap(err)
-	case tables == 0:
-		migrated = (&sqlstore.DB{Dialect: f.Dialect, Write: f.Write}).InTx(ctx, func(tx *sql.Tx) error { // fails if another process was faster
-			_, err := tx.ExecContext(ctx, f.SchemaSQL())
+	case tables == 0 && f.opening.Existing:
+		return errors.New("is an empty database")
+	case tables > 0 && ours == 0:
+		return errors.New("is the database of another program")
+	}
+	for _, suffix := range []string{"", "-wal", "-shm"} { // existing files may be readable for other users, or read-only
+		_ = os.Chmod(f.path+suffix, 0o600) // fails only for a user who does not own the file
+	}
+	changed := f.Write.PingContext(ctx) // sets the journal mode
+	if !f.opening.Command || tables == 0 {
+		change := `UPDATE inkit_queue_schema SET version = version` // fails if SQLite has opened the file read-only, because Caddy may not write to it
+		if tables == 0 {
+			change = f.SchemaSQL() // fails if another process was faster
+		}
+		changed = (&sqlstore.DB{Dialect: f.Dialect, Write: f.Write}).InTx(ctx, func(tx *sql.Tx) error {
+			_, err := tx.ExecContext(ctx, change)
 			return err
 		})
-	case ours == 0:
-		return errors.New("is the database of another program")
+	}
+	if hasCode(changed, sqlite3.SQLITE_READONLY) {
+		return changed
 	}
 	for range f.Read.Stats().MaxOpenConnections { // open all connections now: a later connection could open another file
 		conn, err := f.Read.Conn(ctx)
@@ -93,7 +106,7 @@ func (f *file) open(ctx context.Context) error {
 		}
 		defer conn.Close()
 		if err := f.CheckVersion(ctx, conn); err != nil {
-			return cmp.Or(migrated, wrap(err))
+			return cmp.Or(changed, wrap(err))
 		}
 	}
 	main, err := os.Stat(f.path)
@@ -103,9 +116,6 @@ func (f *file) open(ctx context.Context) error {
 		return err
 	}
 	f.opened.Store(&opened{main, log, index})
-	for _, suffix := range []string{"", "-wal", "-shm"} { // existing files may be readable for other users
-		_ = os.Chmod(f.path+suffix, 0o600) // fails only for a user who does not own the file
-	}
 	return nil
 }
 

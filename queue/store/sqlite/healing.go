@@ -55,13 +55,10 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 		return nil
 	}
 	ctx = context.WithoutCancel(ctx) // an interrupted query would close its connection, and with it the only access to a deleted file
-	switch {
-	case moved:
+	if moved {
 		err = f.rescue(ctx, used)
-	case f.isAtPath(used):
-		err = f.moveAside(ctx, err)
-	default: // another Caddy has moved the damaged file aside
-		err = nil
+	} else {
+		err = f.moveAside(ctx, used, err)
 	}
 	if err == nil {
 		err = f.disconnect(ctx)
@@ -75,18 +72,21 @@ func (f *file) repair(ctx context.Context, used *opened, err error) error {
 	return err
 }
 
-// moveAside renames a damaged database and its log, and makes a new database. The new names contain
-// the time. If it cannot rename a file, moveAside logs the error, and returns the argument cause.
-func (f *file) moveAside(ctx context.Context, cause error) error {
+// moveAside renames a damaged database and its log, unless another Caddy has already done this, and
+// makes a new database. The new names contain the time. The argument cause is the error that shows
+// the damage.
+func (f *file) moveAside(ctx context.Context, used *opened, cause error) error {
 	for _, db := range []*sql.DB{f.Read, f.Write} { // Windows cannot rename an open file
 		db.SetMaxIdleConns(0)
 		defer db.SetMaxIdleConns(db.Stats().MaxOpenConnections)
 	}
+	if !isFile(f.path, used.main) { // not isAtPath, because closing the last connection deletes the log
+		return nil
+	}
 	name := f.path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
 	for _, suffix := range []string{"-wal", "-shm", ""} {
 		if err := os.Rename(f.path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			f.opening.Logger.Error("cannot move the damaged database aside: let Caddy's user write to the folder of the database", zap.Error(err))
-			return cause
+			return fmt.Errorf("%w; Caddy's user must be able to write to its folder, because it cannot be moved aside: %w", cause, err)
 		}
 	}
 	f.opening.Logger.Error("the database is damaged: it was moved aside, recover its events as in docs/queue.md",
@@ -105,8 +105,11 @@ func (f *file) rescue(ctx context.Context, used *opened) error {
 	if f.isAtPath(used) {
 		return nil
 	}
-	if err := f.unreadable(checkpoint(ctx, f.Write)); err != nil {
-		return err
+	logGone := isFile(f.path, used.main)
+	if logGone {
+		if err := f.unreadable(checkpoint(ctx, f.Write)); err != nil {
+			return err
+		}
 	}
 	for suffix, info := range map[string]os.FileInfo{"-wal": used.log, "-shm": used.index} {
 		if isFile(f.path+suffix, info) { // SQLite would use it together with the new files
@@ -115,7 +118,7 @@ func (f *file) rescue(ctx context.Context, used *opened) error {
 			}
 		}
 	}
-	if isFile(f.path, used.main) {
+	if logGone {
 		return nil
 	}
 	fresh, err := (&SQLite{Path: f.path}).Open(ctx, f.opening)
@@ -138,10 +141,9 @@ func (f *file) unreadable(err error) error {
 	return nil
 }
 
-// disconnect moves the log into the file while no other goroutine writes, and then closes all
-// connections. A later connection opens the file that is at the path at that time.
+// disconnect closes all connections while no other goroutine uses them. A later connection opens the
+// file that is at the path at that time.
 func (f *file) disconnect(ctx context.Context) error {
-	var write *sql.Conn
 	var bad error
 	for _, db := range []*sql.DB{f.Read, f.Write} {
 		for range db.Stats().MaxOpenConnections {
@@ -153,14 +155,10 @@ func (f *file) disconnect(ctx context.Context) error {
 				_ = conn.Raw(func(any) error { return bad })
 				_ = conn.Close()
 			}()
-			write = conn
 		}
 	}
-	err := checkpoint(ctx, write)
-	if err == nil || errors.Is(err, errDamaged) {
-		bad = driver.ErrBadConn
-	}
-	return err
+	bad = driver.ErrBadConn
+	return nil
 }
 
 // checkpoint moves the whole log into the file. It returns ErrLocked if another connection
@@ -184,7 +182,7 @@ func (f *file) checkPaths() error {
 
 // isAtPath reports whether the open file and its log are still at their paths.
 func (f *file) isAtPath(used *opened) bool {
-	return isFile(f.path, used.main) && (used.log == nil || isFile(f.path+"-wal", used.log))
+	return isFile(f.path, used.main) && isFile(f.path+"-wal", used.log)
 }
 
 func isFile(path string, opened os.FileInfo) bool {

@@ -181,8 +181,69 @@ func TestSQLiteDamagedForSeveral(t *testing.T) {
 		aside, err := filepath.Glob(opener.Path + ".damaged-*Z")
 		require.NoError(t, err)
 		if len(aside) != 1 {
+			t.Log(aside)
 			wrong++
 		}
 	}
 	require.LessOrEqual(t, wrong, limit, "of %d files", rounds)
+}
+
+// A file that Open refuses does not change.
+func TestSQLiteFilesThatAreRefused(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		opening store.Opening
+		make    string
+		says    string
+	}{
+		{"an empty file, for a command such as list", store.Opening{Command: true, Existing: true}, ``, "is an empty database"},
+		{"the database of another program", store.Opening{}, `CREATE TABLE mine (id)`, "is the database of another program"},
+		{"the database of another program, for a command", store.Opening{Command: true}, `CREATE TABLE mine (id)`, "is the database of another program"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			opener := &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
+			require.NoError(t, os.WriteFile(opener.Path, nil, 0o600))
+			db, err := sql.Open("sqlite", opener.Path)
+			require.NoError(t, err)
+			_, err = db.Exec(tt.make)
+			require.NoError(t, err)
+			require.NoError(t, db.Close())
+			before, err := os.ReadFile(opener.Path)
+			require.NoError(t, err)
+			tt.opening.Logger = zap.NewNop()
+			_, err = opener.Open(t.Context(), tt.opening)
+			require.EqualError(t, err, tt.says)
+			after, err := os.ReadFile(opener.Path)
+			require.NoError(t, err)
+			require.Equal(t, before, after)
+		})
+	}
+}
+
+// A program that still reads the old file does not delay the events.
+func TestSQLiteFileThatIsReplacedDuringARead(t *testing.T) {
+	opener := &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
+	s, err := opener.Open(t.Context(), store.Opening{Logger: zap.NewNop()})
+	require.NoError(t, err)
+	defer s.Close()
+	add := func(id string) {
+		require.NoError(t, s.Apply(t.Context(), &store.Batch{Owner: "me", Add: []*store.Record{{
+			ID: id, Queue: "default", Received: time.Now(), Request: []byte("request"), Checksum: []byte("checksum"),
+		}}}))
+	}
+	add("a")
+	reader, err := sql.Open("sqlite", opener.Path)
+	require.NoError(t, err)
+	defer reader.Close()
+	rows, err := reader.Query(`SELECT id FROM inkit_queue_events`)
+	require.NoError(t, err)
+	defer rows.Close()
+	require.True(t, rows.Next())
+	add("b")
+	require.NoError(t, os.Rename(opener.Path, opener.Path+".old"))
+	add("c")
+	var ids []string
+	storetest.Select(t, s, store.Filter{}, func(r *store.Record) { ids = append(ids, r.ID) })
+	require.Equal(t, []string{"a", "b", "c"}, ids)
+	require.NoError(t, rows.Err())
 }
