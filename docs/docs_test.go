@@ -219,7 +219,7 @@ func TestDocsHaveTheWordsOfTheSource(t *testing.T) {
 	}{
 		{"outcomes", "module.go", `, http\.Status\w+, ("\w+"),`, 7},
 		{"metrics of the guard", "metrics.go", `Name: ("caddy_\w+"),`, 3},
-		{"metrics of the queue", "queue/metrics.go", `Name: +("caddy_\w+"),`, 7},
+		{"metrics of the queue", "queue/metrics.go", `(?:Name: +|gauge\()("caddy_\w+"),`, 8},
 		{"placeholders of the guard", "module.go", "`({http\\.inkit_webhook\\.\\w+})`", 4},
 		{"placeholders of the queue", "queue/handler.go", "`({http\\.inkit_queue\\.\\w+})`", 3},
 		{"commands of the guard", "command.go", `Use: +"(\w+) .*",`, 3},

@@ -12,16 +12,6 @@ var (
 	metrics = prometheus.NewRegistry()
 	factory = promauto.With(metrics)
 
-	eventsGauge = factory.NewGaugeVec(prometheus.GaugeOpts{
-		Name: "caddy_inkit_queue_events",
-		Help: "Stored events by state: pending, or dead until an operator retries or drops them.",
-	}, []string{"queue", "state"})
-
-	oldestGauge = factory.NewGaugeVec(prometheus.GaugeOpts{
-		Name: "caddy_inkit_queue_oldest_age_seconds",
-		Help: "Age of the oldest pending event, 0 if there is none.",
-	}, []string{"queue"})
-
 	storedTotal = factory.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_inkit_queue_stored_total",
 		Help: "Counter of verified events by result: stored, delivered before they were stored, duplicate of a stored event, refused above max_events, or failed to store.",
@@ -37,24 +27,9 @@ var (
 		Help:    "Histogram of the seconds until an event was on the disk.",
 		Buckets: prometheus.ExponentialBuckets(0.0005, 2, 14),
 	}, []string{"queue"})
-
-	backendDown = factory.NewGaugeVec(prometheus.GaugeOpts{
-		Name: "caddy_inkit_queue_backend_down",
-		Help: "Whether the backend counts as down: 1 or 0.",
-	}, []string{"queue"})
-
-	pausedGauge = factory.NewGaugeVec(prometheus.GaugeOpts{
-		Name: "caddy_inkit_queue_paused",
-		Help: "Whether an operator has paused the queue: 1 or 0.",
-	}, []string{"queue"})
-
-	damagedFiles = factory.NewGaugeVec(prometheus.GaugeOpts{
-		Name: "caddy_inkit_queue_damaged_files",
-		Help: "Damaged databases that were moved aside and are still there.",
-	}, []string{"queue"})
 )
 
-// createSeries creates all series of a queue at 0: a counter that first appears at 1 shows no
+// createSeries creates all counters of a queue at 0: a counter that first appears at 1 shows no
 // increase.
 func createSeries(queue string) {
 	for _, result := range []string{"stored", "delivered", "duplicate", "refused", "failed"} {
@@ -63,17 +38,64 @@ func createSeries(queue string) {
 	for _, result := range []string{"delivered", "failed", "unreachable"} {
 		attemptsTotal.WithLabelValues(queue, result)
 	}
-	for _, gauge := range []*prometheus.GaugeVec{oldestGauge, backendDown, pausedGauge, damagedFiles} {
-		gauge.WithLabelValues(queue)
-	}
-	eventsGauge.WithLabelValues(queue, store.Pending)
-	eventsGauge.WithLabelValues(queue, store.Dead)
 	storeSeconds.WithLabelValues(queue)
 }
 
-// deleteGauges deletes the gauges of a closed queue, because no code updates them any more.
-func deleteGauges(queue string) {
-	for _, gauge := range []*prometheus.GaugeVec{eventsGauge, oldestGauge, backendDown, pausedGauge, damagedFiles} {
-		gauge.DeletePartialMatch(prometheus.Labels{"queue": queue})
+// gauge returns the description of a gauge with the label queue and more labels.
+func gauge(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc(name, help, append([]string{"queue"}, labels...), nil)
+}
+
+var (
+	eventsGauge  = gauge("caddy_inkit_queue_events", "Stored events by state: pending, or dead until an operator retries or drops them.", "state")
+	oldestGauge  = gauge("caddy_inkit_queue_oldest_age_seconds", "Age of the oldest pending event, 0 if there is none.")
+	backendDown  = gauge("caddy_inkit_queue_backend_down", "Whether the backend counts as down: 1 or 0.")
+	pausedGauge  = gauge("caddy_inkit_queue_paused", "Whether an operator has paused the queue: 1 or 0.")
+	damagedFiles = gauge("caddy_inkit_queue_damaged_files", "Damaged databases that were moved aside and are still there.")
+)
+
+func init() {
+	metrics.MustRegister(gauges{})
+}
+
+// gauges collects the gauges of all queues that deliver. It reads the state of the queues when it is
+// asked, because a reload may replace a queue by another one of the same name.
+type gauges struct{}
+
+// Describe implements prometheus.Collector.
+func (gauges) Describe(descs chan<- *prometheus.Desc) {
+	for _, desc := range []*prometheus.Desc{eventsGauge, oldestGauge, backendDown, pausedGauge, damagedFiles} {
+		descs <- desc
 	}
+}
+
+// Collect implements prometheus.Collector.
+func (gauges) Collect(collected chan<- prometheus.Metric) {
+	byName := make(map[string]*queue)
+	queues.Range(func(_, value any) bool {
+		if q := value.(*queue); q.current() != nil {
+			byName[q.name] = q
+		}
+		return true
+	})
+	for name, q := range byName {
+		send := func(desc *prometheus.Desc, value float64, labels ...string) {
+			collected <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, append([]string{name}, labels...)...)
+		}
+		pending, dead, damaged := q.db.shown(name)
+		send(eventsGauge, float64(pending.Events), store.Pending)
+		send(eventsGauge, float64(dead.Events), store.Dead)
+		send(oldestGauge, pending.Oldest.Seconds())
+		send(damagedFiles, float64(damaged))
+		send(backendDown, flag(!q.breaker.Backend().Down.IsZero()))
+		send(pausedGauge, flag(!q.paused.Load().IsZero()))
+	}
+}
+
+// flag returns 1 for true, and 0 for false.
+func flag(is bool) float64 {
+	if is {
+		return 1
+	}
+	return 0
 }

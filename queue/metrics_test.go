@@ -66,11 +66,11 @@ func TestMetricsCount(t *testing.T) {
 		want   map[string]float64 // 0 for all other series
 	}{
 		{"accepted by the first attempt", 200, nil, 3, 0, map[string]float64{"stored_total delivered": 3, "attempts_total delivered": 3}},
-		{"failed with status 500", 500, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total failed": 2}},
-		{"unreachable", 502, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total unreachable": 2}},
-		{"backend down", 502, nil, 7, 0, map[string]float64{"stored_total stored": 7, "store_seconds": 7, "attempts_total unreachable": 5, "backend_down": 1}},
+		{"failed with status 500", 500, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total failed": 2, "events pending": 2}},
+		{"unreachable", 502, nil, 2, 0, map[string]float64{"stored_total stored": 2, "store_seconds": 2, "attempts_total unreachable": 2, "events pending": 2}},
+		{"backend down", 502, nil, 7, 0, map[string]float64{"stored_total stored": 7, "store_seconds": 7, "attempts_total unreachable": 5, "backend_down": 1, "events pending": 7}},
 		{"cannot be stored", 500, store.ErrFull, 2, 0, map[string]float64{"stored_total failed": 2, "attempts_total failed": 2}},
-		{"more than max_events", 500, nil, 12, 0, map[string]float64{"stored_total stored": 10, "stored_total refused": 2, "store_seconds": 10, "attempts_total failed": 12}},
+		{"more than max_events", 500, nil, 12, 0, map[string]float64{"stored_total stored": 10, "stored_total refused": 2, "store_seconds": 10, "attempts_total failed": 12, "events pending": 10}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -248,6 +248,35 @@ func TestQueueThatAReloadRemoves(t *testing.T) {
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
 		assert.Greater(t, seriesOf(t, "removed")["attempts_total failed"], 8.0)
+	})
+}
+
+// The gauges of a queue are those of the queue that delivers, also while the old queue of the same
+// name still ends its attempts.
+func TestGaugesAfterAReloadToAnotherStore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const name = "another-store"
+		load := func(path string, answer func(http.ResponseWriter, *http.Request, caddyhttp.Handler) error) *configuration {
+			return start(t, &Handler{Name: name, StoreRaw: sqliteAt(path), Routes: routes(answer)})
+		}
+		old := filepath.Join(t.TempDir(), "old.db")
+		first := load(old, status(502))
+		for range 2 * 5 {
+			serve(t, first.handlers[0], post(body))
+		}
+		synctest.Wait()
+		require.InDelta(t, 1, seriesOf(t, name)["backend_down"], 0)
+		second := load(filepath.Join(t.TempDir(), "new.db"), status(200))
+		defer second.stop(t)
+		first.stop(t)
+		for range 3 {
+			series := seriesOf(t, name)
+			for _, gauge := range []string{"backend_down", "paused", "events pending", "oldest_age_seconds"} {
+				assert.Contains(t, series, gauge)
+				assert.Zero(t, series[gauge], gauge)
+			}
+			time.Sleep(time.Minute)
+		}
 	})
 }
 

@@ -135,7 +135,6 @@ func (q *queue) Peek() (p store.Peek, err error) {
 	}
 	if err == nil && p.Empty && !q.db.writer.Failing() && q.breaker.Forget() {
 		q.db.logger.Load().Info("no pending event is left to probe the backend: the backend counts as up again", zap.String("queue", q.name))
-		backendDown.WithLabelValues(q.name).Set(0)
 	}
 	return p, err
 }
@@ -149,10 +148,8 @@ func (q *queue) heedPause(p *store.Peek) {
 	switch {
 	case p.Paused.IsZero() && !was.IsZero():
 		logger.Info("the queue is no longer paused", zap.String("queue", q.name), zap.Duration("paused", time.Since(*was)))
-		pausedGauge.WithLabelValues(q.name).Set(0)
 	case !p.Paused.IsZero() && was.IsZero():
 		logger.Warn("the queue is paused: events are stored, but not delivered, until you run caddy inkit-queue resume", zap.String("queue", q.name), zap.Time("since", p.Paused))
-		pausedGauge.WithLabelValues(q.name).Set(1)
 	}
 	if !p.Paused.IsZero() {
 		p.Empty, p.Wait = false, store.Latest
@@ -211,11 +208,9 @@ func (q *queue) settle(h *Handler, r *store.Record, res result, age time.Duratio
 		label = "unreachable"
 		if q.breaker.Unreached(r.ID) {
 			h.logger.Warn("the backend is down: events are stored, and one attempt a second is made", zap.String("queue", q.name), zap.Error(res.err))
-			backendDown.WithLabelValues(q.name).Set(1)
 		}
 	} else if down, back := q.breaker.Reached(q.limits.Limit()); back {
 		h.logger.Info("the backend is back", zap.String("queue", q.name), zap.Duration("down", down), zap.Int("pending", q.db.pending(q.name)))
-		backendDown.WithLabelValues(q.name).Set(0)
 		q.schedule.Wake()
 	}
 	switch {

@@ -40,14 +40,14 @@ type database struct {
 	cancel   context.CancelFunc
 	counting sync.WaitGroup
 	outdated atomic.Bool // true if keepCounts must count the events soon
-	damaged  int         // number of damaged databases that were moved aside and still exist
 
 	failing                        atomic.Bool // the log has the error, but not the recovery yet
 	failedLog, lockedLog, countLog *rate.Limiter
 
-	mu     sync.Mutex
-	queues map[string]*queue
-	counts map[countKey]store.Count
+	mu      sync.Mutex
+	queues  map[string]*queue
+	counts  map[countKey]store.Count
+	damaged int // number of damaged databases that were moved aside and still exist
 }
 
 type countKey struct{ queue, state string }
@@ -85,7 +85,6 @@ func (d *database) leave(q *queue) {
 	d.mu.Lock()
 	if d.queues[q.name] == q {
 		delete(d.queues, q.name)
-		deleteGauges(q.name)
 	}
 	d.mu.Unlock()
 	if !caddy.Exiting() {
@@ -182,6 +181,13 @@ func (d *database) pending(queue string) int {
 	return d.counts[countKey{queue, store.Pending}].Events
 }
 
+// shown returns the last known numbers of a queue for the metrics.
+func (d *database) shown(queue string) (pending, dead store.Count, damaged int) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.counts[countKey{queue, store.Pending}], d.counts[countKey{queue, store.Dead}], d.damaged
+}
+
 // keepCounts counts the events from time to time. Between two counts, the metrics do not show the
 // changes by other processes.
 func (d *database) keepCounts() {
@@ -199,7 +205,6 @@ func (d *database) keepCounts() {
 				d.logger.Load().Error("cannot count events: the metrics show older numbers", zap.Error(err))
 			}
 		}
-		d.show()
 		select {
 		case <-time.After(wait):
 		case <-d.ctx.Done():
@@ -246,19 +251,9 @@ func (d *database) count(s store.Store, first bool) error {
 			d.warn(c.Queue)
 		}
 	}
-	d.damaged, err = s.Tidy(ctx, keep)
-	return err
-}
-
-// show sets the gauges to the last known numbers.
-func (d *database) show() {
+	damaged, err := s.Tidy(ctx, keep)
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for name := range d.queues {
-		pending, dead := d.counts[countKey{name, store.Pending}], d.counts[countKey{name, store.Dead}]
-		eventsGauge.WithLabelValues(name, store.Pending).Set(float64(pending.Events))
-		eventsGauge.WithLabelValues(name, store.Dead).Set(float64(dead.Events))
-		oldestGauge.WithLabelValues(name).Set(pending.Oldest.Seconds())
-		damagedFiles.WithLabelValues(name).Set(float64(d.damaged))
-	}
+	d.damaged = damaged
+	return err
 }
