@@ -25,6 +25,10 @@ const (
 	// Then the timeout is `answer_after`.
 	storeWait = 5 * time.Second
 
+	// lastChance is how long before its deadline an event gets an attempt that is still not stored,
+	// even if the backend counts as down.
+	lastChance = time.Second
+
 	// If the option `once` lists the type of an event, the first attempt waits until the event is
 	// stored. After onceWait, the attempt begins even if the event is not stored, because a double
 	// delivery is better than a lost event.
@@ -73,7 +77,8 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 	if durable == nil {
 		durable = a.store()
 	}
-	tried, stored, limit := begins, false, time.After(time.Until(a.deadline))
+	tried, stored := begins, false
+	limit, late := time.After(time.Until(a.deadline)), time.After(time.Until(a.deadline)-lastChance)
 	for attempted != nil || durable != nil {
 		select {
 		case res := <-attempted:
@@ -84,8 +89,12 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 			stored, durable = a.isStored(), nil
 			switch {
 			case stored:
-				limit = time.After(time.Until(a.record.Received.Add(answerAfter)))
+				limit, late = time.After(time.Until(a.record.Received.Add(answerAfter))), nil
 			case !tried && !a.q.isPaused(): // storing has failed, and the backend may be up again
+				tried, attempted = true, a.attempt()
+			}
+		case <-late: // storing takes long, and may fail
+			if !tried && !a.q.isPaused() {
 				tried, attempted = true, a.attempt()
 			}
 		case <-limit:

@@ -202,8 +202,10 @@ func (a *answer) copyTo(w http.ResponseWriter) error {
 	maps.Copy(header, a.sent)
 	header.Del("Trailer") // the trailers are not stored
 	if len(a.body) > maxAnswer {
-		header.Del("Content-Length")
 		a.body = nil // a part of the body would look complete
+	}
+	if header.Get("Content-Length") != strconv.Itoa(len(a.body)) { // handle_response can answer with another body
+		header.Del("Content-Length")
 	}
 	w.WriteHeader(a.status)
 	if len(a.body) == 0 {

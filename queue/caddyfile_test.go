@@ -146,6 +146,19 @@ func TestLoadErrors(t *testing.T) {
 			}),
 		}},
 		{"two names with different settings", "", []*Handler{with(func(*Handler) {}), with(func(h *Handler) { h.Name, h.Concurrency = "b", 1 })}},
+		{"the same snippet in two sites, with other numbers of the groups", "", []*Handler{
+			with(func(h *Handler) { h.Routes[0].Group = "group2" }), with(func(h *Handler) { h.Routes[0].Group = "group7" }),
+		}},
+		{"other groups of routes", "name: two queues are called a, and have different settings", []*Handler{
+			with(func(h *Handler) {
+				h.Routes = append(h.Routes, h.Routes[0])
+				h.Routes[0].Group, h.Routes[1].Group = "group1", "group1"
+			}),
+			with(func(h *Handler) {
+				h.Routes = append(h.Routes, h.Routes[0])
+				h.Routes[0].Group, h.Routes[1].Group = "group1", "group2"
+			}),
+		}},
 		{"the same name with another concurrency", "name: two queues are called a, and have different settings", []*Handler{
 			with(func(*Handler) {}), with(func(h *Handler) { h.Concurrency = 1 }),
 		}},
@@ -167,6 +180,8 @@ func TestLoadErrors(t *testing.T) {
 		{"a negative answer_after", "answer_after: must not be negative", []*Handler{with(func(h *Handler) { h.AnswerAfter = duration(-1) })}},
 		{"answer_after of 0", "", []*Handler{with(func(h *Handler) { h.AnswerAfter = duration(0) })}},
 		{"a negative attempt_timeout", "attempt_timeout: must not be negative", []*Handler{with(func(h *Handler) { h.AttemptTimeout = -1 })}},
+		{"an attempt_timeout of more than an hour", "attempt_timeout: must not be longer than 1h", []*Handler{with(func(h *Handler) { h.AttemptTimeout = caddy.Duration(time.Hour + 1) })}},
+		{"an attempt_timeout of an hour", "", []*Handler{with(func(h *Handler) { h.AttemptTimeout = caddy.Duration(time.Hour) })}},
 		{"a negative max_age", "max_age: must not be negative", []*Handler{with(func(h *Handler) { h.MaxAge = -1 })}},
 		{"a negative max_events", "max_events: must not be negative", []*Handler{with(func(h *Handler) { h.MaxEvents = -1 })}},
 		{"a negative concurrency", "concurrency: must not be negative", []*Handler{with(func(h *Handler) { h.Concurrency = -1 })}},

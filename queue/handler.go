@@ -33,7 +33,10 @@ func init() {
 	caddy.RegisterModule(Handler{})
 }
 
-const defaultName = "default"
+const (
+	defaultName       = "default"
+	maxAttemptTimeout = caddy.Duration(time.Hour)
+)
 
 // Handler stores verified webhooks in a database until the backend accepts them.
 //
@@ -71,7 +74,7 @@ type Handler struct {
 	// With 0, the sender does not wait for the backend. Default: `5s`.
 	AnswerAfter *caddy.Duration `json:"answer_after,omitempty"`
 
-	// How long one attempt may take. Default: `30s`.
+	// How long one attempt may take, at most `1h`. Default: `30s`.
 	AttemptTimeout caddy.Duration `json:"attempt_timeout,omitempty"`
 
 	// The age of an event after which a failed attempt is the last attempt: the event is then dead.
@@ -107,7 +110,7 @@ type Handler struct {
 	server *caddyhttp.Server
 	logger *zap.Logger
 	app    *App
-	config string // all settings, as JSON
+	config string // all settings, as JSON, with route groups numbered from 0
 }
 
 // CaddyModule returns the Caddy module information.
@@ -131,7 +134,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.History = cmp.Or(h.History, new(caddy.Duration(7*24*time.Hour)))
 	h.Remember = cmp.Or(h.Remember, caddy.Duration(30*24*time.Hour))
 	config, _ := json.Marshal(h) // before LoadModule, which deletes the JSON of the module
-	h.config = string(config)
+	numbers := make(map[string]string)
+	h.config = groupForm.ReplaceAllStringFunc(string(config), func(group string) string {
+		numbers[group] = cmp.Or(numbers[group], fmt.Sprint("group ", len(numbers)))
+		return numbers[group]
+	})
 	var err error
 	if h.opener, err = h.loadStore(ctx); err != nil {
 		return err
@@ -165,6 +172,10 @@ func (h *Handler) loadStore(ctx caddy.Context) (store.Opener, error) {
 var (
 	nameForm = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
 	onceForm = regexp.MustCompile(`^[A-Za-z0-9_*]+$`)
+
+	// The Caddyfile adapter counts the route groups of all sites. So if two sites import the same
+	// snippet, their groups have different names.
+	groupForm = regexp.MustCompile(`"group":"[^"]*"`)
 )
 
 // Validate refuses invalid settings.
@@ -176,6 +187,9 @@ func (h *Handler) Validate() error {
 		if number < 0 {
 			return fmt.Errorf("%s: must not be negative", word)
 		}
+	}
+	if h.AttemptTimeout > maxAttemptTimeout {
+		return errors.New("attempt_timeout: must not be longer than 1h")
 	}
 	if !nameForm.MatchString(h.Name) {
 		return errors.New("name must have 1 to 64 characters: letters, digits, '.', '_' or '-'")

@@ -121,6 +121,7 @@ type faulty struct {
 	counted  atomic.Int32          // how many counts have begun
 	uncount  atomic.Bool           // whether counts fail
 	unpeek   atomic.Bool           // whether Peek fails
+	hangs    atomic.Bool           // whether an Apply that adds events hangs until its context ends
 }
 
 func (f *faulty) fail(err error) { f.err.Store(&err) }
@@ -136,6 +137,10 @@ type faultyStore struct {
 }
 
 func (s *faultyStore) Apply(ctx context.Context, b *store.Batch) error {
+	if s.faulty.hangs.Load() && len(b.Add) > 0 {
+		<-ctx.Done()
+		return ctx.Err()
+	}
 	if err := s.faulty.err.Load(); err != nil && *err != nil && len(b.Add) > 0 {
 		return *err
 	}
@@ -673,6 +678,34 @@ func TestFullQueueWaitsForTheBackend(t *testing.T) {
 	})
 }
 
+// The backend counts as down, but is up again, and the database hangs. The event gets an attempt
+// before its sender is refused.
+func TestLastChance(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		opener := &faulty{SQLite: sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}}
+		var up atomic.Bool
+		h := &Handler{StoreRaw: storeOf(opener), Routes: routes(func(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+			if up.Load() {
+				return status(201)(w, r, next)
+			}
+			return status(502)(w, r, next)
+		})}
+		c := start(t, h)
+		defer c.stop(t)
+		synctest.Wait()
+		for range 6 {
+			require.Equal(t, 200, serve(t, h, post(body)).status)
+		}
+		require.False(t, c.queue().breaker.Backend().Allows())
+		up.Store(true)
+		opener.hangs.Store(true)
+		began := time.Now()
+		assert.Equal(t, 201, serve(t, h, post(body)).status)
+		assert.Equal(t, storeWait-lastChance, time.Since(began))
+		opener.hangs.Store(false)
+	})
+}
+
 // The sender gets the body of the backend's response. If this body is longer than maxAnswer,
 // the sender gets no body.
 func TestLongAnswer(t *testing.T) {
@@ -689,6 +722,16 @@ func TestLongAnswer(t *testing.T) {
 		assert.Equal(t, tt.want, recorder.Body.Len())
 		assert.Equal(t, tt.want > 0, recorder.Header().Get("Content-Length") != "")
 	}
+}
+
+// handle_response with copy_response_headers and respond sends the length of another body.
+func TestAnswerWithAWrongLength(t *testing.T) {
+	w := newAnswer()
+	w.Header().Set("Content-Length", "3")
+	w.WriteHeader(http.StatusOK)
+	recorder := httptest.NewRecorder()
+	require.NoError(t, w.copyTo(recorder))
+	assert.Empty(t, recorder.Header())
 }
 
 func TestDefaults(t *testing.T) {

@@ -22,9 +22,8 @@ const (
 	History = "delivered" // deleted: only a row of the history is left
 )
 
-// Latest is longer than any wait for the next attempt: the longest Retry-After plus a margin. Only
-// a lease may be longer. An event with a later due time counts as due now, because that time comes
-// from a wrong clock.
+// Latest is longer than any lease and any wait for the next attempt: at most an hour plus a margin.
+// An event with a later due time counts as due now, because that time comes from a wrong clock.
 const Latest = 72 * time.Minute
 
 // Record is an event in a store. An attempt sends Request. The other fields are for the queue

@@ -12,13 +12,13 @@ import (
 
 // claim leases due events of a queue for the owner, and sets the Records of the claim.
 func (d *DB) claim(ctx context.Context, tx *sql.Tx, owner string, claim *store.Claim) error {
-	// No event waits longer than store.Latest or the lease, whichever is longer. If the due time of
-	// an event is further away than that, a clock was wrong: this statement sets it to now.
+	// No event waits longer than store.Latest. If the due time of an event is further away than that,
+	// a clock was wrong: this statement sets it to now.
 	_, err := d.exec(ctx, tx, `
 		UPDATE {schema}inkit_queue_events SET due = {now}, lease = NULL, owner = NULL WHERE id IN (
 			SELECT e.id FROM {schema}inkit_queue_events AS e
 			WHERE e.queue = ? AND e.state = 'pending' AND e.due > {now} + CAST(? AS BIGINT) LIMIT 500 {skip})`,
-		claim.Queue, max(store.Latest, claim.Lease).Milliseconds())
+		claim.Queue, store.Latest.Milliseconds())
 	claim.Records = nil
 	if err == nil && claim.Newest { // search the last arrivals first, because sorting all due events is slow
 		err = d.claimFrom(ctx, tx, owner, claim, fmt.Sprintf(`(SELECT id FROM {schema}inkit_queue_events ORDER BY id DESC LIMIT %d) AS n
