@@ -64,9 +64,12 @@ func dialect(schema string) sqlstore.Dialect {
 		// not clock_timestamp(), because PostgreSQL uses no index for a comparison with it
 		Now: "(extract(epoch FROM statement_timestamp()) * 1000)::bigint",
 		// The timeout ends the locks of a crashed Caddy, because other Caddys wait for them. The
-		// CASE replaces a synchronous_commit with which a crash can lose a commit. Each transaction
-		// sets both again, because pgbouncer does not keep the settings of a session.
-		Begin: `SELECT set_config('idle_in_transaction_session_timeout', '2s', true),
+		// driver reads only hex. The method notice needs warnings. Without row_security, a policy
+		// that hides rows is an error. The CASE replaces a synchronous_commit with which a crash can
+		// lose a commit. Each transaction sets all this again, because pgbouncer does not keep the
+		// settings of a session.
+		Begin: `SELECT set_config('idle_in_transaction_session_timeout', '2s', true), set_config('bytea_output', 'hex', true),
+			set_config('client_min_messages', 'warning', true), set_config('row_security', 'off', true),
 			CASE WHEN current_setting('synchronous_commit') IN ('off', 'local', 'remote_write') THEN set_config('synchronous_commit', 'on', true) END`,
 		More: vacuum,
 		Size: `SELECT sum(pg_total_relation_size(c.oid))::bigint FROM pg_class c WHERE c.oid IN (

@@ -46,7 +46,8 @@ func (s *database) wrap(err error) error {
 	case errors.Is(err, context.Canceled):
 		return context.Canceled
 	case strings.HasPrefix(state, "22"), strings.HasPrefix(state, "23"):
-		return errors.New("the server refuses a value (SQLSTATE " + state + ")")
+		pgErr, _ := errors.AsType[*pgconn.PgError](err)
+		return fmt.Errorf("the server refuses a value (SQLSTATE %s, constraint %q)", state, pgErr.ConstraintName)
 	}
 	return errors.New(text)
 }

@@ -59,6 +59,9 @@ func (p *Postgres) Validate() error {
 	if p.DSN == "" {
 		return errors.New("dsn: is required")
 	}
+	if strings.ContainsAny(p.Schema, "?{}'") {
+		return errors.New("schema: must not contain ', ?, { or }")
+	}
 	_, err := p.config()
 	return err
 }
@@ -131,7 +134,7 @@ var (
 	parameter = regexp.MustCompile(`^\w[\w.]*$`)
 )
 
-var errInvalid = errors.New("dsn: is not a valid connection string of PostgreSQL, such as postgres://role@host/database")
+var errInvalid = errors.New("dsn: is not a valid connection string of PostgreSQL, such as postgres://role@host/database: in a URL, write %40 for an @ in a password, and %2F for a /")
 
 // config resolves and parses the connection string, and reads the files that the string
 // names. The errors of config show no part of the string.
@@ -153,6 +156,13 @@ func (p *Postgres) config() (*pgxpool.Config, error) {
 		return nil, errInvalid
 	}
 	c := config.ConnConfig
+	names := c.Host + c.Database
+	for _, fallback := range c.Fallbacks {
+		names += fallback.Host
+	}
+	if strings.Contains(names, "@") { // in a URL, the part before the @ is a part of a password with an unescaped @ or /
+		return nil, errInvalid
+	}
 	for name := range c.RuntimeParams { // the parser accepts any text before a = as a name, and the server would show this text
 		if !parameter.MatchString(name) {
 			return nil, errInvalid

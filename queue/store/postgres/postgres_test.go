@@ -154,10 +154,20 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 			server.Exec(t, name, "ALTER DATABASE "+name+" SET search_path = nowhere")
 			return server.DSN(name)
 		}, "no schema in the role's search path exists: set schema"},
+		"a row-level security that hides events": {func(t *testing.T) string {
+			name := made(t, "ALTER TABLE inkit_queue_events ENABLE ROW LEVEL SECURITY")
+			dsn := limited(t, server, name, "hidden")
+			server.Exec(t, name, "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO hidden")
+			return dsn
+		}, `query would be affected by row-level security policy for table "inkit_queue_events"`},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dsn := tt.dsn(t)
-			_, err := opener(dsn).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
+			s, err := opener(dsn).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
+			if err == nil {
+				defer s.Close()
+				err = add(s, newRecord("a"))
+			}
 			require.ErrorContains(t, err, tt.want)
 			assert.NotContains(t, fmt.Sprintf("%v %+v", err, err), pgtest.Password)
 		})
@@ -332,7 +342,7 @@ func TestPostgresWritesToTheDisk(t *testing.T) {
 
 	t.Run("a commit that no standby has confirmed is an error", func(t *testing.T) {
 		name := server.NewDatabase(t)
-		server.Exec(t, name, "SET synchronous_commit = local; "+(&postgres.Postgres{}).Migration())
+		server.Exec(t, name, "SET synchronous_commit = local; "+(&postgres.Postgres{}).Migration(), "ALTER DATABASE "+name+" SET client_min_messages = error")
 		s := openPostgres(t, opener(server.DSN(name)))
 		began := time.Now()
 		require.ErrorContains(t, add(s, newRecord("a")), "the server does not answer in time")
@@ -511,6 +521,27 @@ func TestPostgresLockedRow(t *testing.T) {
 	require.NoError(t, s.Apply(t.Context(), b))
 	assert.Empty(t, b.Left)
 	assert.Equal(t, "c 0 status 500, d 7 status 501, e 0 ", server.Query(t, name, `SELECT string_agg(id || ' ' || attempts || ' ' || last_error, ', ' ORDER BY id) FROM inkit_queue_events`))
+}
+
+// A setting of the database or a trigger may not lose an event.
+func TestPostgresSettingsAndTriggers(t *testing.T) {
+	server := pgtest.Start(t, "fsync=off")
+	name := server.NewDatabase(t)
+	server.Exec(t, name, "ALTER DATABASE "+name+" SET bytea_output = escape")
+	s := openPostgres(t, opener(server.DSN(name)))
+	require.NoError(t, add(s, newRecord("a")))
+	require.NoError(t, add(s, newRecord("a"), newRecord("b")), "an event that is there already")
+	b := &store.Batch{Owner: "me", Claims: []*store.Claim{{Queue: "default", Max: 2, Lease: time.Minute}}}
+	require.NoError(t, s.Apply(t.Context(), b))
+	require.Len(t, b.Claims[0].Records, 2)
+	assert.Equal(t, []byte("request"), b.Claims[0].Records[0].Request)
+
+	server.Exec(t, name, `CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'`,
+		"CREATE TRIGGER nothing BEFORE INSERT ON inkit_queue_events FOR EACH ROW EXECUTE FUNCTION nothing()")
+	require.EqualError(t, add(s, newRecord("c")), "the database has not added all events: remove the trigger or rule that prevents this")
+	server.Exec(t, name, "DROP TRIGGER nothing ON inkit_queue_events", "CREATE TABLE audit (id TEXT REFERENCES inkit_queue_events)", "INSERT INTO audit VALUES ('a')")
+	err := s.Apply(t.Context(), &store.Batch{Owner: "me", Finish: []store.Finish{{ID: "a", Outcome: store.Delivered}}})
+	require.EqualError(t, err, `the server refuses a value (SQLSTATE 23503, constraint "audit_id_fkey")`)
 }
 
 func TestPostgresDiskFull(t *testing.T) {

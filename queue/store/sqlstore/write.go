@@ -3,6 +3,7 @@ package sqlstore
 import (
 	"context"
 	"database/sql"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -83,13 +84,14 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 		if err := d.once(ctx, tx, b.Add); err != nil {
 			return err
 		}
+		added := eventRows(b)
 		delivered, others := finishRows(b)
 		done := make(map[statement]int)
 		for _, step := range []struct {
 			statement
 			rows [][]any
 		}{
-			{addEvents, eventRows(b)},
+			{addEvents, added},
 			{addHistory, historyRows(b.History)},
 			{insert(b.Copied.Table), b.Copied.Rows},
 			{deliverEvents, delivered},
@@ -100,6 +102,11 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 				return err
 			}
 			done[step.statement] = n
+		}
+		if done[addEvents] < len(added) {
+			if err := d.checkAdded(ctx, tx, added); err != nil {
+				return err
+			}
 		}
 		b.Left = nil
 		if done[deliverEvents]+done[keepEvents] < len(b.Finish) && d.Skip != "" {
@@ -114,6 +121,22 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 		}
 		return nil
 	})
+}
+
+// checkAdded returns an error if one of the added events is not in the database. Usually, an earlier
+// transaction has added the event, and its caller did not get the answer.
+func (d *DB) checkAdded(ctx context.Context, tx *sql.Tx, added [][]any) error {
+	var ids []string
+	for _, row := range added {
+		ids = append(ids, row[0].(string))
+	}
+	c, found := new(condition), 0
+	c.ids(ids)
+	err := d.each(ctx, tx, []any{&found}, nil, `SELECT count(*) FROM {schema}inkit_queue_events WHERE `+c.String(), c.args...)
+	if err == nil && found < len(ids) {
+		err = errors.New("the database has not added all events: remove the trigger or rule that prevents this")
+	}
+	return err
 }
 
 // plain returns a text that every database accepts: UTF-8 without NUL. A batch with any other text
