@@ -156,11 +156,11 @@ func (p *Postgres) config() (*pgxpool.Config, error) {
 		return nil, errInvalid
 	}
 	c := config.ConnConfig
-	names := c.Host + c.Database
+	names := []string{c.Host, c.Database}
 	for _, fallback := range c.Fallbacks {
-		names += fallback.Host
+		names = append(names, fallback.Host)
 	}
-	if strings.Contains(names, "@") { // in a URL, the part before the @ is a part of a password with an unescaped @ or /
+	if strings.Contains(strings.Join(names, " "), "@") { // in a URL, the part before the @ is a part of a password with an unescaped @ or /
 		return nil, errInvalid
 	}
 	for name := range c.RuntimeParams { // the parser accepts any text before a = as a name, and the server would show this text

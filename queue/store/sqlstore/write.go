@@ -126,9 +126,9 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 // checkAdded returns an error if one of the added events is not in the database. Usually, an earlier
 // transaction has added the event, and its caller did not get the answer.
 func (d *DB) checkAdded(ctx context.Context, tx *sql.Tx, added [][]any) error {
-	var ids []string
-	for _, row := range added {
-		ids = append(ids, row[0].(string))
+	ids := make([]string, len(added))
+	for i, row := range added {
+		ids[i] = row[0].(string)
 	}
 	c, found := new(condition), 0
 	c.ids(ids)
