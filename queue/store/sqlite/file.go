@@ -132,23 +132,25 @@ func (f *file) apply(ctx context.Context, b *store.Batch) error {
 	err := f.DB.Apply(ctx, b)
 	if errors.Is(err, store.ErrFull) {
 		_ = os.Truncate(f.path+reserve, 0)
-		_ = checkpoint(ctx, f.Write)
+		_ = checkpoint(ctx, f.Write, "TRUNCATE")
 	}
 	return err
 }
 
 func (f *file) Peek(ctx context.Context, queue string) (p store.Peek, err error) {
-	return p, f.heal(ctx, func() (err error) {
+	err = f.heal(ctx, func() (err error) {
 		p, err = f.DB.Peek(ctx, queue)
 		return cmp.Or(err, f.checkPaths()) // Caddy calls Peek once a second, even if there is nothing to write
 	})
+	return p, err
 }
 
 func (f *file) Counts(ctx context.Context) (counts []store.Count, err error) {
-	return counts, f.heal(ctx, func() (err error) {
+	err = f.heal(ctx, func() (err error) {
 		counts, err = f.DB.Counts(ctx)
 		return err
 	})
+	return counts, err
 }
 
 // Tidy implements store.Store. It also gives free space back to the disk.
@@ -179,7 +181,7 @@ func (f *file) shrink(ctx context.Context) error {
 		}
 		more, last = free >= 2*pages && free < last, free // a file from another program, such as sqlite3, may never shrink
 	}
-	_ = checkpoint(ctx, f.Write)
+	_ = checkpoint(ctx, f.Write, "TRUNCATE")
 	return nil
 }
 

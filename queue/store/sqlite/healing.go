@@ -105,11 +105,12 @@ func (f *file) rescue(ctx context.Context, used *opened) error {
 	if f.isAtPath(used) {
 		return nil
 	}
-	logGone := isFile(f.path, used.main)
-	if logGone {
-		if err := f.unreadable(checkpoint(ctx, f.Write)); err != nil {
-			return err
-		}
+	logGone, mode := isFile(f.path, used.main), "TRUNCATE"
+	if !logGone {
+		mode = "PASSIVE" // does not wait for other programs that read the old file
+	}
+	if err := f.unreadable(checkpoint(ctx, f.Write, mode)); err != nil {
+		return err
 	}
 	for suffix, info := range map[string]os.FileInfo{"-wal": used.log, "-shm": used.index} {
 		if isFile(f.path+suffix, info) { // SQLite would use it together with the new files
@@ -161,11 +162,11 @@ func (f *file) disconnect(ctx context.Context) error {
 	return nil
 }
 
-// checkpoint moves the whole log into the file. It returns ErrLocked if another connection
-// prevents this.
-func checkpoint(ctx context.Context, db sqlstore.Querier) error {
+// checkpoint moves the log into the file. In the mode TRUNCATE, it returns ErrLocked if another
+// connection prevents this.
+func checkpoint(ctx context.Context, db sqlstore.Querier, mode string) error {
 	var busy, pages, moved int
-	err := db.QueryRowContext(ctx, `PRAGMA wal_checkpoint(TRUNCATE)`).Scan(&busy, &pages, &moved)
+	err := db.QueryRowContext(ctx, `PRAGMA wal_checkpoint(`+mode+`)`).Scan(&busy, &pages, &moved)
 	if err == nil && busy != 0 {
 		err = store.ErrLocked
 	}

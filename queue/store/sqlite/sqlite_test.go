@@ -247,3 +247,30 @@ func TestSQLiteFileThatIsReplacedDuringARead(t *testing.T) {
 	require.Equal(t, []string{"a", "b", "c"}, ids)
 	require.NoError(t, rows.Err())
 }
+
+// Another program's file is in the place of the database, so that no event can be copied. The old
+// file has all its events, although its log is gone.
+func TestSQLiteFileThatIsReplacedByAnotherProgram(t *testing.T) {
+	opener := &sqlite.SQLite{Path: filepath.Join(t.TempDir(), "queue.db")}
+	s, err := opener.Open(t.Context(), store.Opening{Logger: zap.NewNop()})
+	require.NoError(t, err)
+	record := store.Record{ID: "a", Queue: "default", Received: time.Now(), Request: []byte("request"), Checksum: []byte("checksum")}
+	require.NoError(t, s.Apply(t.Context(), &store.Batch{Owner: "me", Add: []*store.Record{&record}}))
+	old := &sqlite.SQLite{Path: opener.Path + ".old"}
+	require.NoError(t, os.Rename(opener.Path, old.Path))
+	other, err := sql.Open("sqlite", filepath.Join(t.TempDir(), "other.db"))
+	require.NoError(t, err)
+	defer other.Close()
+	_, err = other.Exec(`CREATE TABLE mine (id); VACUUM INTO '` + opener.Path + `'`)
+	require.NoError(t, err)
+	err = s.Apply(t.Context(), &store.Batch{Owner: "me", Add: []*store.Record{&record}})
+	require.ErrorContains(t, err, "its events cannot be copied yet: is the database of another program")
+	require.NoError(t, s.Close())
+
+	s, err = old.Open(t.Context(), store.Opening{Logger: zap.NewNop()})
+	require.NoError(t, err)
+	defer s.Close()
+	found := 0
+	storetest.Select(t, s, store.Filter{}, func(*store.Record) { found++ })
+	require.Equal(t, 1, found)
+}
