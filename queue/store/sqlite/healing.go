@@ -86,7 +86,7 @@ func (f *file) moveAside(ctx context.Context, used *opened, cause error) error {
 	name := f.path + ".damaged-" + time.Now().UTC().Format("20060102T150405.000Z")
 	for _, suffix := range []string{"-wal", "-shm", ""} {
 		if err := os.Rename(f.path+suffix, name+suffix); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("%w; Caddy's user must be able to write to its folder, because it cannot be moved aside: %w", cause, err)
+			return fmt.Errorf("%w; it cannot be moved aside, let Caddy's user write to its folder: %w", cause, err)
 		}
 	}
 	f.opening.Logger.Error("the database is damaged: it was moved aside, recover its events as in docs/queue.md",
