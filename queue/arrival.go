@@ -94,7 +94,7 @@ func (a *arrival) answer(w http.ResponseWriter) error {
 				tried, attempted = true, a.attempt()
 			}
 		case <-late: // storing takes long, and may fail
-			if !tried && !a.q.isPaused() {
+			if !tried && !a.q.isPaused() && a.q.db.writer.Attempt(a.addition) {
 				tried, attempted = true, a.attempt()
 			}
 		case <-limit:
@@ -155,7 +155,11 @@ func (a *arrival) attempt() chan result {
 	attempted := make(chan result, 1)
 	q.running.Go(func() {
 		if !a.waitForPlace() {
-			q.db.writer.Finish(a.addition, store.Finish{ID: a.record.ID, Queue: q.name, Outcome: store.Unbegun})
+			f := store.Finish{ID: a.record.ID, Queue: q.name, Outcome: store.Unbegun}
+			if a.record.Lease == 0 { // the last attempt before a refusal, which the database does not count
+				f.Outcome = store.Later
+			}
+			q.db.writer.Finish(a.addition, f)
 			attempted <- result{err: errors.New("no attempt could begin")}
 			return
 		}

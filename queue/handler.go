@@ -175,7 +175,7 @@ var (
 
 	// The Caddyfile adapter counts the route groups of all sites. So if two sites import the same
 	// snippet, their groups have different names.
-	groupForm = regexp.MustCompile(`"group":"[^"]*"`)
+	groupForm = regexp.MustCompile(`"group":"group\d+"`)
 )
 
 // Validate refuses invalid settings.

@@ -198,9 +198,8 @@ func (d *database) keepCounts() {
 		if s == nil {
 			wait = time.Second / 10 // the check of max_events needs the first count
 		} else if d.outdated.Swap(false) || !time.Now().Before(next) {
-			began := time.Now()
-			if err := d.count(s, next.IsZero()); err == nil {
-				next = time.Now().Add(countPause(time.Since(began)))
+			if took, err := d.count(s, next.IsZero()); err == nil {
+				next = time.Now().Add(countPause(took))
 			} else if d.ctx.Err() == nil && d.countLog.Allow() {
 				d.logger.Load().Error("cannot count events: the metrics show older numbers", zap.Error(err))
 			}
@@ -219,17 +218,19 @@ func countPause(took time.Duration) time.Duration {
 }
 
 // count counts the events, and tidies the database. The first count warns of queues that are
-// not configured.
-func (d *database) count(s store.Store, first bool) error {
+// not configured. The result took is the time for counting, without the wait of Tidy for locks.
+func (d *database) count(s store.Store, first bool) (took time.Duration, err error) {
 	ctx, cancel := context.WithTimeout(d.ctx, time.Minute)
 	defer cancel()
 	d.mu.Lock()
 	before := maps.Clone(d.counts)
 	d.mu.Unlock()
+	began := time.Now()
 	found, err := s.Counts(ctx)
 	if err != nil {
-		return err
+		return 0, err
 	}
+	took = time.Since(began)
 	d.mu.Lock()
 	now := d.counts
 	d.counts = make(map[countKey]store.Count)
@@ -255,5 +256,5 @@ func (d *database) count(s store.Store, first bool) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.damaged = damaged
-	return err
+	return took, err
 }

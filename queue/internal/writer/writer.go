@@ -167,6 +167,17 @@ func (w *Writer) Add(a *Addition) {
 	}
 }
 
+// Attempt reports whether an attempt at an event without a lease may begin, although Add was called:
+// the event must not be stored yet. No claim returns the event until its attempt is finished.
+func (w *Writer) Attempt(a *Addition) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !a.ended {
+		w.attempting[a.record.ID] = true
+	}
+	return !a.ended
+}
+
 // Finish makes the writer store the result of an attempt. It does not wait for the
 // transaction. The argument a is the addition of the event, or nil if the event was claimed.
 func (w *Writer) Finish(a *Addition, f store.Finish) {

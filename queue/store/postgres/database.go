@@ -122,11 +122,11 @@ func (s *database) prepare(ctx context.Context, schema string, o store.Opening) 
 func (s *database) check(ctx context.Context) error {
 	for _, name := range []string{"events", "history", "once", "paused"} {
 		table := "inkit_queue_" + name
-		var unlogged bool
+		var unlogged, hidden bool
 		var lacks sql.NullString
 		err := s.Read.QueryRowContext(ctx, `
-			SELECT relpersistence <> 'p', (SELECT string_agg(r, ', ') FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS r WHERE NOT has_table_privilege(oid, r))
-			FROM pg_class WHERE oid = to_regclass($1)`, s.Schema+table).Scan(&unlogged, &lacks)
+			SELECT relpersistence <> 'p', row_security_active(oid), (SELECT string_agg(r, ', ') FROM unnest('{SELECT,INSERT,UPDATE,DELETE}'::text[]) AS r WHERE NOT has_table_privilege(oid, r))
+			FROM pg_class WHERE oid = to_regclass($1)`, s.Schema+table).Scan(&unlogged, &hidden, &lacks)
 		switch {
 		case errors.Is(err, sql.ErrNoRows):
 			return fmt.Errorf("the table %s is missing", table)
@@ -134,6 +134,8 @@ func (s *database) check(ctx context.Context) error {
 			return s.wrap(err)
 		case lacks.Valid:
 			return fmt.Errorf("the role lacks the right to %s on %s", lacks.String, table)
+		case hidden:
+			return fmt.Errorf("row-level security is on for the table %s, and could hide events from the role", table)
 		case unlogged:
 			return fmt.Errorf("the table %s is unlogged: a crash of the server would empty it", table)
 		}

@@ -160,7 +160,7 @@ func (p *Postgres) config() (*pgxpool.Config, error) {
 	for _, fallback := range c.Fallbacks {
 		names = append(names, fallback.Host)
 	}
-	if strings.Contains(strings.Join(names, " "), "@") { // in a URL, the part before the @ is a part of a password with an unescaped @ or /
+	if strings.Contains(dsn, "://") && strings.Contains(strings.Join(names, " "), "@") { // in a URL, the part before the @ is a part of a password with an unescaped @ or /
 		return nil, errInvalid
 	}
 	for name := range c.RuntimeParams { // the parser accepts any text before a = as a name, and the server would show this text

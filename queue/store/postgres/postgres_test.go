@@ -159,15 +159,11 @@ func TestPostgresThatCannotBeUsed(t *testing.T) {
 			dsn := limited(t, server, name, "hidden")
 			server.Exec(t, name, "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO hidden")
 			return dsn
-		}, `query would be affected by row-level security policy for table "inkit_queue_events"`},
+		}, "row-level security is on for the table inkit_queue_events, and could hide events from the role"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dsn := tt.dsn(t)
-			s, err := opener(dsn).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
-			if err == nil {
-				defer s.Close()
-				err = add(s, newRecord("a"))
-			}
+			_, err := opener(dsn).Open(t.Context(), store.Opening{Logger: zap.NewNop()})
 			require.ErrorContains(t, err, tt.want)
 			assert.NotContains(t, fmt.Sprintf("%v %+v", err, err), pgtest.Password)
 		})

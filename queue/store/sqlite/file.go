@@ -105,8 +105,10 @@ func (f *file) open(ctx context.Context) error {
 			return wrap(err)
 		}
 		defer conn.Close()
-		if err := f.CheckVersion(ctx, conn); err != nil {
-			return cmp.Or(changed, wrap(err))
+		if err := wrap(f.CheckVersion(ctx, conn)); errors.Is(err, errDamaged) {
+			return err
+		} else if err != nil {
+			return cmp.Or(changed, err)
 		}
 	}
 	main, err := os.Stat(f.path)

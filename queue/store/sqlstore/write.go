@@ -101,12 +101,12 @@ func (d *DB) Apply(ctx context.Context, b *store.Batch) error {
 			if err != nil {
 				return err
 			}
-			done[step.statement] = n
-		}
-		if done[addEvents] < len(added) {
-			if err := d.checkAdded(ctx, tx, added); err != nil {
-				return err
+			if step.statement == addEvents && n < len(added) {
+				if err := d.checkAdded(ctx, tx, added); err != nil {
+					return err
+				}
 			}
+			done[step.statement] = n
 		}
 		b.Left = nil
 		if done[deliverEvents]+done[keepEvents] < len(b.Finish) && d.Skip != "" {
